@@ -1,0 +1,40 @@
+// What launchers share beyond the torch API: storage types, the switch from a dtype to a C++ type, and the one way to
+// reduce over rows that gives the same bits for any number of threads.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../torch.h"
+
+namespace gk {
+
+// 16-bit storage; arithmetic is float32 (csrc/cpu/vec.h converts on load and store).
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class T> using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// f(T{}) with the C++ type of a dtype that check_float() has accepted.
+template <class F>
+inline void with_dtype(ScalarType t, const F& f) {
+  switch (t) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bf16{});
+    default: return f(f16{});
+  }
+}
+
+// Sums over rows (weight and bias gradients) are split by SHAPE into at most 64 chunks, each summed by one thread in row
+// order, and the partials added in chunk order: bitwise the same for 1, 2, 4 ... threads.
+inline int64_t row_chunks(int64_t rows) { return std::clamp<int64_t>(rows / 32, 1, 64); }
+inline int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t rows) {  // rows * chunk / chunks without overflow
+  return (rows / chunks) * chunk + std::min<int64_t>(chunk, rows % chunks);
+}
+
+// Rows per parallel_for grain: about 32 KB of work, so that tiny tensors stay on the calling thread.
+inline int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
+
+}  // namespace gk

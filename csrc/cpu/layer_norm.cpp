@@ -1,0 +1,152 @@
+// layer_norm on the CPU. Formula, shapes and gradients: gpt_kernels/ops/layer_norm.py.
+#ifndef GK_TARGET
+
+#include "launch.h"
+#define GK_FILE "layer_norm.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                                             double eps) {
+  const char* op = "layer_norm_fwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  GK_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative, got ", eps);
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
+  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
+  GK_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), op, ": bias must be ",
+           dtype_name(weight ? weight->scalar_type() : x.scalar_type()), " like weight, got ",
+           dtype_name(bias ? bias->scalar_type() : x.scalar_type()));
+  Tensor y = new_like(x), mean = new_tensor(x, {M}, stat_dtype(x.scalar_type())), rstd = new_like(mean);
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    using C = compute_t<T>;
+    auto run = [&](auto w_tag) {
+      using P = decltype(w_tag);
+      const auto row = GK_BEST(layer_norm_fwd_row<T, P>);
+      const T* xp = (const T*)x.const_data_ptr();
+      const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
+      const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
+      T* yp = (T*)y.mutable_data_ptr();
+      C *mp = (C*)mean.mutable_data_ptr(), *rp = (C*)rstd.mutable_data_ptr();
+      parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps);
+      });
+    };
+    const bool stat_params = (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
+    stat_params ? run(C{}) : run(T{});
+  });
+  return {y, mean, rstd};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                             const Tensor& mean, const Tensor& rstd, bool has_bias) {
+  const char* op = "layer_norm_bwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_shape(op, "dy", dy, "x", x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
+  for (const auto& [name, stat] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"rstd", rstd}}) {
+    check_cpu(op, name, stat), check_dtype(op, name, stat, stat_dtype(x.scalar_type())), check_contiguous(op, name, stat);
+    GK_CHECK(stat.numel() == M, op, ": ", name, " must have ", M, " elements, one per row of x, got ", stat.numel());
+  }
+  const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
+  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype), dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
+  const int64_t chunks = row_chunks(M);
+  // per chunk: N sums for dweight, then N for dbias
+  Tensor partial = new_tensor(x, {chunks, 2, N}, stat_dtype(x.scalar_type()));
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    using C = compute_t<T>;
+    auto run = [&](auto w_tag) {
+      using P = decltype(w_tag);
+      const auto rows = GK_BEST(layer_norm_bwd_rows<T, P>);
+      const auto reduce = GK_BEST(sum_partials<P>);
+      const T *xp = (const T*)x.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
+      const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
+      const C *mp = (const C*)mean.const_data_ptr(), *rp = (const C*)rstd.const_data_ptr();
+      T* dxp = (T*)dx.mutable_data_ptr();
+      C* pp = (C*)partial.mutable_data_ptr();
+      parallel_for(0, chunks, std::max<int64_t>(1, row_grain(N) * chunks / std::max<int64_t>(1, M)), [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; c++) {
+          const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
+          rows(dxp + m0 * N, pp + c * 2 * N, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N);
+        }
+      });
+      if (weight) reduce((P*)dweight.mutable_data_ptr(), pp, chunks, 2 * N, N);
+      if (has_bias) reduce((P*)dbias.mutable_data_ptr(), pp + N, chunks, 2 * N, N);
+    };
+    param_dtype != x.scalar_type() ? run(C{}) : run(T{});
+  });
+  return {dx, dweight, dbias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd_cpu));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd_cpu));
+}
+
+}  // namespace gk
+
+#else  // kernels: T is x's storage, P the parameters', C the arithmetic
+
+#include "vec.h"
+#include "reduce.h"
+
+namespace GK_TARGET {
+
+// One row stays in L1 over three passes: mean, variance of the centred row (no cancellation), y = (x - mean) rstd w + b.
+template <class T, class P, class C = compute_t<T>>
+static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps) {
+  vec<C> sum = {}, squares = {};
+  for_vectors<C>(N, [&](int64_t i, int64_t n) { sum += load_any(x + i, n); });
+  const C mu = hsum<C>(sum) / N;
+  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    const vec<C> centred = keep_first<C>(load_any(x + i, n) - mu, n);
+    squares += centred * centred;
+  });
+  const C rs = 1 / sqrt_of(hsum<C>(squares) / N + eps);
+  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    vec<C> v = (load_any(x + i, n) - mu) * rs;
+    if (w) v *= load_any(w + i, n);
+    if (b) v += load_any(b + i, n);
+    store_any(y + i, v, n);
+  });
+  *mean = mu;
+  *rstd = rs;
+}
+
+// x_hat = (x - mean) rstd;  dx = (w dy - mean(w dy) - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat;  db += dy
+template <class T, class P, class C = compute_t<T>>
+static void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
+                                int64_t N) {
+  C *dw = dw_db, *db = dw_db + N;
+  for (int64_t i = 0; i < 2 * N; i++) dw_db[i] = 0;
+  for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
+    const C mu = mean[m], rs = rstd[m];
+    vec<C> sum_g = {}, sum_gx = {};
+    for_vectors<C>(N, [&](int64_t i, int64_t n) {
+      const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
+      const vec<C> g = w ? d * load_any(w + i, n) : d;
+      sum_g += g;
+      sum_gx += g * x_hat;
+      store_any(dw + i, load_any(dw + i, n) + d * x_hat, n);
+      store_any(db + i, load_any(db + i, n) + d, n);
+    });
+    const C mean_g = hsum<C>(sum_g) / N, mean_gx = hsum<C>(sum_gx) / N;
+    for_vectors<C>(N, [&](int64_t i, int64_t n) {
+      const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
+      const vec<C> g = w ? d * load_any(w + i, n) : d;
+      store_any(dx + i, (g - mean_g - x_hat * mean_gx) * rs, n);
+    });
+  }
+}
+
+}  // namespace GK_TARGET
+#endif

@@ -1,0 +1,212 @@
+// Vectors of float or double, GK_BYTES wide: load, store, 16-bit conversion, exp, tanh, reductions. Included once per
+// target, inside no namespace, after GK_TARGET is set. Intrinsics appear here and nowhere else; everything else is
+// GCC's vector extension, so the same source serves SSE2, AVX2, AVX-512 and other architectures.
+
+#if GK_X86_TARGETS
+#include <immintrin.h>
+#endif
+
+namespace GK_TARGET {
+namespace {
+
+using gk::bf16;
+using gk::compute_t;
+using gk::f16;
+
+#define GK_INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(GK_BYTES)));
+typedef double vd __attribute__((vector_size(GK_BYTES)));
+typedef int32_t vi __attribute__((vector_size(GK_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(GK_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(GK_BYTES / 2)));  // the storage of one vf in 16 bits
+
+template <class C> struct vec_of { typedef vf type; };
+template <> struct vec_of<double> { typedef vd type; };
+template <class C> using vec = typename vec_of<C>::type;
+template <class C> constexpr int lanes = GK_BYTES / sizeof(C);
+
+template <class C> GK_INLINE vec<C> splat(C x) { return x - vec<C>{}; }
+template <class To, class From> GK_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// ---- load and store: T in memory, compute_t<T> in registers ----
+
+GK_INLINE vf load(const float* p) { vf v; __builtin_memcpy(&v, p, sizeof v); return v; }
+GK_INLINE vd load(const double* p) { vd v; __builtin_memcpy(&v, p, sizeof v); return v; }
+GK_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+GK_INLINE void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
+
+GK_INLINE vf widen(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 16); }
+GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
+  const vu u = bits_as<vu>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vh);
+}
+GK_INLINE vf load(const bf16* p) { vh h; __builtin_memcpy(&h, p, sizeof h); return widen(h); }
+GK_INLINE void store(bf16* p, vf v) { const vh h = narrow(v); __builtin_memcpy(p, &h, sizeof h); }
+
+#if GK_X86_TARGETS && GK_BYTES == 64
+GK_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+GK_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif GK_X86_TARGETS && GK_BYTES == 32
+GK_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+GK_INLINE void store(f16* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+GK_INLINE vf load(const f16* p) {
+  vf v;
+  for (int i = 0; i < lanes<float>; i++) v[i] = (float)bits_as<_Float16>(p[i].bits);
+  return v;
+}
+GK_INLINE void store(f16* p, vf v) {
+  for (int i = 0; i < lanes<float>; i++) p[i].bits = bits_as<uint16_t>((_Float16)v[i]);
+}
+#endif
+
+// the first n lanes only (0 <= n < lanes); nothing beyond p[n-1] is touched, the other lanes become `fill`
+template <class T> GK_INLINE vec<compute_t<T>> load_n(const T* p, int64_t n, compute_t<T> fill = 0) {
+  typedef compute_t<T> C;
+  T buffer[lanes<C>] = {};
+  for (int64_t i = 0; i < n; i++) buffer[i] = p[i];
+  const vec<C> v = load(buffer);
+  if (fill == 0) return v;
+  C out[lanes<C>];
+  store(out, v);
+  for (int64_t i = n; i < lanes<C>; i++) out[i] = fill;
+  return load(out);
+}
+template <class T> GK_INLINE void store_n(T* p, vec<compute_t<T>> v, int64_t n) {
+  T buffer[lanes<compute_t<T>>];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
+}
+#if GK_X86_TARGETS && GK_BYTES == 64
+GK_INLINE vf load_n(const float* p, int64_t n, float fill = 0) {
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+}
+GK_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+#endif
+
+GK_INLINE float load_one(const float* p) { return *p; }
+GK_INLINE double load_one(const double* p) { return *p; }
+GK_INLINE float load_one(const bf16* p) { return bits_as<float>((uint32_t)p->bits << 16); }
+GK_INLINE float load_one(const f16* p) { return (float)bits_as<_Float16>(p->bits); }
+
+// Walks a row of n elements in vectors: body(i, count) with count == lanes<C>, then once with the rest.
+// load_any and store_any take that count, so a loop body is written once for full and partial vectors.
+template <class T> GK_INLINE vec<compute_t<T>> load_any(const T* p, int64_t count, compute_t<T> fill = 0) {
+  return count == lanes<compute_t<T>> ? load(p) : load_n(p, count, fill);
+}
+template <class T> GK_INLINE void store_any(T* p, vec<compute_t<T>> v, int64_t count) {
+  if (count == lanes<compute_t<T>>) store(p, v);
+  else store_n(p, v, count);
+}
+template <class C, class Body> GK_INLINE void for_vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) body(i, (int64_t)lanes<C>);
+  if (i < n) body(i, n - i);
+}
+// zero in the lanes from `count` on: for sums whose terms are not zero for a zero input
+template <class C> GK_INLINE vec<C> keep_first(vec<C> v, int64_t count) {
+  if (count == lanes<C>) return v;
+  C out[lanes<C>];
+  store(out, v);
+  for (int64_t i = count; i < lanes<C>; i++) out[i] = 0;
+  return load(out);
+}
+
+// ---- arithmetic ----
+
+template <class V> GK_INLINE V vmax(V a, V b) { return a > b ? a : b; }  // a NaN in b survives
+template <class V> GK_INLINE V vmin(V a, V b) { return a < b ? a : b; }
+GK_INLINE vf vabs(vf x) { return bits_as<vf>(bits_as<vi>(x) & 0x7fffffff); }
+GK_INLINE vd vabs(vd x) { return x < 0 ? -x : x; }
+
+// sums and maxima over lanes, as a tree of fixed shape
+template <class C> GK_INLINE C hsum(vec<C> v) {
+  C a[lanes<C>];
+  store(a, v);
+  for (int w = lanes<C> / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; i++) a[i] += a[i + w];
+  return a[0];
+}
+template <class C> GK_INLINE C hmax(vec<C> v) {
+  C a[lanes<C>];
+  store(a, v);
+  for (int w = lanes<C> / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; i++) a[i] = a[i] > a[i + w] ? a[i] : a[i + w];
+  return a[0];
+}
+
+// 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9) times
+// 2^n. Results run from the subnormals to inf; NaN stays NaN.
+GK_INLINE vf round_nearest(vf x) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vf)_mm512_roundscale_ps((__m512)x, 8);
+#else
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1
+  return (x + magic) - magic;
+#endif
+}
+GK_INLINE vf exp2_of_parts(vf n, vf r) {
+  vf y = splat(1.54614446986e-4f);
+  y = y * r + 1.34004281776e-3f;
+  y = y * r + 9.61805667852e-3f;
+  y = y * r + 5.55032722667e-2f;
+  y = y * r + 2.40226509223e-1f;
+  y = y * r + 6.93147206703e-1f;
+  y = y * r + 1.f;
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  // two factors, since 2^n itself may be below the smallest or above the largest float
+  const vi k = __builtin_convertvector(n == n ? n : splat(0.f), vi), half = k >> 1;
+  return y * bits_as<vf>((half + 127) << 23) * bits_as<vf>((k - half + 127) << 23);
+#endif
+}
+GK_INLINE vf exp2(vf x) {
+  x = vmin(splat(130.f), vmax(splat(-152.f), x));
+  const vf n = round_nearest(x);
+  return exp2_of_parts(n, x - n);
+}
+GK_INLINE vf exp(vf x) {
+  // r = (x - n ln2) log2(e), ln2 in two parts: x log2(e) - n alone would lose the last bits of a large x
+  x = vmin(splat(90.f), vmax(splat(-105.f), x));
+  const vf n = round_nearest(x * 1.44269504f);
+  return exp2_of_parts(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
+}
+// tanh: an odd polynomial below 0.625 (keeps relative accuracy near 0), 1 - 2 / (e^2|x| + 1) above
+GK_INLINE vf tanh(vf x) {
+  const vf a = vabs(x), s = x * x;
+  vf p = splat(-5.65713518437e-3f);
+  p = p * s + 2.05881914546e-2f;
+  p = p * s - 5.37201076566e-2f;
+  p = p * s + 1.33311140557e-1f;
+  p = p * s - 3.33332598629e-1f;
+  p = p * s * x + x;
+  const vf t = 1.f - 2.f / (exp(2.f * a) + 1.f);
+  const vf large = bits_as<vf>(bits_as<vi>(t) | (bits_as<vi>(x) & (int32_t)0x80000000));
+  return a < 0.625f ? p : large;
+}
+
+// float64 serves gradient checks, not speed: lane by lane through libm
+#define GK_LANEWISE(name, function)                                 \
+  GK_INLINE vd name(vd x) {                                         \
+    for (int i = 0; i < lanes<double>; i++) x[i] = function(x[i]);  \
+    return x;                                                       \
+  }
+GK_LANEWISE(exp2, __builtin_exp2)
+GK_LANEWISE(exp, __builtin_exp)
+GK_LANEWISE(tanh, __builtin_tanh)
+#undef GK_LANEWISE
+
+GK_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
+GK_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
+GK_INLINE float log_of(float x) { return __builtin_logf(x); }
+GK_INLINE double log_of(double x) { return __builtin_log(x); }
+
+}  // namespace
+}  // namespace GK_TARGET

@@ -1,0 +1,112 @@
+// The only header that names torch's C++ API, and of that only the LibTorch stable ABI:
+// one binary serves every torch >= 2.10. Launchers include it; kernels never do.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace gk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// ---- errors: op, argument, value, limit; no file names, so that a build path never reaches a user ----
+template <class... Args>
+[[noreturn]] inline void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+#define GK_CHECK(condition, ...) \
+  do {                           \
+    if (__builtin_expect(!(condition), 0)) ::gk::fail(__VA_ARGS__); \
+  } while (0)
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    default: return "another dtype";
+  }
+}
+inline bool is_float_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+// Statistics, accumulators and partial sums: float32, float64 for float64 inputs.
+inline ScalarType stat_dtype(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream s;
+  s << '(';
+  for (int64_t i = 0; i < t.dim(); i++) s << (i ? ", " : "") << t.size(i);
+  s << (t.dim() == 1 ? ",)" : ")");
+  return s.str();
+}
+
+// ---- checks that every launcher shares ----
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  GK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments, it is on another device");
+}
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  GK_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+           dtype_name(t.scalar_type()));
+}
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  GK_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_text(t), " with other strides");
+}
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  GK_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+}
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  bool same = t.dim() == like.dim();
+  for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == like.size(i);
+  GK_CHECK(same, op, ": ", name, " must have the shape of ", like_name, " ", shape_text(like), ", got ", shape_text(t));
+}
+// A per-column parameter: weight or bias of N elements, in x's dtype or in float32 beside a 16-bit x (autocast).
+inline void check_column(const char* op, const char* name, const Tensor& t, int64_t N, ScalarType x_dtype) {
+  check_cpu(op, name, t);
+  GK_CHECK(t.dim() == 1 && t.size(0) == N, op, ": ", name, " must have shape (", N, ",), got ", shape_text(t));
+  GK_CHECK(t.scalar_type() == x_dtype || t.scalar_type() == stat_dtype(x_dtype), op, ": ", name, " must be ",
+           dtype_name(x_dtype), " like x or ", dtype_name(stat_dtype(x_dtype)), ", got ", dtype_name(t.scalar_type()));
+  check_contiguous(op, name, t);
+}
+
+// ---- allocation ----
+// Outputs of several megabytes are fresh pages from the system on every call; with 4 KB pages the faults cost more
+// than the arithmetic of a memory-bound op. Huge pages are asked for (csrc/cpu/isa.cpp), where the system grants them.
+void advise_huge_pages(void* data, int64_t bytes);
+
+inline int64_t element_size(ScalarType t) {
+  return t == ScalarType::Double || t == ScalarType::Long ? 8 : t == ScalarType::Float || t == ScalarType::Int ? 4
+         : t == ScalarType::Bool ? 1 : 2;
+}
+inline Tensor advised(Tensor t) {
+  const int64_t bytes = t.numel() * element_size(t.scalar_type());
+  if (bytes >= (int64_t{4} << 20)) advise_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+// Contiguous, uninitialised, on the device of `like`.
+inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
+  return advised(torch::stable::new_empty(like, shape, dtype));
+}
+inline Tensor new_like(const Tensor& like) { return advised(torch::stable::empty_like(like)); }
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+}  // namespace gk

@@ -1,0 +1,186 @@
+"""The dispatcher is PyTorch's own: one slot per (op, device key). This module only fills, pushes, pops and names slots.
+
+| slot of gpt_kernels::<op>     | filled by                                                            |
+|-------------------------------|----------------------------------------------------------------------|
+| CompositeExplicitAutograd     | the Python reference: fake tensors, and every slot without a kernel  |
+| CPU                           | csrc/cpu/<op>.cpp, when the compiled library is there                |
+| CUDA                          | a GPU backend, when one is there                                     |
+
+`use_backend(name)` pushes one backend's kernels over the slots and pops them again; `where(op)` says what is in each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+NAMESPACE = "gpt_kernels"
+BACKENDS = ("reference", "cpu")
+ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass
+class _Op:
+    reference: Callable
+    kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # backend -> (device key, function)
+
+
+_ops: dict[str, _Op] = {}
+_pushed: list[tuple[str, frozenset[str]]] = []  # (backend, ops), innermost last
+
+
+def define(schema: str, reference: Callable):
+    """Define an op from its schema and fill every slot with its reference; returns the callable op.
+
+    The reference is the specification: it serves fake tensors (so shapes, dtypes and strides of the outputs are
+    written once) and any device that has no kernel.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _ops[name] = _Op(reference)
+    handle = _native_kernel(name, "CPU")
+    if handle is not None:
+        _ops[name].kernels["cpu"] = ("CPU", handle)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def ops() -> list[str]:
+    """Names of all ops, in order of definition."""
+    return list(_ops)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, *only: str) -> Iterator[None]:
+    """Run `backend`'s kernels ("reference", "cpu") for all ops, or for the ops named, inside the block.
+
+    Slots belong to the process, not to a thread. Raises ValueError for an unknown backend or op, RuntimeError when
+    the backend has no kernel for an op that was asked for: nothing is served by another backend in silence.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"use_backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+    unknown = [name for name in only if name not in _ops]
+    if unknown:
+        raise ValueError(f"use_backend: unknown op {unknown[0]!r}, expected one of {', '.join(_ops)}")
+    chosen = only or tuple(_ops)
+    pushed = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
+            for name in chosen:
+                for key, function in _slots(name, backend):
+                    pushed.impl(name, function, key)
+        _pushed.append((backend, frozenset(chosen)))
+        try:
+            yield
+        finally:
+            _pushed.pop()
+    finally:
+        pushed._destroy()
+
+
+def _slots(name: str, backend: str) -> list[tuple[str, Callable]]:
+    if backend == "reference":
+        return [("CPU", _ops[name].reference), ("CUDA", _ops[name].reference)]
+    if backend not in _ops[name].kernels:
+        raise RuntimeError(f"use_backend: backend {backend!r} has no kernel for {name}: {_absence(name, backend)}")
+    return [_ops[name].kernels[backend]]
+
+
+def where(op: str) -> dict[str, str]:
+    """Which backend serves each device for `op` now, with the reason: {"CPU": "cpu (...)", "CUDA": "reference (...)"}."""
+    if op not in _ops:
+        raise ValueError(f"where: unknown op {op!r}, expected one of {', '.join(_ops)}")
+    answer = {}
+    for key, native in (("CPU", "cpu"), ("CUDA", None)):
+        for backend, names in reversed(_pushed):
+            if op in names and key in dict(_slots(op, backend)):
+                answer[key] = f"{backend} (pushed by use_backend)"
+                break
+        else:
+            if native in _ops[op].kernels:
+                answer[key] = f"{native} (C++ kernel, {isa()})"
+            else:
+                answer[key] = f"reference ({_absence(op, native or 'cuda')})"
+    return answer
+
+
+def _absence(name: str, backend: str) -> str:
+    if backend == "cpu":
+        return library_error or f"the compiled library has no {name}"
+    return "no GPU kernels in this version"
+
+
+# ---- the compiled library ----
+
+
+def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
+    path = pathlib.Path(__file__).with_name("_cpu.so")
+    if not path.exists():
+        return None, "the C++ kernels were not built: install with a C++ compiler present and GPT_KERNELS_BUILD unset"
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the C++ kernels could not be loaded under torch {torch.__version__}: {error}"
+    for function in ("isa", "best_isa", "compiler"):
+        getattr(library, f"gpt_kernels_{function}").restype = ctypes.c_char_p
+    library.gpt_kernels_torch_target.restype = ctypes.c_int64
+    return library, None
+
+
+def _native_kernel(name: str, key: str) -> Callable | None:
+    qualified = f"{NAMESPACE}::{name}"
+    if library is None or not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+        return None
+    # the handle stays valid while other kernels are pushed over the slot
+    handle = torch.library.get_kernel(qualified, key)
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return lambda *args: handle.call_boxed(keyset, *args)
+
+
+def isa() -> str | None:
+    """The instruction set that the CPU kernels use now ("base", "avx2", "avx512", "avx512_bf16"); None if not built."""
+    return library.gpt_kernels_isa().decode() if library else None
+
+
+def best_isa() -> str | None:
+    """The best instruction set that both this CPU and the compiled kernels have; None if not built."""
+    return library.gpt_kernels_best_isa().decode() if library else None
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in the whole process; the environment's GPT_KERNELS_ISA does it at import."""
+    if library is None:
+        raise RuntimeError(f"set_isa: {library_error}")
+    status = library.gpt_kernels_set_isa(name.encode())
+    if status == 1:
+        raise ValueError(f"set_isa: unknown instruction set {name!r}, expected one of {', '.join(ISA_LEVELS)}")
+    if status == 2:
+        raise ValueError(f"set_isa: this CPU has no {name}, its best is {best_isa()}")
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels compiled for instruction set `name` inside the block."""
+    before = isa()
+    set_isa(name)
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_isa(before)
+
+
+library, library_error = _load_library()
+if library is not None and os.environ.get("GPT_KERNELS_ISA"):
+    set_isa(os.environ["GPT_KERNELS_ISA"])

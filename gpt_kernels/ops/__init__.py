@@ -1,0 +1,1 @@
+"""One home file per op: formula, schema, reference, autograd, public function."""

@@ -1,0 +1,21 @@
+"""What the home files share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of statistics and accumulators: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., N) as (M, N), also when there are no elements."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Is there anything to differentiate? Without it an op skips autograd.Function, which costs microseconds."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

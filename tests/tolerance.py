@@ -1,0 +1,57 @@
+"""The one tolerance rule. A kernel may be at most a little worse than plain PyTorch in the same dtype, both against fp64.
+
+    |actual - truth| <= factor * max|eager - truth| + floor        for every element
+    floor = 2 * max|(truth + 0.3) - 0.3 - truth| in actual's dtype    (two roundings; exact cases have no eager error)
+
+and every row's cosine with the truth is close to 1, so that one bad row cannot hide behind a global maximum,
+and NaN and inf stand in the same places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FORWARD, WEIGHT_GRADIENT, INPUT_GRADIENT = 1.5, 2.0, 3.0
+# 1 - cosine of a row: a few roundings of that dtype, squared, with room for short rows
+COSINE = {torch.float64: 1e-13, torch.float32: 1e-9, torch.float16: 1e-5, torch.bfloat16: 1e-3}
+
+
+def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
+    finite = truth[torch.isfinite(truth)].to(dtype)
+    return 2 * ((finite + 0.3) - 0.3 - finite).abs().max().double().item() if finite.numel() else 0.0
+
+
+def assert_close_to_truth(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD, name: str = "output") -> None:
+    """actual: a kernel's result; eager: plain PyTorch's in the same dtype; truth: the same computed in float64."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
+    a, t, e = actual.detach().double(), truth.detach(), eager.detach().double()
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        # float16 may overflow where float64 does not: eager then shows the inf too
+        assert torch.equal(test(a), test(t) | test(e)), f"{name}: {kind} in other places than the truth has them"
+    ok = torch.isfinite(a) & torch.isfinite(t) & torch.isfinite(e)
+    if not ok.any():
+        return
+    a, t, e = (torch.where(ok, x, 0.0) for x in (a, t, e))
+    error, allowed = (a - t).abs(), factor * (e - t).abs().max().item() + floor_of(t, actual.dtype)
+    worst = error.max().item()
+    if worst > allowed:
+        where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(
+            f"{name}: error {worst:.3e} at {where} (got {a[where].item():.6g}, truth {t[where].item():.6g}), "
+            f"allowed {allowed:.3e} = {factor} x eager's {(e - t).abs().max().item():.3e} + floor {floor_of(t, actual.dtype):.3e}"
+        )
+    _assert_rows_align(a, t, actual.dtype, allowed, name)
+
+
+def _assert_rows_align(a: Tensor, t: Tensor, dtype: torch.dtype, allowed: float, name: str) -> None:
+    if a.dim() == 0 or a.shape[-1] < 2:
+        return
+    a, t = a.reshape(-1, a.shape[-1]), t.reshape(-1, t.shape[-1])
+    norms = a.norm(dim=1) * t.norm(dim=1)
+    # rows so small that the allowed error is a large part of them say nothing about their direction
+    large = t.norm(dim=1) > 30 * allowed * t.shape[1] ** 0.5
+    if large.any():
+        deviation = (1 - (a * t).sum(1)[large] / norms[large]).max().item()
+        assert deviation <= COSINE[dtype], f"{name}: a row's cosine is off by {deviation:.3e}, allowed {COSINE[dtype]:.0e}"
