@@ -43,4 +43,10 @@ struct AttentionArgs {
   }
 };
 
+// where the gradient of an additive bias goes: contiguous, in the bias's dtype and shape
+struct BiasGradient {
+  void* data;
+  int64_t size[4];
+};
+
 }  // namespace gk

@@ -223,6 +223,8 @@ GK_INLINE void interleave(vu a, vu b, vu& first, vu& second) {
 #ifdef GK_BF16_DOT
 // acc + a.low * b.low + a.high * b.high over pairs of bf16
 GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+// one float vector to bf16, each in the low half of 32 bits
+GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 // two float vectors to 32 bf16 in order
 GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #endif
