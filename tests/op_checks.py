@@ -23,49 +23,47 @@ def is_float(arg) -> bool:
 
 
 def leaves(args, dtype: torch.dtype | None = None) -> list:
-    """args with every floating tensor as a fresh leaf that wants a gradient, in `dtype` where one is given; strides are kept."""
+    """args with every floating tensor as a fresh leaf that wants a gradient, in `dtype` where given; strides are kept."""
     return [a.detach().to(dtype or a.dtype).requires_grad_() if is_float(a) else a for a in args]
 
 
-def forward_backward(fn, args, dy: Tensor | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
-    """fn(*args) and the gradients of the floating args for the output gradient dy (all ones where none is given)."""
+def forward_backward(fn, args, dy: Tensor | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """[fn(*args), the gradient of every floating arg] for the output gradient dy (all ones where none is given)."""
     args = leaves(args, dtype)
     y = fn(*args)
     dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
     grads = torch.autograd.grad(y, [a for a in args if is_float(a)], dy, allow_unused=True, materialize_grads=True)
-    return y.detach(), list(grads)
+    return [y.detach(), *grads]
 
 
-def assert_same(actual, expected, what: str) -> None:
-    """Bit for bit, NaN equal to NaN, over (output, gradients)."""
-    for name, a, e in zip(
-        ["output", *(f"gradient {i}" for i in range(9))], [actual[0], *actual[1]], [expected[0], *expected[1]]
-    ):
-        assert a.dtype == e.dtype and a.shape == e.shape, f"{what}: {name} is {a.dtype} {a.shape}, expected {e.dtype} {e.shape}"
-        assert torch.allclose(a, e, rtol=0, atol=0, equal_nan=True), f"{what}: {name} differs by {(a - e).abs().max():.3e}"
+def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
+    """Bit for bit (NaN equal to NaN) over two results of forward_backward."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape), f"{what}: result {i} is {a.dtype} {a.shape}, not {e.dtype} {e.shape}"
+        assert torch.allclose(a, e, rtol=0, atol=0, equal_nan=True), f"{what}: result {i} differs by {(a - e).abs().max():.3e}"
 
 
 def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "") -> None:
     """Output and gradients against eager in float64, within tolerance.py's multiple of eager's own error in args' dtype."""
-    with torch.no_grad():
-        shape = fn(*args).shape
-    dy = torch.randn(shape) if dy is None else dy
+    if dy is None:
+        with torch.no_grad():
+            dy = torch.randn(fn(*args).shape)
     dy = dy.to(next(a.dtype for a in args if is_float(a)))
-    y, grads = forward_backward(fn, args, dy)
-    eager_y, eager_grads = forward_backward(eager, args, dy)
-    true_y, true_grads = forward_backward(eager, args, dy, torch.float64)
-    assert y.dtype == dy.dtype, f"{name}: output dtype {y.dtype}, expected {dy.dtype}"
-    if dy.dtype == torch.float64:  # no wider truth to measure eager's own error with
-        for a, t in zip([y, *grads], [true_y, *true_grads]):
-            torch.testing.assert_close(a, t, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda m: f"{name}: {m}")
-        return
-    assert_close_to_truth(y, true_y, eager_y, FORWARD, f"{name} output")
-    for i, (g, t, e) in enumerate(zip(grads, true_grads, eager_grads)):
-        assert_close_to_truth(g, t, e, WEIGHT_GRADIENT if i else INPUT_GRADIENT, f"{name} gradient {i}")
+    actual, same_dtype, truth = (
+        forward_backward(f, args, dy, dtype) for f, dtype in ((fn, None), (eager, None), (eager, torch.float64))
+    )
+    assert actual[0].dtype == dy.dtype, f"{name}: output dtype {actual[0].dtype}, expected {dy.dtype}"
+    for i, (a, e, t) in enumerate(zip(actual, same_dtype, truth, strict=True)):
+        what = f"{name} {f'gradient {i - 1}' if i else 'output'}"
+        if dy.dtype == torch.float64:  # no wider truth to measure eager's own error with
+            torch.testing.assert_close(a, t, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda m, what=what: f"{what}: {m}")
+        else:
+            assert_close_to_truth(a, t, e, (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)[min(i, 2)], what)
 
 
 def check_opcheck(op, args) -> None:
-    """Schema (no aliasing, no mutation), fake tensors (shapes, dtypes, strides), aot dispatch. op: torch.ops.gpt_kernels.<op>.default"""
+    """Of torch.ops.gpt_kernels.<op>.default: the schema tells of no alias or mutation that is not there, fake tensors have
+    the outputs' shapes, dtypes and strides, aot dispatch with dynamic shapes agrees."""
     torch.library.opcheck(op, tuple(args))
 
 
@@ -96,7 +94,7 @@ def check_threads(fn, args) -> None:
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """Values of x (two or more dimensions) in memory of every kind; only `expanded` and `strided` change the values."""
+    """x (two or more dimensions) in memory of every kind; the expanded ones repeat its first row or column instead."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), float("nan"), dtype=x.dtype)
     wide[..., 2:-3] = x
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
@@ -112,33 +110,30 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 def check_layouts(fn, args, which: int = 0) -> None:
-    """args[which] in every layout gives the bits of its contiguous copy; so does an output gradient of stride 0 (a sum)."""
+    """args[which] in every layout gives the bits of its contiguous copy; so does an output gradient of stride 0 (a sum's)."""
     for name, x in layouts(args[which]).items():
-        given, copy_ = list(args), list(args)
-        given[which], copy_[which] = x, x.contiguous().clone()
-        y, grads = forward_backward(fn, given)
-        assert_same((y, grads), forward_backward(fn, copy_), name)
-        args_ = leaves(given)
-        summed = torch.autograd.grad(fn(*args_).sum(), [a for a in args_ if is_float(a)])
-        assert_same((y, summed), (y, grads), f"{name}, sum()")
+        given, copied = list(args), list(args)
+        given[which], copied[which] = x, x.contiguous().clone()
+        expected = forward_backward(fn, copied)
+        assert_same(forward_backward(fn, given), expected, name)
+        given = leaves(given)
+        gradients = torch.autograd.grad(fn(*given).sum(), [a for a in given if is_float(a)])
+        assert_same([*gradients], expected[1:], f"{name}, sum()")
 
 
 def check_empty(fn, args) -> None:
-    """No elements: an empty result of the right shape and gradients without a NaN (zeros for the parameters)."""
-    y, grads = forward_backward(fn, args)
+    """No elements: an empty result like args[0], and zero gradients (not NaN) for parameters."""
+    y, *grads = forward_backward(fn, args)
     assert y.numel() == 0 and y.shape == args[0].shape
-    for a, g in zip(filter(is_float, args), grads):
+    for a, g in zip(filter(is_float, args), grads, strict=True):
         assert g.shape == a.shape and torch.equal(g, torch.zeros_like(a))
 
 
-def check_same_specials(fn, eager, args) -> None:
-    """NaN, +inf and -inf in the places where eager has them, in the output and in every gradient."""
-    ours, theirs = forward_backward(fn, args), forward_backward(eager, args)
-    for i, (a, e) in enumerate(zip([ours[0], *ours[1]], [theirs[0], *theirs[1]])):
+def check_specials(fn, eager, args) -> None:
+    """NaN, +inf and -inf stand where eager has them, in the output and in every gradient."""
+    for i, (a, e) in enumerate(zip(forward_backward(fn, args), forward_backward(eager, args), strict=True)):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(kind(a), kind(e)), (
-                f"{kind.__name__} in other places, {'output' if i == 0 else f'gradient {i - 1}'}"
-            )
+            assert torch.equal(kind(a), kind(e)), f"result {i}: {kind.__name__} in other places than eager has it"
 
 
 def check_raises(call, error: type[Exception], message: str) -> None:
