@@ -68,10 +68,19 @@ def _dropout_factor(rng_state, dropout_p, s):
     return (philox_uint16(rng_state, *s.shape) >= threshold).to(s.dtype) / (1.0 - threshold / 65536.0)
 
 
+def _for_query_heads(t: Tensor, H: int) -> Tensor:
+    """(B, Hk, T, D) as (B, H, T, D): each key head repeated for its group of query heads."""
+    Hk = t.shape[1]
+    if Hk == H:
+        return t
+    torch._check(Hk * (H // Hk) == H, lambda: f"attention: q's {H} heads must be a multiple of k's {Hk} heads")
+    return t.repeat_interleave(H // Hk, 1)
+
+
 def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right):
     """All score steps, (B, H, Tq, Tk), and the capped scores before bias and masks (for the derivative of softcap)."""
     acc = stat_dtype(q.dtype)
-    s = (q.to(acc) @ k.to(acc).repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * scale
+    s = (q.to(acc) @ _for_query_heads(k.to(acc), q.shape[1]).mT) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     capped = s
@@ -105,7 +114,7 @@ def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropou
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
     p = _probabilities(s, lse) * _dropout_factor(rng_state, dropout_p, s)
-    o = p @ v.to(s.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+    o = p @ _for_query_heads(v.to(s.dtype), q.shape[1])
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
 
@@ -117,13 +126,13 @@ def reference_bwd(
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
-    dp = dof @ v.to(s.dtype).repeat_interleave(group, 1).mT
+    dp = dof @ _for_query_heads(v.to(s.dtype), q.shape[1]).mT
     ds = p * (dp * keep - delta)
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
     if softcap > 0:
         ds = ds * (1 - (capped / softcap) ** 2)
     ds = ds * scale
-    dq, dk = ds @ k.to(s.dtype).repeat_interleave(group, 1), ds.mT @ q.to(s.dtype)
+    dq, dk = ds @ _for_query_heads(k.to(s.dtype), q.shape[1]), ds.mT @ q.to(s.dtype)
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
     dq, dk, dv = (_empty_as(t, t.shape).copy_(g) for t, g in ((q, dq), (k, dk), (v, dv)))
     return dq, dk, dv, dbias
