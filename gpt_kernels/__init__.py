@@ -7,5 +7,6 @@ from .ops.attention import (
     flash_attn_qkvpacked_func,
     scaled_dot_product_attention,
 )
+from .ops.dropout import dropout
 from .ops.layer_norm import layer_norm
 from .version import __version__

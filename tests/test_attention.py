@@ -25,7 +25,8 @@ from tolerance import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 import gpt_kernels
 from gpt_kernels import use_backend, use_isa
 from gpt_kernels.ops import attention as module
-from gpt_kernels.ops.attention import attention, dropout_threshold, philox_uint16
+from gpt_kernels.ops.attention import attention
+from gpt_kernels.ops.philox import dropout_threshold, philox_uint16
 
 RNG = torch.tensor([-1234567890123456789, 42])
 INF = float("inf")
