@@ -8,5 +8,8 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.dropout import dropout
+from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 from .version import __version__
