@@ -1,6 +1,11 @@
 """Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
 
 from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
+from .ops.attention import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    scaled_dot_product_attention,
+)
 from .ops.layer_norm import layer_norm
-
 from .version import __version__
