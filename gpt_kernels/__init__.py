@@ -7,5 +7,6 @@ from .ops.attention import (
     flash_attn_qkvpacked_func,
     scaled_dot_product_attention,
 )
+from .ops.cross_entropy import cross_entropy
 from .ops.layer_norm import layer_norm
 from .version import __version__
