@@ -206,7 +206,11 @@ def environment() -> dict[str, object]:
         cpu = platform.processor() or platform.machine()
     env = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": gpt_kernels.isa()}
     env |= {"torch": torch.__version__, "python": platform.python_version(), "gpt_kernels": gpt_kernels.__version__}
-    return env | {"commit": commit(), "load": os.getloadavg()[0], "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"}
+    return env | {
+        "commit": commit(),
+        "load": os.getloadavg()[0],
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+    }
 
 
 # ---- a row, a table, a run ----

@@ -1,10 +1,11 @@
 // cross_entropy on the CPU. Formula, shapes and gradients: gpt_kernels/ops/cross_entropy.py.
 //
 // A row is cut into segments of 4096 classes, which stay in L1 between the pass for the maximum and the pass for the sum;
-// the segments' results are joined in order. Segments of all rows are spread over the threads, so one row of a large
-// vocabulary keeps every thread busy and the bits depend on nothing but the shape.
+// the segments' results are joined in order. Threads share out rows or, where these are few, segments, so that one row of a
+// large vocabulary keeps every thread busy; either way the bits depend on nothing but the shape.
 #ifndef GK_TARGET
 
+#include <memory>
 #include <vector>
 
 #include "launch.h"
@@ -82,75 +83,120 @@ static int64_t check_cross_entropy(const char* op, const Tensor& logits, const T
   return kept;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, const Tensor& target, int64_t ignore_index,
-                                                                int64_t reduction, double label_smoothing, double lse_square_scale,
-                                                                double logit_softcap) {
+static int64_t segments_of(int64_t V) { return std::max<int64_t>(1, (V + SEGMENT - 1) / SEGMENT); }
+
+static Tensor new_contiguous(const Tensor& like, int64_t dims, ScalarType dtype) {  // of the first `dims` sizes of like
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < dims; d++) shape.push_back(like.size(d));
+  return new_tensor(like, {shape.data(), shape.size()}, dtype);
+}
+
+// dlogits is that of dloss = 1, empty unless asked for and reduction is not "none": a row's second use comes from cache.
+static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, const Tensor& target,
+                                                                        int64_t ignore_index, int64_t reduction,
+                                                                        double label_smoothing, double lse_square_scale,
+                                                                        double logit_softcap, bool with_grad) {
   const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
   const int64_t kept = check_cross_entropy("cross_entropy_fwd", logits, target, o);
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = std::max<int64_t>(1, (V + SEGMENT - 1) / SEGMENT);
+  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
   const ScalarType stat = stat_dtype(logits.scalar_type());
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < target.dim() && reduction == 0; d++) shape.push_back(target.size(d));
-  Tensor loss = new_tensor(logits, {shape.data(), shape.size()}, stat), z_loss = new_like(loss);
-  Tensor lse = new_tensor(logits, {2, M}, stat), partial = new_tensor(logits, {M, segments, 3}, stat);
-  // the loss of each row, before the reduction
-  Tensor rows = reduction == 0 ? loss : new_tensor(logits, {M}, stat), z_rows = reduction == 0 ? z_loss : new_tensor(logits, {M}, stat);
+  with_grad = with_grad && reduction != 0;
+  Tensor loss = new_contiguous(target, reduction == 0 ? target.dim() : 0, stat), z_loss = new_like(loss);
+  Tensor lse = new_tensor(logits, {2, M}, stat);
+  Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
 
   with_dtype(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using C = compute_t<T>;
     const auto segment = GK_BEST(cross_entropy_segment<T>);
     const auto join = GK_BEST(cross_entropy_join<T>);
+    const auto grad = GK_BEST(cross_entropy_grad<T>);
     const RowOffsets offset(logits);
+    // per segment its maximum, sum and distance; then, for a reduction, each row's loss and z-loss
+    const std::unique_ptr<C[]> scratch(new C[M * segments * 3 + 2 * M]);
+    const bool each = reduction == 0;
+    C *parts = scratch.get(), *rows = each ? (C*)loss.mutable_data_ptr() : parts + M * segments * 3;
+    C *z_rows = each ? (C*)z_loss.mutable_data_ptr() : rows + M, *row_max = (C*)lse.mutable_data_ptr(), *log_sum = row_max + M;
     const T* x = (const T*)logits.const_data_ptr();
+    T* dx = (T*)dlogits.mutable_data_ptr();
     const int64_t* t = (const int64_t*)target.const_data_ptr();
-    C *pp = (C*)partial.mutable_data_ptr(), *lp = (C*)lse.mutable_data_ptr();
-    C *rp = (C*)rows.mutable_data_ptr(), *zp = (C*)z_rows.mutable_data_ptr();
-    parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; i++) {
-        const int64_t m = i / segments, begin = i % segments * SEGMENT;
-        if (t[m] != ignore_index) segment(pp + 3 * i, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
-      }
-    });
-    parallel_for(0, M, row_grain(8 * segments), [&](int64_t m0, int64_t m1) {
-      for (int64_t m = m0; m < m1; m++) {
-        if (t[m] != ignore_index) join(rp + m, zp + m, lp + m, lp + M + m, pp + 3 * m * segments, x + offset(m) + t[m], segments, V, o);
-        else rp[m] = zp[m] = lp[m] = lp[M + m] = 0;
-      }
-    });
-    if (reduction == 0) return;
+    const C g = reduction == 1 ? (C)1 / kept : 1;
+
+    const auto read = [&](int64_t m, int64_t s) {
+      const int64_t begin = s * SEGMENT;
+      if (t[m] != ignore_index) segment(parts + (m * segments + s) * 3, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
+    };
+    const auto finish = [&](int64_t m) {
+      if (t[m] == ignore_index) rows[m] = z_rows[m] = row_max[m] = log_sum[m] = 0;
+      else join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * 3, x + offset(m) + t[m], segments, V, o);
+    };
+    const auto write = [&](int64_t m, int64_t s) {
+      const int64_t begin = s * SEGMENT, n = std::min(V - begin, SEGMENT);
+      if (t[m] == ignore_index) std::memset(dx + m * V + begin, 0, n * sizeof(T));
+      else grad(dx + m * V + begin, x + offset(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], g, V, o);
+    };
+    // the same arithmetic whichever way the work is cut, and so the same bits
+    if (M >= 4 * get_num_threads()) {
+      parallel_for(0, M, row_grain(V), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++) {
+          for (int64_t s = 0; s < segments; s++) read(m, s);
+          finish(m);
+          for (int64_t s = 0; s < segments && with_grad; s++) write(m, s);
+        }
+      });
+    } else {
+      const auto each_segment = [&](const auto& body) {
+        parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
+          for (int64_t i = i0; i < i1; i++) body(i / segments, i % segments);
+        });
+      };
+      each_segment(read);
+      for (int64_t m = 0; m < M; m++) finish(m);
+      if (with_grad) each_segment(write);
+    }
+    if (each) return;
     double sum = 0, z_sum = 0;
-    for (int64_t m = 0; m < M; m++) sum += rp[m], z_sum += zp[m];
-    const double count = reduction == 1 ? kept : 1;  // mean of nothing is nan, as in torch
+    for (int64_t m = 0; m < M; m++) sum += rows[m], z_sum += z_rows[m];
+    const double count = reduction == 1 ? kept : 1;  // the mean of nothing is nan, as in torch
     *(C*)loss.mutable_data_ptr() = sum / count, *(C*)z_loss.mutable_data_ptr() = z_sum / count;
   });
-  return {loss, z_loss, lse};
+  return {loss, z_loss, lse, dlogits};
 }
 
-static void cross_entropy_bwd(const char* op, const Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& target,
-                              const Tensor& lse, int64_t kept, const CrossEntropyOptions& o) {
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = std::max<int64_t>(1, (V + SEGMENT - 1) / SEGMENT);
+// dlogits may be logits itself
+static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
+                                      int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
+                                      double logit_softcap, const Tensor& dlogits) {
+  const char* op = "cross_entropy_bwd";
+  const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
+  const int64_t kept = check_cross_entropy(op, logits, target, o);
+  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
   const ScalarType stat = stat_dtype(logits.scalar_type());
   check_cpu(op, "dloss", dloss), check_dtype(op, "dloss", dloss, stat), check_contiguous(op, "dloss", dloss);
-  GK_CHECK(dloss.numel() == (o.reduction == 0 ? M : 1), op, ": dloss must have ", o.reduction == 0 ? M : 1, " elements, got ", dloss.numel());
+  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ", dloss.numel());
   check_cpu(op, "lse", lse), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
   GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ", shape_text(lse));
+  check_cpu(op, "dlogits", dlogits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
+  check_same_shape(op, "dlogits", dlogits, "logits", logits);
+  const RowOffsets from(logits), to(dlogits);
+  GK_CHECK(M * V == 0 || ((V == 1 || dlogits.stride(dlogits.dim() - 1) == 1) && to.disjoint(V)), op,
+           ": dlogits must have a contiguous last dimension and rows that do not overlap in memory");
 
   with_dtype(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using C = compute_t<T>;
     const auto grad = GK_BEST(cross_entropy_grad<T>);
-    const RowOffsets from(logits), to(dlogits);
     const T* x = (const T*)logits.const_data_ptr();
-    T* dx = (T*)const_cast<void*>(dlogits.const_data_ptr());
+    T* dx = (T*)dlogits.mutable_data_ptr();
     const int64_t* t = (const int64_t*)target.const_data_ptr();
-    const C *lp = (const C*)lse.const_data_ptr(), *gp = (const C*)dloss.const_data_ptr();
+    const C *row_max = (const C*)lse.const_data_ptr(), *log_sum = row_max + M, *g = (const C*)dloss.const_data_ptr();
     parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; i++) {
         const int64_t m = i / segments, begin = i % segments * SEGMENT, n = std::min(V - begin, SEGMENT);
         T* out = dx + to(m) + begin;
-        if (t[m] == o.ignore_index) std::memset(out, 0, n * sizeof(T));
-        else grad(out, x + from(m) + begin, n, t[m] - begin, lp[m], lp[M + m], o.reduction == 0 ? gp[m] : o.reduction == 1 ? gp[0] / kept : gp[0], V, o);
+        const C scale = reduction == 0 ? g[m] : reduction == 1 ? g[0] / kept : g[0];
+        if (t[m] == ignore_index) std::memset(out, 0, n * sizeof(T));
+        else grad(out, x + from(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], scale, V, o);
       }
     });
   });
@@ -159,31 +205,16 @@ static void cross_entropy_bwd(const char* op, const Tensor& dlogits, const Tenso
 static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
                                     int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
                                     double logit_softcap) {
-  const char* op = "cross_entropy_bwd";
-  const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
-  const int64_t kept = check_cross_entropy(op, logits, target, o);
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < logits.dim(); d++) shape.push_back(logits.size(d));
-  Tensor dlogits = new_tensor(logits, {shape.data(), shape.size()}, logits.scalar_type());
-  cross_entropy_bwd(op, dlogits, dloss, logits, target, lse, kept, o);
+  check_cpu("cross_entropy_bwd", "logits", logits);
+  Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
+  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, dlogits);
   return dlogits;
-}
-
-static void cross_entropy_bwd_inplace_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
-                                          int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
-                                          double logit_softcap) {
-  const char* op = "cross_entropy_bwd_";
-  const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
-  const int64_t kept = check_cross_entropy(op, logits, target, o);
-  GK_CHECK(logits.numel() == 0 || RowOffsets(logits).disjoint(logits.size(logits.dim() - 1)), op,
-           ": rows of logits overlap in memory, the gradient cannot be written over them");
-  cross_entropy_bwd(op, logits, dloss, logits, target, lse, kept, o);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cpu));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd_cpu));
-  m.impl("cross_entropy_bwd_", TORCH_BOX(&cross_entropy_bwd_inplace_cpu));
+  m.impl("cross_entropy_bwd_out", TORCH_BOX(&cross_entropy_bwd_out_cpu));
 }
 
 }  // namespace gk

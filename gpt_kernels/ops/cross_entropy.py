@@ -7,7 +7,9 @@
 logits: (..., V) in float32, bfloat16, float16 or float64, last dimension contiguous, the others of any stride.
 target: (...) int64. loss, z_loss: (...) for "none", () else, in float32 (float64 for float64 logits). lse: (2, rows), the
 row's maximum and log sum_v exp(x_v - maximum): one float would lose the last bits of the probabilities of large logits.
-Beyond the gradient nothing of logits' size is made. Sources: label smoothing arXiv 1512.00567, z-loss 2204.02311,
+Beyond the gradient nothing of logits' size is made. Where autograd is on, forward makes the gradient for dloss = 1 while a
+row is in cache, which saves one reading of the logits; backward hands it out, or for another dloss fills the same memory
+anew from lse. Sources: label smoothing arXiv 1512.00567, z-loss 2204.02311,
 soft cap 2408.00118; flash-attn's cross_entropy_loss for the names.
 """
 
@@ -41,7 +43,7 @@ def _check_target(op, target, ignore_index, V):
         )
 
 
-def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap):
+def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, with_grad):
     V = logits.shape[-1]
     _check_target("cross_entropy_fwd", target, ignore_index, V)
     x, t = _capped(logits, logit_softcap), target.reshape(-1)
@@ -56,9 +58,11 @@ def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_
     loss = torch.where(keep, loss, 0) + z_loss
     lse = torch.where(keep, torch.stack((top, log_sum)), 0)  # (2, M)
     if reduction == 0:
-        return loss.reshape(target.shape), z_loss.reshape(target.shape), lse
+        return loss.reshape(target.shape), z_loss.reshape(target.shape), lse, logits.new_empty(0)
     count = keep.sum() if reduction == 1 else 1
-    return loss.sum() / count, z_loss.sum() / count, lse
+    options = (ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap)
+    dlogits = reference_bwd(loss.new_ones(()), logits, target, lse, *options) if with_grad else logits.new_empty(0)
+    return loss.sum() / count, z_loss.sum() / count, lse, dlogits
 
 
 def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap):
@@ -75,36 +79,52 @@ def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smo
     return torch.where(keep[:, None], dx, 0).to(logits.dtype).reshape(logits.shape)
 
 
-def reference_bwd_(dloss, logits, *rest):
-    logits.copy_(reference_bwd(dloss, logits, *rest))
+def reference_bwd_out(*args):
+    args[-1].copy_(reference_bwd(*args[:-1]))
 
 
 _options = "int ignore_index, int reduction, float label_smoothing, float lse_square_scale, float logit_softcap"
-fwd = define(f"cross_entropy_fwd(Tensor logits, Tensor target, {_options}) -> (Tensor loss, Tensor z_loss, Tensor lse)", reference_fwd)
-bwd = define(f"cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, {_options}) -> Tensor dlogits", reference_bwd)
-# the gradient written over the logits
-bwd_ = define(f"cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse, {_options}) -> ()", reference_bwd_)
+_saved = "Tensor dloss, Tensor logits, Tensor target, Tensor lse"
+# with_grad: dlogits for dloss = 1 comes in the same sweep (not for reduction "none"), else it is empty
+fwd = define(
+    f"cross_entropy_fwd(Tensor logits, Tensor target, {_options}, bool with_grad)"
+    " -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor dlogits)",
+    reference_fwd,
+)
+bwd = define(f"cross_entropy_bwd({_saved}, {_options}) -> Tensor dlogits", reference_bwd)
+# into a tensor that is there, which may be the logits
+bwd_out = define(f"cross_entropy_bwd_out({_saved}, {_options}, Tensor(a!) dlogits) -> ()", reference_bwd_out)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, options, inplace_backward):
-        loss, z_loss, lse = fwd(logits, target, *options)
+        # a compiled graph reuses buffers by itself, may not change its inputs in backward and cannot look at dloss
+        ctx.inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+        with_grad = logits.is_cpu and not inplace_backward and not torch.compiler.is_compiling()
+        loss, z_loss, lse, dlogits = fwd(logits, target, *options, with_grad)
         ctx.save_for_backward(logits, target, lse)
-        ctx.options, ctx.inplace_backward = options, inplace_backward
+        ctx.options, ctx.dlogits = options, dlogits if with_grad and options[1] else None
         ctx.mark_non_differentiable(z_loss)
         return loss, z_loss
 
     @staticmethod
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
-        dloss = dloss.contiguous()
-        # a compiled graph reuses buffers by itself and may not have its inputs changed in backward
-        if not ctx.inplace_backward or torch.compiler.is_compiling():
-            return bwd(dloss, logits, target, lse, *ctx.options), None, None, None
-        dlogits = logits.detach()
-        bwd_(dloss, dlogits, target, lse, *ctx.options)
-        torch.autograd.graph.increment_version(dlogits)  # whoever still needs the logits gets autograd's error
+        saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
+        if torch.compiler.is_compiling():
+            return bwd(*saved), None, None, None
+        if ctx.inplace_backward:
+            dlogits = logits.detach()
+            bwd_out(*saved, dlogits)
+            torch.autograd.graph.increment_version(dlogits)  # whoever still needs the logits gets autograd's error
+            return dlogits, None, None, None
+        # the gradient made in forward is handed out once; a second backward (retain_graph) makes its own
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is None:
+            return bwd(*saved), None, None, None
+        if dloss.item() != 1:
+            bwd_out(*saved, dlogits)
         return dlogits, None, None, None
 
 
@@ -146,7 +166,7 @@ def cross_entropy(
     if needs_grad:
         loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
     else:
-        loss, z_loss, _ = fwd(logits, target.contiguous(), *options)
+        loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)
     return (loss, z_loss) if return_z_loss else loss
 
 
