@@ -9,6 +9,7 @@ from .ops.attention import (
 )
 from .ops.dropout import dropout
 from .ops.gelu import gelu
+from .ops.cross_entropy import cross_entropy
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
