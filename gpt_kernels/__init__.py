@@ -1,6 +1,7 @@
 """Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
 
 from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
+from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .ops.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -8,4 +9,6 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.layer_norm import layer_norm
+from .patch import Plan, patch, patched, unpatch
+from .verify import verify
 from .version import __version__
