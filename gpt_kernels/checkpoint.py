@@ -136,7 +136,7 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     model.load_state_dict(tensors, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
-    return model
+    return model.eval()
 
 
 class _Slice:
@@ -184,10 +184,12 @@ def _open_safetensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict
             if pathlib.Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"from_pretrained: {index} names the file {file!r}, expected a .safetensors beside it")
     tensors: dict[str, _Slice] = {}
-    for name in sorted(set(wanted.values())) if wanted is not None else [single.name]:
+    names = sorted(set(wanted.values())) if wanted is not None else [single.name]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"from_pretrained: {folder / name} does not exist")
+    for name in names:
         path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"from_pretrained: {path} does not exist")
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:

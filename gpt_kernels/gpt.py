@@ -379,18 +379,21 @@ class GPT(nn.Module):
 
     @classmethod
     def from_hf(cls, model: nn.Module, **overrides) -> GPT:
-        """A copy of transformers' GPT2LMHeadModel or GPT2Model. overrides: GPTConfig fields, such as dropout=0.0."""
+        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: GPTConfig fields, such as dropout=0.0."""
         from . import checkpoint
 
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            raise TypeError(f"from_hf: expected a transformers model, got {type(model).__name__}")
         config = checkpoint.config_from_hf(model.config.to_dict(), overrides)
-        return checkpoint.assemble(config, model.state_dict(), "from_hf")
+        return checkpoint.assemble(config, model.state_dict(), "from_hf").train(model.training)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None, **overrides) -> GPT:
         """Load a Hugging Face GPT-2 folder: config.json and model.safetensors, or shards with their index.
 
         Names, shapes and dtypes are checked against config.json before anything is allocated; nothing is unpickled or
-        downloaded. dtype: convert to it; by default the files', which must then agree. overrides: GPTConfig fields.
+        downloaded. dtype: convert to it; by default the files', which must then agree. overrides: GPTConfig fields. The
+        model is in eval mode, as transformers' are.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
         from . import checkpoint
