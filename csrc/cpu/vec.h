@@ -192,6 +192,43 @@ GK_INLINE vf tanh(vf x) {
   return a < 0.625f ? p : large;
 }
 
+// ---- 32-bit integers: what Philox needs ----
+
+// the 64-bit products of every lane with m, as high and low words
+GK_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
+  low = a * m;
+#if GK_X86_TARGETS && GK_BYTES == 64
+  const __m512i even = _mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), _mm512_set1_epi32(m));
+  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif GK_X86_TARGETS && GK_BYTES == 32
+  const __m256i even = _mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_set1_epi32(m));
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int i = 0; i < lanes<float>; i++) high[i] = (uint64_t)a[i] * m >> 32;
+#endif
+}
+// (a0 b0 a1 b1 ...) in two vectors
+GK_INLINE void interleave(vu a, vu b, vu& first, vu& second) {
+  vu low, high;
+  for (int i = 0; i < lanes<float>; i++) {
+    low[i] = i / 2 + (i % 2) * lanes<float>;
+    high[i] = low[i] + lanes<float> / 2;
+  }
+  first = __builtin_shuffle(a, b, low);
+  second = __builtin_shuffle(a, b, high);
+}
+
+#ifdef GK_BF16_DOT
+// acc + a.low * b.low + a.high * b.high over pairs of bf16
+GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+// one float vector to bf16, each in the low half of 32 bits
+GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+// two float vectors to 32 bf16 in order
+GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+#endif
+
 // float64 serves gradient checks, not speed: lane by lane through libm
 #define GK_LANEWISE(name, function)                                 \
   GK_INLINE vd name(vd x) {                                         \

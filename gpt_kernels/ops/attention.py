@@ -60,12 +60,12 @@ def dropout_threshold(dropout_p: float) -> int:
     return min(int(dropout_p * 65536 + 0.5), 65535)
 
 
-def _dropout_factor(rng_state, dropout_p, shape):
-    """0 where dropped, 1 / (1 - p) where kept; 1 without dropout."""
+def _dropout_factor(rng_state, dropout_p, s):
+    """0 where dropped, 1 / (1 - p) where kept, like s; 1 without dropout."""
     if dropout_p == 0.0:
         return 1.0
     threshold = dropout_threshold(dropout_p)
-    return (philox_uint16(rng_state, *shape) >= threshold) * (1.0 / (1.0 - threshold / 65536.0))
+    return (philox_uint16(rng_state, *s.shape) >= threshold).to(s.dtype) / (1.0 - threshold / 65536.0)
 
 
 def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right):
@@ -104,7 +104,7 @@ def _empty_as(t: Tensor, shape) -> Tensor:
 def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
-    p = _probabilities(s, lse) * _dropout_factor(rng_state, dropout_p, s.shape)
+    p = _probabilities(s, lse) * _dropout_factor(rng_state, dropout_p, s)
     o = p @ v.to(s.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
@@ -113,7 +113,7 @@ def reference_bwd(
     do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right, need_dbias
 ):  # fmt: skip
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    p, keep = _probabilities(s, lse), _dropout_factor(rng_state, dropout_p, s.shape)
+    p, keep = _probabilities(s, lse), _dropout_factor(rng_state, dropout_p, s)
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
