@@ -8,7 +8,11 @@ from .ops.attention import (
     flash_attn_qkvpacked_func,
     scaled_dot_product_attention,
 )
+from .ops.cross_entropy import cross_entropy
+from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 from .patch import Plan, patch, patched, unpatch
 from .verify import verify
 from .version import __version__
