@@ -379,7 +379,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_hf(cls, model: nn.Module, **overrides) -> GPT:
-        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: GPTConfig fields, such as dropout=0.0."""
+        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: fields of GPTConfig."""
         from . import checkpoint
 
         if not hasattr(getattr(model, "config", None), "to_dict"):
