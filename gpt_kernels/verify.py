@@ -70,7 +70,7 @@ class Report:
         folded: dict[str, list[Comparison]] = {}
         for row in self.rows:
             folded.setdefault(re.sub(r"\b\d+\b", "*", row.name), []).append(row)
-        lines = [("tensor", "n", "ours", "eager", "allowed", "")]
+        lines: list[tuple[str, ...]] = [("tensor", "n", "ours", "eager", "allowed", "")]
         for name, rows in folded.items():
             worst = max(rows, key=lambda r: (not r.ok, r.error / r.allowed if r.allowed else r.error))
             verdict = "ok" if worst.ok else "FAIL" if worst.same_nonfinite else "FAIL: NaN or inf"
@@ -142,8 +142,8 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
     with _left_as_it_was(model), torch.enable_grad():
         unpatch(model)
         with torch.autocast(device, enabled=False), use_backend("reference"), _Float64():
-            double = _map(lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
-            truth = _run(copy.deepcopy(model).double(), *double, dtype)
+            args64, kwargs64 = (_map(lambda t: t.double() if t.is_floating_point() else t, a) for a in (args, kwargs))
+            truth = _run(copy.deepcopy(model).double(), args64, kwargs64, dtype)
         with use_backend("reference"):
             eager = _run(model, args, kwargs, dtype)
         with patched(model) as plan:

@@ -12,6 +12,8 @@ that class's own forward, for that call:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import activations
@@ -33,7 +35,7 @@ _KEPT[Conv1D] = "matrix product: torch's"
 # ---- attention ----
 
 
-def _keep_attention(module: nn.Module) -> str | None:
+def _keep_attention(module: Any) -> str | None:
     if module.is_cross_attention:
         return "cross-attention"
     if module.head_dim > MAX_HEAD_DIM:
@@ -113,7 +115,7 @@ def _plain(module: nn.Module) -> bool:
     )
 
 
-def _keep_mlp(module: nn.Module) -> str | None:
+def _keep_mlp(module: Any) -> str | None:
     if type(module.c_fc) is not Conv1D:
         return f"c_fc is a {type(module.c_fc).__name__}"
     if _approximate(module.act) is None:
@@ -137,15 +139,15 @@ class MLP:
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor | None, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
-) -> Tensor:  # fmt: skip
+):  # fmt: skip
     """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+    loss: Any = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:
         return loss
     if torch.is_tensor(num_items_in_batch):
@@ -158,7 +160,7 @@ def _wants_causal_lm_loss(model: PreTrainedModel) -> bool:
     return (own or LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)) is ForCausalLMLoss
 
 
-def _keep_loss(model: nn.Module) -> str | None:
+def _keep_loss(model: Any) -> str | None:
     return None if _wants_causal_lm_loss(model) else "its loss function is not the causal language model's"
 
 
