@@ -147,9 +147,10 @@ def test_table_of_one_run():
 
 @pytest.mark.parametrize("runs", [{"eager": RUN}, {"eager": RUN, "ours": OURS}])
 def test_plot_writes_a_whole_picture(tmp_path, runs):
-    demo.plot(runs, demo.Settings(), tmp_path / "p.png")
-    data = (tmp_path / "p.png").read_bytes()
-    assert data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") and os.listdir(tmp_path) == ["p.png"]
+    (tmp_path / "out").mkdir()
+    demo.plot(runs, demo.Settings(), tmp_path / "out" / "p.png")
+    data = (tmp_path / "out" / "p.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") and os.listdir(tmp_path / "out") == ["p.png"]
 
 
 # ---- workers ----
