@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the LibTorch stable ABI of torch 2.10: one binary for every torch since
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",  # the last: GCC bug 105593 in its own intrinsics
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593, in its own intrinsics
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]  # fmt: skip
 

@@ -1,7 +1,19 @@
 """Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
 
 from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
+from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
+from .ops.attention import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    scaled_dot_product_attention,
+)
+from .ops.cross_entropy import cross_entropy
+from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
-
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
+from .patch import Plan, patch, patched, unpatch
+from .verify import verify
 from .version import __version__

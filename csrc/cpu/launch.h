@@ -37,4 +37,9 @@ inline int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t rows) {  // ro
 // Rows per parallel_for grain: about 32 KB of work, so that tiny tensors stay on the calling thread.
 inline int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
 
+// The same counted in chunks of rows.
+inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
+  return std::max<int64_t>(1, row_grain(columns) * chunks / std::max<int64_t>(1, rows));
+}
+
 }  // namespace gk

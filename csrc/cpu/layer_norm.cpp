@@ -102,16 +102,20 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 namespace GK_TARGET {
 
 // One row stays in L1 over three passes: mean, variance of the centred row (no cancellation), y = (x - mean) rstd w + b.
+// The sum of the centred row is what the first mean was off by: with it a mean far from 0 is right to the last bit.
 template <class T, class P, class C = compute_t<T>>
 static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps) {
   vec<C> sum = {}, squares = {};
   for_vectors<C>(N, [&](int64_t i, int64_t n) { sum += load_any(x + i, n); });
-  const C mu = hsum<C>(sum) / N;
+  const C rough = hsum<C>(sum) / N;
+  sum = vec<C>{};
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
-    const vec<C> centred = keep_first<C>(load_any(x + i, n) - mu, n);
+    const vec<C> centred = keep_first<C>(load_any(x + i, n) - rough, n);
+    sum += centred;
     squares += centred * centred;
   });
-  const C rs = 1 / sqrt_of(hsum<C>(squares) / N + eps);
+  const C off = hsum<C>(sum) / N, mu = rough + off, var = hsum<C>(squares) / N - off * off;
+  const C rs = 1 / sqrt_of((var < 0 ? 0 : var) + eps);
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = (load_any(x + i, n) - mu) * rs;
     if (w) v *= load_any(w + i, n);

@@ -20,6 +20,7 @@ typedef double vd __attribute__((vector_size(GK_BYTES)));
 typedef int32_t vi __attribute__((vector_size(GK_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(GK_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(GK_BYTES / 2)));  // the storage of one vf in 16 bits
+typedef uint8_t vb __attribute__((vector_size(GK_BYTES / 4)));   // one byte for each lane of a vf
 
 template <class C> struct vec_of { typedef vf type; };
 template <> struct vec_of<double> { typedef vd type; };
@@ -84,10 +85,29 @@ template <class T> GK_INLINE void store_n(T* p, vec<compute_t<T>> v, int64_t n) 
   for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
 }
 #if GK_X86_TARGETS && GK_BYTES == 64
+GK_INLINE __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 GK_INLINE vf load_n(const float* p, int64_t n, float fill = 0) {
-  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p);
 }
-GK_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+GK_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+GK_INLINE vf load_n(const bf16* p, int64_t n, float fill = 0) {
+  const vf v = widen((vh)_mm256_maskz_loadu_epi16(first(n), p));
+  return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), (__m512)v);
+}
+GK_INLINE void store_n(bf16* p, vf v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(v)); }
+GK_INLINE vf load_n(const f16* p, int64_t n, float fill = 0) {
+  const __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), v);
+}
+GK_INLINE void store_n(f16* p, vf v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph((__m512)v, 0));
+}
+#elif GK_X86_TARGETS && GK_BYTES == 32
+GK_INLINE vi first(int64_t n) { return (vi){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n; }
+GK_INLINE vf load_n(const float* p, int64_t n, float fill = 0) {
+  return first(n) ? (vf)_mm256_maskload_ps(p, (__m256i)first(n)) : splat(fill);
+}
+GK_INLINE void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, (__m256i)first(n), (__m256)v); }
 #endif
 
 GK_INLINE float load_one(const float* p) { return *p; }
@@ -109,13 +129,34 @@ template <class C, class Body> GK_INLINE void for_vectors(int64_t n, const Body&
   for (; i + lanes<C> <= n; i += lanes<C>) body(i, (int64_t)lanes<C>);
   if (i < n) body(i, n - i);
 }
-// zero in the lanes from `count` on: for sums whose terms are not zero for a zero input
-template <class C> GK_INLINE vec<C> keep_first(vec<C> v, int64_t count) {
+// the same in turns of 4, body(i, count, k) with k = 0 1 2 3 known to the compiler: four accumulators hide the latency of
+// adding to one
+template <class C, class Body> GK_INLINE void for_vectors_by_4(int64_t n, const Body& body) {
+  constexpr int64_t L = lanes<C>;
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) body(i, L, 0), body(i + L, L, 1), body(i + 2 * L, L, 2), body(i + 3 * L, L, 3);
+  for (; i + L <= n; i += L) body(i, L, 0);
+  if (i < n) body(i, n - i, 1);
+}
+// `fill` in the lanes from `count` on: for sums and maxima whose terms are not neutral for a zero input
+template <class C> GK_INLINE vec<C> keep_first(vec<C> v, int64_t count, C fill = 0) {
   if (count == lanes<C>) return v;
   C out[lanes<C>];
   store(out, v);
-  for (int64_t i = count; i < lanes<C>; i++) out[i] = 0;
+  for (int64_t i = count; i < lanes<C>; i++) out[i] = fill;
   return load(out);
+}
+// bool elements as 0 or 1
+template <class C> GK_INLINE vec<C> load_bools(const bool* p, int64_t count) {
+  C out[lanes<C>] = {};
+  for (int64_t i = 0; i < count; i++) out[i] = p[i];
+  return load(out);
+}
+template <> GK_INLINE vf load_bools<float>(const bool* p, int64_t count) {
+  vb b = {};
+  if (count == lanes<float>) __builtin_memcpy(&b, p, sizeof b);
+  else __builtin_memcpy(&b, p, count);
+  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
 }
 
 // ---- arithmetic ----
@@ -133,6 +174,7 @@ template <class C> GK_INLINE C hsum(vec<C> v) {
     for (int i = 0; i < w; i++) a[i] += a[i + w];
   return a[0];
 }
+template <class C> GK_INLINE C hsum4(const vec<C>* v) { return hsum<C>((v[0] + v[1]) + (v[2] + v[3])); }
 template <class C> GK_INLINE C hmax(vec<C> v) {
   C a[lanes<C>];
   store(a, v);
@@ -145,7 +187,7 @@ template <class C> GK_INLINE C hmax(vec<C> v) {
 // 2^n. Results run from the subnormals to inf; NaN stays NaN.
 GK_INLINE vf round_nearest(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  return (vf)_mm512_roundscale_ps((__m512)x, 8);
+  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);  // without maskz GCC 12 warns of its own header
 #else
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1
   return (x + magic) - magic;
@@ -160,7 +202,7 @@ GK_INLINE vf exp2_of_parts(vf n, vf r) {
   y = y * r + 6.93147206703e-1f;
   y = y * r + 1.f;
 #if GK_X86_TARGETS && GK_BYTES == 64
-  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
 #else
   // two factors, since 2^n itself may be below the smallest or above the largest float
   const vi k = __builtin_convertvector(n == n ? n : splat(0.f), vi), half = k >> 1;
@@ -190,6 +232,63 @@ GK_INLINE vf tanh(vf x) {
   const vf t = 1.f - 2.f / (exp(2.f * a) + 1.f);
   const vf large = bits_as<vf>(bits_as<vi>(t) | (bits_as<vi>(x) & (int32_t)0x80000000));
   return a < 0.625f ? p : large;
+}
+
+// ---- 32-bit integers: what Philox needs ----
+
+// the 64-bit products of every lane with m, as high and low words
+GK_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
+  low = a * m;
+#if GK_X86_TARGETS && GK_BYTES == 64
+  const __m512i even = _mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), _mm512_set1_epi32(m));
+  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif GK_X86_TARGETS && GK_BYTES == 32
+  const __m256i even = _mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_set1_epi32(m));
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int i = 0; i < lanes<float>; i++) high[i] = (uint64_t)a[i] * m >> 32;
+#endif
+}
+// (a0 b0 a1 b1 ...) in two vectors
+GK_INLINE void interleave(vu a, vu b, vu& first, vu& second) {
+  vu low, high;
+  for (int i = 0; i < lanes<float>; i++) {
+    low[i] = i / 2 + (i % 2) * lanes<float>;
+    high[i] = low[i] + lanes<float> / 2;
+  }
+  first = __builtin_shuffle(a, b, low);
+  second = __builtin_shuffle(a, b, high);
+}
+
+#ifdef GK_BF16_DOT
+// acc + a.low * b.low + a.high * b.high over pairs of bf16
+GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+// one float vector to bf16, each in the low half of 32 bits
+GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+// two float vectors to 32 bf16 in order
+GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+#endif
+
+// The standard normal distribution function, given gauss = exp(-x^2 / 2), which its derivative needs as well:
+// erfc(|x| / sqrt 2) / 2 = gauss P(t), t = 1 / (1 + |x| / 2), P fitted to an absolute error of 3e-8 (Abramowitz and Stegun
+// 7.1.26 is of this form).
+GK_INLINE vf normal_cdf(vf x, vf gauss) {
+  const vf t = 2.f / (2.f + vabs(x));
+  vf p = splat(-4.795330753e-2f);
+  p = p * t + 2.306086126e-1f;
+  p = p * t - 3.939418775e-1f;
+  p = p * t + 1.838505251e-1f;
+  p = p * t + 1.293441268e-1f;
+  p = p * t + 1.980829209e-1f;
+  p = p * t + 2.000089698e-1f;
+  const vf beyond = p * t * gauss;
+  return x < 0 ? beyond : 1.f - beyond;
+}
+GK_INLINE vd normal_cdf(vd x, vd) {
+  for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+  return x;
 }
 
 // float64 serves gradient checks, not speed: lane by lane through libm

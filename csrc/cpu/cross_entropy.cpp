@@ -1,0 +1,308 @@
+// cross_entropy on the CPU. Formula, shapes and gradients: gpt_kernels/ops/cross_entropy.py.
+//
+// A row is cut into segments of 4096 classes, which stay in L1 between the pass for the maximum and the pass for the sum;
+// the segments' results are joined in order. Threads share out rows or, where these are few, segments, so that one row of a
+// large vocabulary keeps every thread busy; either way the bits depend on nothing but the shape.
+#ifndef GK_TARGET
+
+#include <memory>
+#include <vector>
+
+#include "launch.h"
+
+namespace gk {
+constexpr int64_t SEGMENT = 4096;
+
+struct CrossEntropyOptions {
+  int64_t ignore_index, reduction;  // 0 none, 1 mean, 2 sum
+  double smoothing, square_scale, softcap;
+};
+}  // namespace gk
+
+#define GK_FILE "cross_entropy.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+// Where row m of (..., V) begins: leading dimensions joined where their strides allow, so that mostly one is left.
+struct RowOffsets {
+  std::vector<int64_t> sizes, strides;
+  explicit RowOffsets(const Tensor& t) {
+    for (int64_t d = 0; d < t.dim() - 1; d++) {
+      if (t.size(d) == 1) continue;
+      if (!sizes.empty() && strides.back() == t.size(d) * t.stride(d)) {
+        sizes.back() *= t.size(d), strides.back() = t.stride(d);
+      } else {
+        sizes.push_back(t.size(d)), strides.push_back(t.stride(d));
+      }
+    }
+  }
+  int64_t operator()(int64_t m) const {
+    int64_t offset = 0;
+    for (size_t d = sizes.size(); d-- > 1; m /= sizes[d]) offset += m % sizes[d] * strides[d];
+    return sizes.empty() ? 0 : offset + m * strides[0];
+  }
+  // may rows be written without touching one another?
+  bool disjoint(int64_t V) const {
+    std::vector<std::pair<int64_t, int64_t>> dims;
+    for (size_t d = 0; d < sizes.size(); d++) dims.emplace_back(strides[d], sizes[d]);
+    std::sort(dims.begin(), dims.end());
+    int64_t extent = V;
+    for (const auto& [stride, size] : dims) {
+      if (stride < extent) return false;
+      extent = stride * size;
+    }
+    return true;
+  }
+};
+
+// The checks of every entry point. Returns the number of rows that are not ignored; after it each target is a valid index.
+static int64_t check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target, const CrossEntropyOptions& o) {
+  check_cpu(op, "logits", logits), check_float(op, "logits", logits);
+  GK_CHECK(logits.dim() >= 1, op, ": logits must have at least 1 dimension, got a scalar");
+  const int64_t V = logits.size(logits.dim() - 1);
+  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op, ": the last dimension of logits must be contiguous, its stride is ",
+           logits.stride(logits.dim() - 1));
+  check_cpu(op, "target", target), check_dtype(op, "target", target, ScalarType::Long), check_contiguous(op, "target", target);
+  bool same = target.dim() == logits.dim() - 1;
+  for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
+  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ", shape_text(target));
+  GK_CHECK(o.reduction >= 0 && o.reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", o.reduction);
+  GK_CHECK(o.smoothing >= 0 && o.smoothing <= 1, op, ": label_smoothing must be between 0 and 1, got ", o.smoothing);
+  GK_CHECK(o.square_scale >= 0 && std::isfinite(o.square_scale), op, ": lse_square_scale must be finite and not negative, got ",
+           o.square_scale);
+  GK_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": logit_softcap must be finite and not negative (0: none), got ", o.softcap);
+  const int64_t* t = (const int64_t*)target.const_data_ptr();
+  int64_t kept = 0;
+  for (int64_t m = 0, M = target.numel(); m < M; m++) {
+    if (t[m] == o.ignore_index) continue;
+    GK_CHECK(t[m] >= 0 && t[m] < V, op, ": target ", t[m], " of row ", m, " is out of range, expected 0 to ", V - 1,
+             " or ignore_index ", o.ignore_index);
+    kept++;
+  }
+  return kept;
+}
+
+static int64_t segments_of(int64_t V) { return std::max<int64_t>(1, (V + SEGMENT - 1) / SEGMENT); }
+
+static Tensor new_contiguous(const Tensor& like, int64_t dims, ScalarType dtype) {  // of the first `dims` sizes of like
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < dims; d++) shape.push_back(like.size(d));
+  return new_tensor(like, {shape.data(), shape.size()}, dtype);
+}
+
+// dlogits is that of dloss = 1, empty unless asked for and reduction is not "none": a row's second use comes from cache.
+static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, const Tensor& target,
+                                                                        int64_t ignore_index, int64_t reduction,
+                                                                        double label_smoothing, double lse_square_scale,
+                                                                        double logit_softcap, bool with_grad) {
+  const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
+  const int64_t kept = check_cross_entropy("cross_entropy_fwd", logits, target, o);
+  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
+  const ScalarType stat = stat_dtype(logits.scalar_type());
+  with_grad = with_grad && reduction != 0;
+  Tensor loss = new_contiguous(target, reduction == 0 ? target.dim() : 0, stat), z_loss = new_like(loss);
+  Tensor lse = new_tensor(logits, {2, M}, stat);
+  Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
+
+  with_dtype(logits.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using C = compute_t<T>;
+    const auto segment = GK_BEST(cross_entropy_segment<T>);
+    const auto join = GK_BEST(cross_entropy_join<T>);
+    const auto grad = GK_BEST(cross_entropy_grad<T>);
+    const RowOffsets offset(logits);
+    // per segment its maximum, sum and distance; then, for a reduction, each row's loss and z-loss
+    const std::unique_ptr<C[]> scratch(new C[M * segments * 3 + 2 * M]);
+    const bool each = reduction == 0;
+    C *parts = scratch.get(), *rows = each ? (C*)loss.mutable_data_ptr() : parts + M * segments * 3;
+    C *z_rows = each ? (C*)z_loss.mutable_data_ptr() : rows + M, *row_max = (C*)lse.mutable_data_ptr(), *log_sum = row_max + M;
+    const T* x = (const T*)logits.const_data_ptr();
+    T* dx = (T*)dlogits.mutable_data_ptr();
+    const int64_t* t = (const int64_t*)target.const_data_ptr();
+    const C g = reduction == 1 ? (C)1 / kept : 1;
+
+    const auto read = [&](int64_t m, int64_t s) {
+      const int64_t begin = s * SEGMENT;
+      if (t[m] != ignore_index) segment(parts + (m * segments + s) * 3, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
+    };
+    const auto finish = [&](int64_t m) {
+      if (t[m] == ignore_index) rows[m] = z_rows[m] = row_max[m] = log_sum[m] = 0;
+      else join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * 3, x + offset(m) + t[m], segments, V, o);
+    };
+    const auto write = [&](int64_t m, int64_t s) {
+      const int64_t begin = s * SEGMENT, n = std::min(V - begin, SEGMENT);
+      if (t[m] == ignore_index) std::memset(dx + m * V + begin, 0, n * sizeof(T));
+      else grad(dx + m * V + begin, x + offset(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], g, V, o);
+    };
+    // the same arithmetic whichever way the work is cut, and so the same bits
+    if (M >= 4 * get_num_threads()) {
+      parallel_for(0, M, row_grain(V), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++) {
+          for (int64_t s = 0; s < segments; s++) read(m, s);
+          finish(m);
+          for (int64_t s = 0; s < segments && with_grad; s++) write(m, s);
+        }
+      });
+    } else {
+      const auto each_segment = [&](const auto& body) {
+        parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
+          for (int64_t i = i0; i < i1; i++) body(i / segments, i % segments);
+        });
+      };
+      each_segment(read);
+      for (int64_t m = 0; m < M; m++) finish(m);
+      if (with_grad) each_segment(write);
+    }
+    if (each) return;
+    double sum = 0, z_sum = 0;
+    for (int64_t m = 0; m < M; m++) sum += rows[m], z_sum += z_rows[m];
+    const double count = reduction == 1 ? kept : 1;  // the mean of nothing is nan, as in torch
+    *(C*)loss.mutable_data_ptr() = sum / count, *(C*)z_loss.mutable_data_ptr() = z_sum / count;
+  });
+  return {loss, z_loss, lse, dlogits};
+}
+
+// dlogits may be logits itself
+static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
+                                      int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
+                                      double logit_softcap, const Tensor& dlogits) {
+  const char* op = "cross_entropy_bwd";
+  const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
+  const int64_t kept = check_cross_entropy(op, logits, target, o);
+  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
+  const ScalarType stat = stat_dtype(logits.scalar_type());
+  check_cpu(op, "dloss", dloss), check_dtype(op, "dloss", dloss, stat), check_contiguous(op, "dloss", dloss);
+  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ", dloss.numel());
+  check_cpu(op, "lse", lse), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
+  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ", shape_text(lse));
+  check_cpu(op, "dlogits", dlogits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
+  check_same_shape(op, "dlogits", dlogits, "logits", logits);
+  const RowOffsets from(logits), to(dlogits);
+  GK_CHECK(M * V == 0 || ((V == 1 || dlogits.stride(dlogits.dim() - 1) == 1) && to.disjoint(V)), op,
+           ": dlogits must have a contiguous last dimension and rows that do not overlap in memory");
+
+  with_dtype(logits.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using C = compute_t<T>;
+    const auto grad = GK_BEST(cross_entropy_grad<T>);
+    const T* x = (const T*)logits.const_data_ptr();
+    T* dx = (T*)dlogits.mutable_data_ptr();
+    const int64_t* t = (const int64_t*)target.const_data_ptr();
+    const C *row_max = (const C*)lse.const_data_ptr(), *log_sum = row_max + M, *g = (const C*)dloss.const_data_ptr();
+    parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; i++) {
+        const int64_t m = i / segments, begin = i % segments * SEGMENT, n = std::min(V - begin, SEGMENT);
+        T* out = dx + to(m) + begin;
+        const C scale = reduction == 0 ? g[m] : reduction == 1 ? g[0] / kept : g[0];
+        if (t[m] == ignore_index) std::memset(out, 0, n * sizeof(T));
+        else grad(out, x + from(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], scale, V, o);
+      }
+    });
+  });
+}
+
+static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
+                                    int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
+                                    double logit_softcap) {
+  check_cpu("cross_entropy_bwd", "logits", logits);
+  Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
+  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, dlogits);
+  return dlogits;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cpu));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd_cpu));
+  m.impl("cross_entropy_bwd_out", TORCH_BOX(&cross_entropy_bwd_out_cpu));
+}
+
+}  // namespace gk
+
+#else  // kernels: T is the logits' storage, C the arithmetic
+
+#include "vec.h"
+
+namespace GK_TARGET {
+
+template <class C> GK_INLINE vec<C> cap_of(vec<C> x, C softcap) { return softcap ? tanh(x * (1 / softcap)) * softcap : x; }
+// A maximum of -inf (all classes masked so far) is no origin to measure from: -inf - -inf is nan.
+template <class C> GK_INLINE C origin_of(C top) { return top == -(C)__builtin_inf() ? 0 : top; }
+
+// Calls body(i, lane group, count) for n elements, four independent groups so that no sum waits for the one before it.
+template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& body) {
+  constexpr int L = lanes<C>;
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int k = 0; k < 4; k++) body(i + k * L, k, (int64_t)L);
+  for (int k = 0; i < n; i += L, k++) body(i, k, n - i < L ? n - i : L);
+}
+
+// out = (max, sum of exp(x - max), sum of x - max) over n classes
+template <bool capped, class T, class C = compute_t<T>>
+static void segment_of(C* out, const T* x, int64_t n, C softcap) {
+  const C low = -(C)__builtin_inf();
+  vec<C> top4[4], sum[4] = {}, distance[4] = {};
+  for (int k = 0; k < 4; k++) top4[k] = splat<C>(low);
+  for_groups<C>(n, [&](int64_t i, int k, int64_t count) __attribute__((always_inline)) { top4[k] = vmax(top4[k], load_any(x + i, count, low)); });
+  const vec<C> top_lanes = vmax(vmax(top4[0], top4[1]), vmax(top4[2], top4[3]));
+  // the cap grows with x, so the largest logit is also the largest after it
+  const C top = capped ? cap_of<C>(splat(hmax<C>(top_lanes)), softcap)[0] : hmax<C>(top_lanes), origin = origin_of(top);
+  for_groups<C>(n, [&](int64_t i, int k, int64_t count) __attribute__((always_inline)) {
+    vec<C> v = load_any(x + i, count);
+    v = (capped ? cap_of<C>(v, softcap) : v) - origin;
+    sum[k] += keep_first<C>(exp2(v * (C)1.44269504088896341), count);
+    distance[k] += keep_first<C>(v, count);
+  });
+  out[0] = top, out[1] = hsum<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  out[2] = hsum<C>((distance[0] + distance[1]) + (distance[2] + distance[3]));
+}
+template <class T, class C = compute_t<T>>
+static void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap) {
+  softcap ? segment_of<true>(out, x, n, softcap) : segment_of<false>(out, x, n, softcap);
+}
+
+// The row's loss and lse from its segments' (max, sum, distance); scalar work, in double.
+template <class T, class C = compute_t<T>>
+static void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target, int64_t segments,
+                               int64_t V, const gk::CrossEntropyOptions& o) {
+  C top = parts[0];
+  for (int64_t s = 1; s < segments; s++) top = parts[3 * s] > top ? parts[3 * s] : top;
+  const C origin = origin_of(top);
+  double sum = 0, distance = 0;
+  for (int64_t s = 0; s < segments; s++) {
+    const C* part = parts + 3 * s;
+    const double shift = (double)origin_of(part[0]) - origin;
+    sum += part[1] * __builtin_exp(part[0] == origin ? 0 : (double)part[0] - origin);
+    distance += part[2] + shift * (s + 1 < segments ? gk::SEGMENT : V - s * gk::SEGMENT);
+  }
+  const double log_sum = __builtin_log(sum), lse = top + log_sum, z = o.square_scale * lse * lse;
+  const double to_target = (double)top - cap_of<C>(splat(load_one(x_target)), (C)o.softcap)[0];
+  *loss = (1 - o.smoothing) * (to_target + log_sum) + (o.smoothing ? o.smoothing * (log_sum - distance / V) : 0) + z;
+  *z_loss = z;
+  *row_max = top, *row_log_sum = log_sum;
+}
+
+// dx_v = (exp(x_v - lse) (1 + 2 z lse) - e / V - (1 - e) [v == target]) g (1 - (x_v / softcap)^2), n classes of a row;
+// `target` counts from x and may lie outside. dx may be x.
+template <class T, class C = compute_t<T>>
+static void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
+                               const gk::CrossEntropyOptions& o) {
+  constexpr C log2e = 1.44269504088896341;
+  const C softcap = o.softcap, slope = g * (C)(1 + 2 * o.square_scale * ((double)top + log_sum)), shift = log_sum * log2e;
+  const C smooth = g * (C)(o.smoothing / V);
+  const auto gradient = [&](vec<C> logit, C wanted) {
+    const vec<C> v = cap_of<C>(logit, softcap);
+    vec<C> d = exp2((v - top) * log2e - shift) * slope - smooth - wanted;
+    if (softcap) d *= 1 - (v * (1 / softcap)) * (v * (1 / softcap));
+    return d;
+  };
+  // read before it may be overwritten
+  const bool inside = target >= 0 && target < n;
+  const vec<C> at_target = gradient(splat(inside ? load_one(x + target) : 0), g * (C)(1 - o.smoothing));
+  for_vectors<C>(n, [&](int64_t i, int64_t count) { store_any(dx + i, gradient(load_any(x + i, count), 0), count); });
+  if (inside) store_n(dx + target, at_target, 1);
+}
+
+}  // namespace GK_TARGET
+#endif

@@ -1,0 +1,129 @@
+// gelu on the CPU. Formula, shapes and gradients: gpt_kernels/ops/gelu.py.
+#ifndef GK_TARGET
+
+#include "launch.h"
+#define GK_FILE "gelu.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+// Without a bias rows mean nothing to gelu: x is cut into rows of this many elements, the last one shorter.
+static constexpr int64_t flat_columns = 4096;
+
+static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
+  const char* op = "gelu_fwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  GK_CHECK(!bias || x.dim() >= 1, op, ": x must have at least 1 dimension to add a bias, got a scalar");
+  const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
+  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
+  Tensor y = new_like(x);
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    auto run = [&](auto b_tag) {
+      using P = decltype(b_tag);
+      const auto row = tanh ? GK_BEST(gelu_fwd_row<T, P, true>) : GK_BEST(gelu_fwd_row<T, P, false>);
+      const T* xp = (const T*)x.const_data_ptr();
+      const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
+      T* yp = (T*)y.mutable_data_ptr();
+      parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, bp, std::min(N, total - m * N));
+      });
+    };
+    bias && bias->scalar_type() != x.scalar_type() ? run(compute_t<T>{}) : run(T{});
+  });
+  return y;
+}
+
+static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
+  const char* op = "gelu_bwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_shape(op, "dy", dy, "x", x);
+  GK_CHECK(!bias || x.dim() >= 1, op, ": x must have at least 1 dimension to add a bias, got a scalar");
+  const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
+  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
+  const ScalarType bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+  const int64_t chunks = row_chunks(M);
+  Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? N : 0}, bias_dtype);
+  Tensor partial = new_tensor(x, {bias ? chunks : 0, N}, stat_dtype(x.scalar_type()));
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    using C = compute_t<T>;
+    auto run = [&](auto b_tag) {
+      using P = decltype(b_tag);
+      const auto row = tanh ? GK_BEST(gelu_bwd_row<T, P, true>) : GK_BEST(gelu_bwd_row<T, P, false>);
+      const T *xp = (const T*)x.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
+      const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
+      T* dxp = (T*)dx.mutable_data_ptr();
+      C* pp = bias ? (C*)partial.mutable_data_ptr() : nullptr;
+      parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; c++) {
+          C* db = pp ? pp + c * N : nullptr;
+          if (db) std::memset(db, 0, N * sizeof(C));
+          for (int64_t m = chunk_begin(c, chunks, M); m < chunk_begin(c + 1, chunks, M); m++)
+            row(dxp + m * N, db, dyp + m * N, xp + m * N, bp, std::min(N, total - m * N));
+        }
+      });
+      if (bias) GK_BEST(sum_partials<P>)((P*)dbias.mutable_data_ptr(), pp, chunks, N, N);
+    };
+    bias_dtype != x.scalar_type() ? run(C{}) : run(T{});
+  });
+  return {dx, dbias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
+  m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd_cpu));
+  m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd_cpu));
+}
+
+}  // namespace gk
+
+#else  // kernels: T is x's storage, P the bias's, C the arithmetic
+
+#include "vec.h"
+#include "reduce.h"
+
+namespace GK_TARGET {
+
+// tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e^-2u), 2u = v (a + b v^2): one exponential, and no cancellation
+// where tanh u is close to -1
+template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;   // 2 sqrt(2/pi)
+template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
+template <class V, class C> GK_INLINE V gelu_sigmoid(V v) {
+  return (C)1 / ((C)1 + exp(-(v * (gelu_a<C> + gelu_b<C> * v * v))));
+}
+template <class V, class C> GK_INLINE V gelu_gauss(V v) { return exp((C)-0.5 * v * v); }
+
+// v = x + b;  y = v s(v) or v cdf(v)
+template <class T, class P, bool tanh, class C = compute_t<T>>
+static void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
+  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    vec<C> v = load_any(x + i, n);
+    if (b) v += load_any(b + i, n);
+    store_any(y + i, v * (tanh ? gelu_sigmoid<vec<C>, C>(v) : normal_cdf(v, gelu_gauss<vec<C>, C>(v))), n);
+  });
+}
+
+// tanh form: dx = dy (s + v s (1 - s) (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
+template <class T, class P, bool tanh, class C = compute_t<T>>
+static void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N) {
+  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    vec<C> v = load_any(x + i, n), slope;
+    if (b) v += load_any(b + i, n);
+    if constexpr (tanh) {
+      const vec<C> s = gelu_sigmoid<vec<C>, C>(v);
+      slope = s + v * s * ((C)1 - s) * (gelu_a<C> + 3 * gelu_b<C> * v * v);
+    } else {
+      const vec<C> gauss = gelu_gauss<vec<C>, C>(v);
+      slope = normal_cdf(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
+    }
+    const vec<C> d = load_any(dy + i, n) * slope;
+    store_any(dx + i, d, n);
+    if (db) store_any(db + i, load_any(db + i, n) + d, n);
+  });
+}
+
+}  // namespace GK_TARGET
+#endif

@@ -1,0 +1,129 @@
+// rms_norm on the CPU. Formula, shapes and gradients: gpt_kernels/ops/rms_norm.py.
+#ifndef GK_TARGET
+
+#include "launch.h"
+#define GK_FILE "rms_norm.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, double eps) {
+  const char* op = "rms_norm_fwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  GK_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative, got ", eps);
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
+  Tensor y = new_like(x), rstd = new_tensor(x, {M}, stat_dtype(x.scalar_type()));
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    using C = compute_t<T>;
+    auto run = [&](auto w_tag) {
+      using P = decltype(w_tag);
+      const auto row = GK_BEST(rms_norm_fwd_row<T, P>);
+      const T* xp = (const T*)x.const_data_ptr();
+      const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
+      T* yp = (T*)y.mutable_data_ptr();
+      C* rp = (C*)rstd.mutable_data_ptr();
+      parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps);
+      });
+    };
+    weight && weight->scalar_type() != x.scalar_type() ? run(C{}) : run(T{});
+  });
+  return {y, rstd};
+}
+
+static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                   const Tensor& rstd) {
+  const char* op = "rms_norm_bwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_shape(op, "dy", dy, "x", x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
+  check_cpu(op, "rstd", rstd), check_dtype(op, "rstd", rstd, stat_dtype(x.scalar_type())), check_contiguous(op, "rstd", rstd);
+  GK_CHECK(rstd.numel() == M, op, ": rstd must have ", M, " elements, one per row of x, got ", rstd.numel());
+  const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
+  const int64_t chunks = row_chunks(M);
+  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype);
+  Tensor partial = new_tensor(x, {weight ? chunks : 0, N}, stat_dtype(x.scalar_type()));
+
+  with_dtype(x.scalar_type(), [&](auto x_tag) {
+    using T = decltype(x_tag);
+    using C = compute_t<T>;
+    auto run = [&](auto w_tag) {
+      using P = decltype(w_tag);
+      const auto rows = GK_BEST(rms_norm_bwd_rows<T, P>);
+      const T *xp = (const T*)x.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
+      const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
+      const C* rp = (const C*)rstd.const_data_ptr();
+      T* dxp = (T*)dx.mutable_data_ptr();
+      C* pp = (C*)partial.mutable_data_ptr();
+      parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; c++) {
+          const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
+          rows(dxp + m0 * N, weight ? pp + c * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, rp + m0, m1 - m0, N);
+        }
+      });
+      if (weight) GK_BEST(sum_partials<P>)((P*)dweight.mutable_data_ptr(), pp, chunks, N, N);
+    };
+    param_dtype != x.scalar_type() ? run(C{}) : run(T{});
+  });
+  return {dx, dweight};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
+  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd_cpu));
+  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd_cpu));
+}
+
+}  // namespace gk
+
+#else  // kernels: T is x's storage, P the weight's, C the arithmetic
+
+#include "vec.h"
+#include "reduce.h"
+
+namespace GK_TARGET {
+
+// y = x rstd w,  rstd = 1 / sqrt(mean(x^2) + eps)
+template <class T, class P, class C = compute_t<T>>
+static void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps) {
+  vec<C> squares[4] = {};
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+    const vec<C> v = load_any(x + i, n);
+    squares[k] += v * v;
+  });
+  const C rs = 1 / sqrt_of(hsum4<C>(squares) / N + eps);
+  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    const vec<C> x_hat = load_any(x + i, n) * rs;
+    store_any(y + i, w ? x_hat * load_any(w + i, n) : x_hat, n);
+  });
+  *rstd = rs;
+}
+
+// x_hat = x rstd;  dx = (w dy - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat
+template <class T, class P, class C = compute_t<T>>
+static void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N) {
+  for (int64_t i = 0; dw && i < N; i++) dw[i] = 0;
+  for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
+    const C rs = rstd[m];
+    vec<C> sum_gx[4] = {};
+    for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+      const vec<C> d = load_any(dy + i, n), dx_hat = d * (load_any(x + i, n) * rs);
+      sum_gx[k] += w ? dx_hat * load_any(w + i, n) : dx_hat;
+      if (dw) store_any(dw + i, load_any(dw + i, n) + dx_hat, n);
+    });
+    const C mean_gx = hsum4<C>(sum_gx) / N;
+    for_vectors<C>(N, [&](int64_t i, int64_t n) {
+      const vec<C> d = load_any(dy + i, n), g = w ? d * load_any(w + i, n) : d;
+      store_any(dx + i, (g - load_any(x + i, n) * rs * mean_gx) * rs, n);
+    });
+  }
+}
+
+}  // namespace GK_TARGET
+#endif

@@ -1,0 +1,167 @@
+// softmax on the CPU. Formula, shapes and gradients: gpt_kernels/ops/softmax.py.
+#ifndef GK_TARGET
+
+#include "launch.h"
+#define GK_FILE "softmax.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+namespace {
+
+// Where a broadcast mask's row begins for row m of x: strides of x's leading dimensions, 0 where the mask has size 1.
+struct MaskRows {
+  static constexpr int max_dims = 16;
+  int dims = 0;
+  int64_t size[max_dims], stride[max_dims];
+  int64_t step = 0;  // of the last dimension: 1, or 0 when one element serves the whole row
+
+  MaskRows(const char* op, const Tensor& mask, const Tensor& x) {
+    GK_CHECK(x.dim() <= max_dims, op, ": x must have at most ", int64_t{max_dims}, " dimensions with a mask, got ", x.dim());
+    bool fits = mask.dim() <= x.dim();
+    for (int64_t d = x.dim() - 1, e = mask.dim() - 1; fits && e >= 0; d--, e--)
+      fits = mask.size(e) == 1 || mask.size(e) == x.size(d);
+    GK_CHECK(fits, op, ": mask must broadcast to x ", shape_text(x), ", got ", shape_text(mask));
+    const int64_t shift = x.dim() - mask.dim();
+    const auto stride_of = [&](int64_t d) { return d < shift || mask.size(d - shift) == 1 ? 0 : mask.stride(d - shift); };
+    step = stride_of(x.dim() - 1);
+    GK_CHECK(step == 0 || step == 1, op, ": mask must be contiguous in its last dimension, got stride ", step);
+    // innermost first; size-1 dimensions never move the offset
+    for (int64_t d = x.dim() - 2; d >= 0; d--)
+      if (x.size(d) != 1) size[dims] = x.size(d), stride[dims++] = stride_of(d);
+  }
+  int64_t begin(int64_t m) const {
+    int64_t offset = 0;
+    for (int i = 0; i < dims; i++) offset += m % size[i] * stride[i], m /= size[i];
+    return offset;
+  }
+};
+
+// Bottom-right causal: of a (T, S) matrix, row t sees columns 0 ... t + S - T.
+inline int64_t visible_columns(int64_t m, int64_t T, int64_t S) {
+  return std::clamp<int64_t>(m % T + S - T + 1, 0, S);
+}
+
+inline void check_rows(const char* op, const Tensor& x, bool causal) {
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  GK_CHECK(!causal || x.dim() >= 2, op, ": causal needs x with at least 2 dimensions (rows, columns), got ", shape_text(x));
+}
+
+}  // namespace
+
+static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+  const char* op = "softmax_fwd";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x), check_rows(op, x, causal);
+  GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
+  if (mask) {
+    check_cpu(op, "mask", *mask);
+    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == stat_dtype(x_dtype), op,
+             ": mask must be bool, ", dtype_name(x_dtype), " like x or ", dtype_name(stat_dtype(x_dtype)), ", got ",
+             dtype_name(mask_dtype));
+  }
+  const std::optional<MaskRows> mask_rows = mask ? std::optional<MaskRows>(MaskRows(op, *mask, x)) : std::nullopt;
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0, T_rows = causal ? x.size(x.dim() - 2) : 1;
+  Tensor y = new_like(x);
+
+  with_dtype(x_dtype, [&](auto x_tag) {
+    using T = decltype(x_tag);
+    auto run = [&](auto mask_tag) {
+      using K = decltype(mask_tag);
+      const auto row = GK_BEST(softmax_fwd_row<T, K>);
+      const T* xp = (const T*)x.const_data_ptr();
+      const K* kp = mask ? (const K*)mask->const_data_ptr() : nullptr;
+      T* yp = (T*)y.mutable_data_ptr();
+      parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; m++)
+          row(yp + m * N, xp + m * N, kp ? kp + mask_rows->begin(m) : nullptr, kp ? mask_rows->step : 0,
+              causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale);
+      });
+    };
+    mask_dtype == ScalarType::Bool ? run(bool{}) : mask_dtype == x_dtype ? run(T{}) : run(compute_t<T>{});
+  });
+  return y;
+}
+
+static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, bool causal) {
+  const char* op = "softmax_bwd";
+  check_cpu(op, "y", y), check_float(op, "y", y), check_contiguous(op, "y", y), check_rows(op, y, causal);
+  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, y.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_shape(op, "dy", dy, "y", y);
+  const int64_t N = y.size(y.dim() - 1), M = N ? y.numel() / N : 0, T_rows = causal ? y.size(y.dim() - 2) : 1;
+  Tensor dx = new_like(y);
+
+  with_dtype(y.scalar_type(), [&](auto y_tag) {
+    using T = decltype(y_tag);
+    const auto row = GK_BEST(softmax_bwd_row<T>);
+    const T *yp = (const T*)y.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
+    T* dxp = (T*)dx.mutable_data_ptr();
+    parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+      for (int64_t m = m0; m < m1; m++)
+        row(dxp + m * N, dyp + m * N, yp + m * N, causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale);
+    });
+  });
+  return dx;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
+  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
+  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
+}
+
+}  // namespace gk
+
+#else  // kernels: T is x's storage, K the mask's (bool, or added), C the arithmetic
+
+#include "vec.h"
+
+namespace GK_TARGET {
+
+// z = scale x + mask on `visible` columns;  y = exp(z - max z) / sum exp(z - max z), 0 beyond and where nothing is visible
+template <class T, class K, class C = compute_t<T>>
+static void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale) {
+  constexpr C minus_inf = -__builtin_inff();
+  const auto z = [&](int64_t i, int64_t n) {
+    const vec<C> v = load_any(x + i, n) * scale;
+    if (!mask) return v;
+    if constexpr (sizeof(K) == 1) {
+      const vec<C> keep = step ? load_bools<C>(mask + i, n) : splat<C>(*mask);
+      return keep != 0 ? v : splat(minus_inf);
+    } else {
+      return v + (step ? load_any(mask + i, n) : splat<C>(load_one(mask)));
+    }
+  };
+  vec<C> top[4] = {splat(minus_inf), splat(minus_inf), splat(minus_inf), splat(minus_inf)};
+  for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { top[k] = vmax(top[k], keep_first<C>(z(i, n), n, minus_inf)); });
+  const C max = hmax<C>(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+  if (max == minus_inf) visible = 0;
+
+  vec<C> sum[4] = {};
+  for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) {
+    const vec<C> e = exp(z(i, n) - max);
+    sum[k] += keep_first<C>(e, n);
+    // 16-bit storage would round twice: there the third pass computes e again
+    if constexpr (sizeof(T) == sizeof(C)) store_any(y + i, e, n);
+  });
+  const C inverse = 1 / hsum4<C>(sum);
+  for_vectors<C>(visible, [&](int64_t i, int64_t n) {
+    if constexpr (sizeof(T) == sizeof(C)) store_any(y + i, load_any(y + i, n) * inverse, n);
+    else store_any(y + i, exp(z(i, n) - max) * inverse, n);
+  });
+  for (int64_t i = visible; i < N; i++) y[i] = T{};
+}
+
+// dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0
+template <class T, class C = compute_t<T>>
+static void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, int64_t N, C scale) {
+  vec<C> sum[4] = {};
+  for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(dy + i, n) * load_any(y + i, n); });
+  const C dot = hsum4<C>(sum);
+  for_vectors<C>(visible, [&](int64_t i, int64_t n) {
+    store_any(dx + i, load_any(y + i, n) * (load_any(dy + i, n) - dot) * scale, n);
+  });
+  for (int64_t i = visible; i < N; i++) dx[i] = T{};
+}
+
+}  // namespace GK_TARGET
+#endif

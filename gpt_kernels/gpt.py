@@ -1,0 +1,440 @@
+"""A GPT-2 on our kernels, with nanoGPT's module and state_dict names and Hugging Face's GPT-2 files.
+
+    x = wte[idx] + wpe[position];   x = x + attn(ln_1(x)), x = x + mlp(ln_2(x)) per block;   logits = ln_f(x) wte^T
+
+idx: (B, T) int64, x: (B, T, C), logits: (B, T, V). Linear weights are (out, in); Hugging Face keeps the transpose of
+those in its four Conv1D per block. Source: Radford et al. 2019; names after nanoGPT's model.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .ops.attention import MAX_HEAD_DIM, flash_attn_func, flash_attn_qkvpacked_func
+from .ops.cross_entropy import cross_entropy
+from .ops.gelu import gelu
+from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
+
+PRESETS = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+# ---- modules over one op each ----
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension, on our kernel. Raises ValueError for more than one normalised dimension."""
+
+    def __init__(self, normalized_shape, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, **factory):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, **factory)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over the last dimension, on our kernel, with eps 1e-6 unless given."""
+
+    def __init__(self, normalized_shape, eps: float = 1e-6, elementwise_affine: bool = True, **factory):
+        super().__init__(normalized_shape, eps, elementwise_affine, **factory)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"RMSNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Softmax(nn.Module):
+    """softmax(scale * x + mask) over the last dimension; causal is aligned bottom-right on the last two."""
+
+    def __init__(self, scale: float = 1.0, causal: bool = False):
+        super().__init__()
+        self.scale, self.causal = scale, causal
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return softmax(x, mask, self.scale, self.causal)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, causal={self.causal}"
+
+
+class GELU(nn.Module):
+    """gelu(x + bias), approximate "tanh" (GPT-2's) or "none" (erf)."""
+
+    def __init__(self, approximate: str = "tanh"):
+        super().__init__()
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"GELU: approximate must be 'tanh' or 'none', got {approximate!r}")
+        self.approximate = approximate
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return gelu(x, bias, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+# ---- the model ----
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of a GPT. The first seven fields are nanoGPT's; the rest is what Hugging Face's GPT-2 configurations need.
+
+    attn_dropout and embd_dropout follow `dropout` unless given. n_inner is 4 * n_embd unless given. The token ids are
+    carried to and from config.json and not interpreted. Raises TypeError or ValueError naming the field.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    n_inner: int | None = None
+    approximate: str = "tanh"
+    layer_norm_eps: float = 1e-5
+    attn_dropout: float | None = None
+    embd_dropout: float | None = None
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> GPTConfig:
+        """The published sizes: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"."""
+        if name not in PRESETS:
+            raise ValueError(f"GPTConfig: unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def __post_init__(self):
+        if self.n_inner is None:
+            self.n_inner = 4 * self.n_embd
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"GPTConfig: {name} must be an int, got {value!r}")
+            if not 0 < value < 2**31:
+                raise ValueError(f"GPTConfig: {name} must be positive and below 2**31, got {value}")
+        self.attn_dropout = self.dropout if self.attn_dropout is None else self.attn_dropout
+        self.embd_dropout = self.dropout if self.embd_dropout is None else self.embd_dropout
+        for name in ("dropout", "attn_dropout", "embd_dropout", "layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"GPTConfig: {name} must be a number, got {value!r}")
+            limit = 1.0 if "dropout" in name else math.inf
+            if not 0.0 <= value < limit:
+                raise ValueError(f"GPTConfig: {name} must be in [0, {limit:g}), got {value}")
+        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"GPTConfig: {name} must be a bool, got {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_embd // self.n_head > MAX_HEAD_DIM:
+            raise ValueError(f"GPTConfig: head dim {self.n_embd // self.n_head} is above {MAX_HEAD_DIM}")
+        if self.approximate not in ("tanh", "none"):
+            raise ValueError(f"GPTConfig: approximate must be 'tanh' or 'none', got {self.approximate!r}")
+
+    def scale(self, layer: int) -> float:
+        """What the attention scores of block `layer` are multiplied with."""
+        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.scale, self.dropout = config.n_head, config.scale(layer), config.attn_dropout
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x: (B, T, C). cache: (2, B, S, H, D) keys and values, of which `start` positions are filled; T more are written."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # read by stride, never split into copies
+        p = self.dropout if self.training else 0.0
+        if cache is None:
+            y = flash_attn_qkvpacked_func(qkv, p, self.scale, causal=True)  # (B, T, H, D)
+        else:
+            q, k, v = qkv.unbind(2)
+            cache[0, :, start : start + T], cache[1, :, start : start + T] = k, v
+            k, v = cache[:, :, : start + T]
+            # causal is aligned bottom-right: the last query sees all keys
+            y = flash_attn_func(q, k, v, p, self.scale, causal=True)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.gelu = GELU(config.approximate)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # c_fc's bias is added inside gelu: one pass over (B, T, 4C) less
+        x = self.gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias)
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with nanoGPT's interface. Set `gradient_checkpointing = True` to recompute each block in backward."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.embd_dropout),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        std = self.config.initializer_range
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                p.zero_()
+            elif p.dim() == 2:
+                # the residual path adds two projections per block: scaled down so that its variance does not grow
+                p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else std)
+
+    def hidden(self, idx: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """idx (B, T) -> (B, T, C), what lm_head reads. cache: (n_layer, 2, B, S, H, D) with `start` positions filled."""
+        if idx.dim() != 2:
+            raise ValueError(f"GPT: idx must be (B, T), got shape {tuple(idx.shape)}")
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"GPT: idx must be int64 or int32, got {idx.dtype}")
+        if start + idx.shape[1] > self.config.block_size:
+            raise ValueError(f"GPT: sequence length {start + idx.shape[1]} is above block_size {self.config.block_size}")
+        t = self.transformer
+        position = torch.arange(start, start + idx.shape[1], device=idx.device)
+        x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
+        for i, block in enumerate(t.h):
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache[i], start)
+        return t.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, ignore_index: int = -1) -> tuple[Tensor, Tensor | None]:
+        """(logits, loss), as nanoGPT: with targets (B, T) logits (B, T, V) and their mean loss; without, the last position's
+        logits (B, 1, V) and None. targets are the next tokens, `ignore_index` where there is none.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        if targets.shape != idx.shape:
+            raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}, idx has {tuple(idx.shape)}")
+        logits = self.lm_head(x)
+        return logits, cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index)
+
+    # ---- using it ----
+
+    @torch.no_grad()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        eos_token_id: int | None = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Continue idx (B, T), T >= 1, by up to max_new_tokens: (B, T + new) int64.
+
+        temperature 0 takes the likeliest token; top_k and top_p (nucleus) cut the distribution before sampling. A row that
+        has produced eos_token_id is filled with it, and generation ends when all have. Keys and values are kept in a cache
+        of fixed size; past block_size, where positions shift, each step reads the last block_size tokens anew.
+        Raises ValueError for arguments out of range. Dropout is off.
+        """
+        if idx.dim() != 2 or idx.shape[1] == 0:
+            raise ValueError(f"generate: idx must be (B, T) with T >= 1, got shape {tuple(idx.shape)}")
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"generate: temperature must be finite and not negative, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+        config, (B, T) = self.config, idx.shape
+        out = torch.cat((idx.long(), idx.new_empty(B, max_new_tokens, dtype=torch.int64)), 1)
+        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        weight = self.lm_head.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        length = min(config.block_size, T + max_new_tokens)
+        cache = weight.new_empty(
+            config.n_layer, 2, B, length, config.n_head, config.n_embd // config.n_head, dtype=dtype
+        )  # fmt: skip
+        with evaluating(self):
+            for end in range(T, T + max_new_tokens):
+                if end > config.block_size:
+                    x = self.hidden(out[:, end - config.block_size : end])
+                else:
+                    start = 0 if end == T else end - 1
+                    x = self.hidden(out[:, start:end], cache, start)
+                token = _sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B,)
+                if eos_token_id is not None:
+                    token = token.masked_fill(done, eos_token_id)
+                    done |= token == eos_token_id
+                out[:, end] = token
+                if eos_token_id is not None and bool(done.all()):
+                    return out[:, : end + 1]
+        return out
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, stride: int | None = None) -> float:
+        """Mean negative log-likelihood, in nats per token, of a text's tokens (N,), N >= 2, of any length; dropout off.
+
+        Windows of block_size tokens start every `stride` tokens (default block_size: each token is read once); a smaller
+        stride gives each token more context. Each token but the first is counted exactly once.
+        """
+        size = self.config.block_size
+        stride = size if stride is None else stride
+        if tokens.dim() != 1 or tokens.numel() < 2:
+            raise ValueError(f"loss: tokens must be (N,) with N >= 2, got shape {tuple(tokens.shape)}")
+        if not 1 <= stride <= size:
+            raise ValueError(f"loss: stride must be in [1, block_size {size}], got {stride}")
+        inputs, targets = tokens[:-1], tokens[1:].long()
+        total, counted = 0.0, 0
+        with evaluating(self):
+            for start in range(0, inputs.numel(), stride):
+                end = min(start + size, inputs.numel())
+                x = self.hidden(inputs[None, start:end])[0, counted - start :]  # positions not yet counted
+                total += cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum").item()
+                counted = end
+                if end == inputs.numel():
+                    break
+        return total / counted
+
+    def perplexity(self, tokens: Tensor, stride: int | None = None) -> float:
+        """exp(loss(tokens, stride))."""
+        return math.exp(self.loss(tokens, stride))
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        """Number of parameters, the tied lm_head counted once; `non_embedding` leaves out the positions, as nanoGPT."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def estimate_flops(self, batch_size: int = 1, length: int | None = None, backward: bool = True) -> int:
+        """Flops of one step on (batch_size, length) tokens: 2 per weight and token, and the attention's products; backward
+        twice the forward. length defaults to block_size. Source: Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B.
+        """
+        c, T = self.config, self.config.block_size if length is None else length
+        per_token = 2 * self.num_parameters(non_embedding=True) + 4 * c.n_layer * c.n_embd * T
+        return per_token * batch_size * T * (3 if backward else 1)
+
+    def configure_optimizers(
+        self, weight_decay: float = 0.1, learning_rate: float = 6e-4, betas: tuple[float, float] = (0.9, 0.95)
+    ) -> torch.optim.AdamW:
+        """Fused AdamW with weight decay on matrices only (embeddings included), as nanoGPT."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    # ---- Hugging Face's files ----
+
+    @classmethod
+    def from_hf(cls, model: nn.Module, **overrides) -> GPT:
+        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: GPTConfig fields, such as dropout=0.0."""
+        from . import checkpoint
+
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            raise TypeError(f"from_hf: expected a transformers model, got {type(model).__name__}")
+        config = checkpoint.config_from_hf(model.config.to_dict(), overrides)
+        return checkpoint.assemble(config, model.state_dict(), "from_hf").train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None, **overrides) -> GPT:
+        """Load a Hugging Face GPT-2 folder: config.json and model.safetensors, or shards with their index.
+
+        Names, shapes and dtypes are checked against config.json before anything is allocated; nothing is unpickled or
+        downloaded. dtype: convert to it; by default the files', which must then agree. overrides: GPTConfig fields. The
+        model is in eval mode, as transformers' are.
+        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+        """
+        from . import checkpoint
+
+        return checkpoint.load(path, dtype, overrides)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors that GPT2LMHeadModel.from_pretrained and ours read.
+
+        Each file is written beside its place and moved in when complete, so none is ever half-written. Without biases,
+        zeros are written for them: the same function.
+        """
+        from . import checkpoint
+
+        checkpoint.save(self, path)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() inside the block; afterwards every module's own training flag is back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """(B, V) -> (B,)"""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1.0:
+        ordered, index = p.sort(-1, descending=True)
+        # a token stays while the likelier ones before it hold less than top_p: the first always does
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
+        p = torch.zeros_like(p).scatter_(-1, index, ordered)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -1,0 +1,176 @@
+"""Cross-entropy of logits and class indices, with label smoothing, z-loss and a cap on the logits, in one pass each way.
+
+    x = logits, or c tanh(logits / c) with logit_softcap c;    lse = log sum_v exp(x_v);    e = label_smoothing
+    loss = lse - (1 - e) x_target - e mean_v(x_v) + lse_square_scale lse^2,   0 where target == ignore_index
+    dx_v = (exp(x_v - lse) (1 + 2 lse_square_scale lse) - e / V - (1 - e) [v == target]) dloss
+
+logits: (..., V) in float32, bfloat16, float16 or float64, last dimension contiguous, the others of any stride.
+target: (...) int64. loss, z_loss: (...) for "none", () else, in float32 (float64 for float64 logits). lse: (2, rows), the
+row's maximum and log sum_v exp(x_v - maximum): one float would lose the last bits of the probabilities of large logits.
+Beyond the gradient nothing of logits' size is made. Where autograd is on, forward makes the gradient for dloss = 1 while a
+row is in cache, which saves one reading of the logits; backward hands it out, or for another dloss fills the same memory
+anew from lse. Sources: label smoothing arXiv 1512.00567, z-loss 2204.02311,
+soft cap 2408.00118; flash-attn's cross_entropy_loss for the names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dispatch import define
+from .common import rows_of, stat_dtype, wants_grad
+
+REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
+
+
+def _capped(logits, softcap):
+    x = rows_of(logits).to(stat_dtype(logits.dtype))  # (M, V)
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def _check_target(op, target, ignore_index, V):
+    if target.is_meta:
+        return
+    flat = target.reshape(-1)
+    bad = ((flat < 0) | (flat >= V)) & (flat != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"{op}: target {int(flat[row])} of row {row} is out of range, expected 0 to {V - 1} or ignore_index {ignore_index}"
+        )
+
+
+def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, with_grad):
+    V = logits.shape[-1]
+    _check_target("cross_entropy_fwd", target, ignore_index, V)
+    x, t = _capped(logits, logit_softcap), target.reshape(-1)
+    keep = t != ignore_index  # (M,)
+    top = x.max(1)[0] if V else x.new_full((x.shape[0],), -math.inf)
+    log_sum = (x - top[:, None]).exp().sum(1).log()
+    x_target = x.gather(1, torch.where(keep, t, 0)[:, None])[:, 0] if V else top
+    loss = (1 - label_smoothing) * (top - x_target + log_sum)
+    if label_smoothing:
+        loss = loss + label_smoothing * (log_sum - (x - top[:, None]).mean(1))
+    z_loss = torch.where(keep, lse_square_scale * (top + log_sum).square(), 0)
+    loss = torch.where(keep, loss, 0) + z_loss
+    lse = torch.where(keep, torch.stack((top, log_sum)), 0)  # (2, M)
+    if reduction == 0:
+        return loss.reshape(target.shape), z_loss.reshape(target.shape), lse, logits.new_empty(0)
+    count = keep.sum() if reduction == 1 else 1
+    options = (ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap)
+    dlogits = reference_bwd(loss.new_ones(()), logits, target, lse, *options) if with_grad else logits.new_empty(0)
+    return loss.sum() / count, z_loss.sum() / count, lse, dlogits
+
+
+def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap):
+    V = logits.shape[-1]
+    _check_target("cross_entropy_bwd", target, ignore_index, V)
+    x, t = _capped(logits, logit_softcap), target.reshape(-1)
+    keep = t != ignore_index
+    scale = dloss.reshape(-1, 1) / (keep.sum() if reduction == 1 else 1)  # (M, 1) or (1, 1)
+    p = ((x - lse[0][:, None]) - lse[1][:, None]).exp()
+    wanted = torch.zeros_like(p).scatter(1, torch.where(keep, t, 0)[:, None], 1 - label_smoothing) if V else p
+    dx = (p * (1 + 2 * lse_square_scale * lse.sum(0))[:, None] - label_smoothing / max(V, 1) - wanted) * scale
+    if logit_softcap:
+        dx = dx * (1 - (x / logit_softcap).square())
+    return torch.where(keep[:, None], dx, 0).to(logits.dtype).reshape(logits.shape)
+
+
+def reference_bwd_out(*args):
+    args[-1].copy_(reference_bwd(*args[:-1]))
+
+
+_options = "int ignore_index, int reduction, float label_smoothing, float lse_square_scale, float logit_softcap"
+_saved = "Tensor dloss, Tensor logits, Tensor target, Tensor lse"
+# with_grad: dlogits for dloss = 1 comes in the same sweep (not for reduction "none"), else it is empty
+fwd = define(
+    f"cross_entropy_fwd(Tensor logits, Tensor target, {_options}, bool with_grad)"
+    " -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor dlogits)",
+    reference_fwd,
+)
+bwd = define(f"cross_entropy_bwd({_saved}, {_options}) -> Tensor dlogits", reference_bwd)
+# into a tensor that is there, which may be the logits
+bwd_out = define(f"cross_entropy_bwd_out({_saved}, {_options}, Tensor(a!) dlogits) -> ()", reference_bwd_out)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, options, inplace_backward):
+        # a compiled graph reuses buffers by itself, may not change its inputs in backward and cannot look at dloss
+        ctx.inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+        with_grad = logits.is_cpu and not inplace_backward and not torch.compiler.is_compiling()
+        loss, z_loss, lse, dlogits = fwd(logits, target, *options, with_grad)
+        ctx.save_for_backward(logits, target, lse)
+        ctx.options, ctx.dlogits = options, dlogits if with_grad and options[1] else None
+        ctx.mark_non_differentiable(z_loss)
+        return loss, z_loss
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        logits, target, lse = ctx.saved_tensors
+        saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
+        if torch.compiler.is_compiling():
+            return bwd(*saved), None, None, None
+        if ctx.inplace_backward:
+            dlogits = logits.detach()
+            bwd_out(*saved, dlogits)
+            torch.autograd.graph.increment_version(dlogits)  # whoever still needs the logits gets autograd's error
+            return dlogits, None, None, None
+        # the gradient made in forward is handed out once; a second backward (retain_graph) makes its own
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is None:
+            return bwd(*saved), None, None, None
+        if dloss.item() != 1:
+            bwd_out(*saved, dlogits)
+        return dlogits, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    logit_softcap: float = 0.0,
+    inplace_backward: bool = False,
+    return_z_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As torch.nn.functional.cross_entropy with class indices, classes in the last dimension.
+
+    logits: (..., V). target: (...) int64, each in [0, V) or ignore_index. reduction: "mean" (over the rows that are not
+    ignored; nan if there is none), "sum" or "none". label_smoothing: in [0, 1]. lse_square_scale: weight of the z-loss,
+    lse^2 per row, which is part of the loss and with return_z_loss returned beside it (no gradient flows through that
+    one). logit_softcap: c > 0 puts c tanh(logits / c) in the place of the logits. The loss is float32 (float64 for
+    float64 logits); the gradient has the logits' dtype and is exactly zero in ignored rows.
+
+    inplace_backward=True writes the gradient over the logits, which saves their size in memory: the logits are garbage
+    after backward, a second backward or another use of their values there raises autograd's error about in-place
+    modification, and logits that are leaves requiring grad (or views of one) raise RuntimeError at once. Values changed
+    under no_grad or through detach are not seen by autograd. Inside torch.compile it has no effect.
+
+    Raises ValueError for an unknown reduction; RuntimeError for a target out of range (naming it and its row), of another
+    dtype, shape or device, and for options out of their range.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"cross_entropy: unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    needs_grad = wants_grad(logits)
+    if inplace_backward and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
+        raise RuntimeError("cross_entropy: inplace_backward would overwrite a leaf that requires grad, or a view of one")
+    if logits.dim() and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)
+    if needs_grad:
+        loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
+    else:
+        loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)
+    return (loss, z_loss) if return_z_loss else loss
+
+
+def cross_entropy_cost(logits: Tensor, backward: bool = False) -> tuple[int, int]:
+    """(bytes that must move, flops): forward reads the logits; backward reads them and writes the gradient."""
+    n = logits.numel()
+    return (2 if backward else 1) * n * logits.element_size(), (16 if backward else 15) * n

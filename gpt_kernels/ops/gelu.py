@@ -1,0 +1,79 @@
+"""GELU, with the bias of the linear layer before it added in the same pass.
+
+    v = x + bias,   y = v * cdf(v)                                          approximate="none": the normal distribution's
+                    y = v * (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3))) / 2   approximate="tanh": GPT-2's
+
+x, y: (..., N) in float32, bfloat16, float16 or float64. bias: (N,) in x's dtype or in float32 beside a 16-bit x; optional.
+Its gradient is the sum of dx over rows, in float32 and in a fixed order. Source: Hendrycks, Gimpel, arXiv 1606.08415.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dispatch import define
+from .common import rows_of, stat_dtype, wants_grad
+
+
+def _biased(x, bias):
+    xf = x.to(stat_dtype(x.dtype))
+    return xf if bias is None else xf + bias
+
+
+def reference_fwd(x, bias, tanh):
+    y = torch.nn.functional.gelu(_biased(x, bias), approximate="tanh" if tanh else "none")
+    return y.to(x.dtype).contiguous()
+
+
+def reference_bwd(dy, x, bias, tanh):
+    v = _biased(x, bias)
+    if tanh:
+        s = torch.sigmoid(math.sqrt(8 / math.pi) * (v + 0.044715 * v**3))
+        slope = s + v * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * v**2)
+    else:
+        slope = torch.special.ndtr(v) + v * torch.exp(-0.5 * v**2) / math.sqrt(2 * math.pi)
+    dx = dy.to(v.dtype) * slope
+    dbias = x.new_empty(0) if bias is None else rows_of(dx).sum(0).to(bias.dtype)
+    return dx.to(x.dtype), dbias
+
+
+fwd = define("gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor", reference_fwd)
+bwd = define("gelu_bwd(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)", reference_bwd)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, tanh):
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = tanh
+        return fwd(x, bias, tanh)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias = ctx.saved_tensors
+        dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
+        return dx, None if bias is None else dbias, None
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """GELU of x + bias, as torch.nn.functional.gelu(x + bias, approximate=approximate).
+
+    x: (..., N), any strides (made contiguous). bias: (N,). approximate: "tanh" or "none". Returns y like x, contiguous.
+    Raises ValueError for another `approximate`; the CPU kernel raises RuntimeError for a bias of another length, dtype or
+    device.
+    """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    x, tanh = x.contiguous(), approximate == "tanh"
+    if wants_grad(x, bias):
+        return _GELU.apply(x, bias, tanh)
+    return fwd(x, bias, tanh)
+
+
+def gelu_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:
+    """(bytes that must move, flops, an exponential as one): forward reads x and writes y; backward reads dy and x, writes dx."""
+    n = x.numel()
+    return (3 if backward else 2) * n * x.element_size(), (18 if backward else 9) * n
