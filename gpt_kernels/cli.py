@@ -39,16 +39,22 @@ def _parser() -> argparse.ArgumentParser:
     # no metavar list: the demo's own worker command stays out of the usage line
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support}")
 
-    info = commands.add_parser("info", help="versions, instruction set, which backend serves each op and why, compilers, caches")
+    info = commands.add_parser(
+        "info", help="versions, instruction set, which backend serves each op and why, compilers, caches"
+    )
     info.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON")
 
     commands.add_parser("support", help="the table of ops, dtypes and features, probed here, as Markdown")
 
     demo = commands.add_parser(
-        "demo", help="train a GPT-2 on real text: eager, torch.compile, ours", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "demo",
+        help="train a GPT-2 on real text: eager, torch.compile, ours",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--steps", type=_positive, default=60, help="optimizer steps per run")
-    demo.add_argument("--data", metavar="FILE", help="UTF-8 text to train on (otherwise Python's own sources and documentation)")
+    demo.add_argument("--steps", type=_positive, default=50, help="optimizer steps per run")
+    demo.add_argument(
+        "--data", metavar="FILE", help="UTF-8 text to train on (otherwise Python's own sources and documentation)"
+    )
     demo.add_argument("--layers", type=_positive, default=4)
     demo.add_argument("--heads", type=_positive, default=6)
     demo.add_argument("--width", type=_positive, default=384)

@@ -34,7 +34,7 @@ from .info import info, print_table
 END = "<|endoftext|>"
 MOST_TEXT = 8_000_000  # bytes; minutes of training read a small part of it, the tokenizer profits from the rest
 WARM_UP = 3  # steps that the timings leave out: first allocations, and all of torch.compile's work
-HELD_OUT = 32  # sequences
+HELD_OUT = 16  # sequences
 PROMPT, NEW_TOKENS = 32, 96
 LABELS = {"eager": "eager", "compile": "torch.compile", "ours": "gpt_kernels"}
 COLORS = {"eager": "#8c8c8c", "compile": "#e08214", "ours": "#1b6ca8"}
@@ -42,7 +42,7 @@ COLORS = {"eager": "#8c8c8c", "compile": "#e08214", "ours": "#1b6ca8"}
 
 @dataclasses.dataclass
 class Settings:
-    steps: int = 60
+    steps: int = 50
     data: str | None = None
     layers: int = 4
     heads: int = 6
@@ -84,7 +84,9 @@ def standard_library() -> list[str]:
         if size >= MOST_TEXT:
             break
     if size < 5_000_000:
-        raise UserError(f"this Python's standard library in {root} has only {size / 1e6:.1f} MB of text: name a file with --data")
+        raise UserError(
+            f"this Python's standard library in {root} has only {size / 1e6:.1f} MB of text: name a file with --data"
+        )
     return documents
 
 
@@ -277,7 +279,13 @@ def _generate(model: Any, job: dict, settings: Settings, send: Callable) -> None
     import torch
 
     prompt = torch.tensor([job["prompt"]], device=settings.device)
-    fixed = {"attention_mask": torch.ones_like(prompt), "do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": job["end"]}
+    fixed = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 50,
+        "pad_token_id": job["end"],
+    }
 
     def tokens(count: int) -> list[int]:
         torch.manual_seed(settings.seed)
@@ -333,12 +341,16 @@ def no_compile(settings: Settings) -> str | None:
         return "--no-compile"
     if settings.device == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
-    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    return None if any(c and shutil.which(c) for c in compilers) else "no C++ compiler found"
+    if not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "c++", "clang++")):
+        return "no C++ compiler found"
+    headers = pathlib.Path(sysconfig.get_path("include"))
+    return None if (headers / "Python.h").exists() else f"no Python headers in {headers}"
 
 
 def _check(settings: Settings) -> None:
-    missing = [m for m in ("torch", "numpy", "transformers", "tokenizers", "tqdm", "matplotlib") if not importlib.util.find_spec(m)]
+    missing = [
+        m for m in ("torch", "numpy", "transformers", "tokenizers", "tqdm", "matplotlib") if not importlib.util.find_spec(m)
+    ]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'gpt-kernels[demo]'")
     import torch
@@ -474,7 +486,9 @@ def _summarise(facts: dict[str, Any], settings: Settings) -> None:
 
 # ---- the table, the picture, the files ----
 
-ROWS: list[tuple[str, str, Callable[[float], str], int]] = [  # title, key, format, 1 = higher is better, -1 = lower, 0 = no ratio
+ROWS: list[
+    tuple[str, str, Callable[[float], str], int]
+] = [  # title, key, format, 1 = higher is better, -1 = lower, 0 = no ratio
     ("ms/step (median)", "ms_per_step", "{:,.0f}".format, -1),
     ("tokens/s", "tokens_per_s", "{:,.0f}".format, 1),
     ("peak memory, MB", "peak_bytes", lambda v: f"{v / 1e6:,.0f}", -1),
@@ -516,7 +530,9 @@ def plot(runs: dict[str, dict[str, Any]], settings: Settings, path: pathlib.Path
         steps = range(1, len(facts["losses"]) + 1)
         axes[0].plot(steps, facts["losses"], color=COLORS[run], label=LABELS[run], linewidth=1.6, alpha=0.85)
         if "held_out_loss" in facts:
-            axes[0].plot(steps[-1], facts["held_out_loss"], "o", color=COLORS[run], markersize=5, markeredgecolor="white", zorder=5)
+            axes[0].plot(
+                steps[-1], facts["held_out_loss"], "o", color=COLORS[run], markersize=5, markeredgecolor="white", zorder=5
+            )
     axes[0].set(xlabel="step", ylabel="training loss, nats per token (dots: held out)")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(frameon=False)

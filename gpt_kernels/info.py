@@ -65,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def _version_line(name: str) -> str | None:
-    """"version (path)" of a compiler on the PATH, None where there is none."""
+    """ "version (path)" of a compiler on the PATH, None where there is none."""
     path = shutil.which(os.environ.get("CXX") or name) if name == "g++" else shutil.which(name)
     if path is None:
         return None
@@ -108,7 +108,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             else f"none: {library['problem']}",
         ),
         ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"),
-        ("instruction set", f"{cpu['isa']} (best here: {cpu['best_isa']}; force one with {cpu['force_isa']})" if cpu["isa"] else "none"),
+        (
+            "instruction set",
+            f"{cpu['isa']} (best here: {cpu['best_isa']}; force one with {cpu['force_isa']})" if cpu["isa"] else "none",
+        ),
         ("GPU", ", ".join(gpu["devices"]) or "none seen by torch"),
         ("GPU archs built", ", ".join(gpu["archs_built"]) or "none in this version"),
     ]
@@ -128,7 +131,11 @@ def print_info(as_json: bool = False) -> None:
         print(json.dumps(facts, indent=2))
         return
     print_table(["", ""], _lines(facts), title="gpt_kernels")
-    print_table(["op", "CPU", "CUDA"], [(op, w["CPU"], w["CUDA"]) for op, w in facts["ops"].items()], title="which backend serves each op")
+    print_table(
+        ["op", "CPU", "CUDA"],
+        [(op, w["CPU"], w["CUDA"]) for op, w in facts["ops"].items()],
+        title="which backend serves each op",
+    )
 
 
 def print_table(header: list[str], rows: list[tuple[str, ...]], title: str = "", right: bool = False) -> None:

@@ -80,7 +80,9 @@ def test_interrupt_and_system_errors_have_no_traceback(capsys, monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    done = subprocess.run(f"{sys.executable} -m gpt_kernels info | true", shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        f"{sys.executable} -m gpt_kernels info | true", shell=True, capture_output=True, text=True, timeout=120
+    )
     assert done.stderr == ""
 
 

@@ -208,13 +208,19 @@ def test_ctrl_c_ends_with_what_there_is(text_file, tmp_path):
     """Ctrl-C in the middle of the first run: its steps so far in the table and the files, no worker left, code 130."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(text_file, out, "--steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(text_file, out, "--steps", "100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         for line in process.stdout:
             if "step 1/" in line:
                 break
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         assert children
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)

@@ -19,7 +19,11 @@ def python(code, **environment):
     """Run code in a fresh interpreter; None removes a variable."""
     merged = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={k: v for k, v in merged.items() if v is not None}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={k: v for k, v in merged.items() if v is not None},
     )
 
 
@@ -89,7 +93,9 @@ def test_both_backends_agree():
         torch.testing.assert_close(gpt_kernels.layer_norm(x, w, b), ours)
 
 
-@pytest.mark.parametrize("arguments, words", [(("tpu",), "'tpu'.*reference, cpu"), (("reference", "convolution"), "'convolution'.*layer_norm_fwd")])
+@pytest.mark.parametrize(
+    "arguments, words", [(("tpu",), "'tpu'.*reference, cpu"), (("reference", "convolution"), "'convolution'.*layer_norm_fwd")]
+)
 def test_use_backend_refuses_unknown_names(arguments, words):
     with pytest.raises(ValueError, match=words), gpt_kernels.use_backend(*arguments):
         pass
@@ -143,7 +149,11 @@ def test_use_isa_restores_and_refuses():
 def test_environment_forces_the_instruction_set():
     show = "import gpt_kernels; print(gpt_kernels.isa())"
     assert python(show, GPT_KERNELS_ISA="base").stdout.strip() == "base"
-    assert python(show, GPT_KERNELS_ISA="").stdout.strip() == python(show, GPT_KERNELS_ISA=None).stdout.strip() == dispatch.best_isa()
+    assert (
+        python(show, GPT_KERNELS_ISA="").stdout.strip()
+        == python(show, GPT_KERNELS_ISA=None).stdout.strip()
+        == dispatch.best_isa()
+    )
     bad = python(show, GPT_KERNELS_ISA="sse9")
     assert bad.returncode != 0 and "unknown instruction set 'sse9'" in bad.stderr
 
@@ -185,7 +195,10 @@ def test_without_the_library_the_reference_serves_and_where_says_why():
     done = python(WITHOUT_LIBRARY, GPT_KERNELS_ISA="base")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("reference (the C++ kernels were not built") and "| None | the C++ kernels were not built" in lines[0]
+    assert (
+        lines[0].startswith("reference (the C++ kernels were not built")
+        and "| None | the C++ kernels were not built" in lines[0]
+    )
     assert "backend 'cpu' has no kernel" in lines[1] and "not built" in lines[1]
     assert lines[2].startswith("set_isa: the C++ kernels were not built")
 

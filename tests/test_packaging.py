@@ -70,7 +70,9 @@ def check(python):
 def source(tmp_path_factory):
     """The source tree without anything built, at a path with a space in it."""
     path = tmp_path_factory.mktemp("packaging") / "source tree"
-    leave = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*-out", "out")
+    leave = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*-out", "out"
+    )
     return shutil.copytree(ROOT, path, ignore=leave)
 
 
