@@ -24,13 +24,13 @@ ROOT = pathlib.Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the LibTorch stable ABI of torch 2.10: one binary for every torch since
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593, in its own intrinsics
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]  # fmt: skip
 
 
 def find_torch():
-    """The folder of the torch to take headers from: an importable one, else the one beside this Python (pip hides it in isolation)."""
+    """The folder of the torch to take headers from: an importable one, else one beside this Python (isolation hides it)."""
     spec = importlib.util.find_spec("torch")
     places = [pathlib.Path(spec.origin).parent] if spec and spec.origin else []
     bases = ({}, {"base": sys.base_prefix, "platbase": sys.base_exec_prefix})  # the second: venvs with system packages
@@ -81,12 +81,13 @@ class BuildKernels(build_ext):
         rules = [
             f"cxx = {find_compiler()}",
             f"flags = {shell(*CXXFLAGS, *maps, '-isystem', torch / 'include')}",
+            f"libs = {shell('-L', torch / 'lib', '-ltorch_cpu')}",
             "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
-            f"rule link\n  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed {shell('-L', torch / 'lib')} -ltorch_cpu",
+            "rule link\n  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed $libs",
         ]
         objects = [f"{pathlib.Path(s).stem}.o" for s in ext.sources]
-        rules += [f"build {o}: compile {escape((ROOT / s).resolve())}" for o, s in zip(objects, ext.sources)]
+        rules += [f"build {o}: compile {escape((ROOT / s).resolve())}" for o, s in zip(objects, ext.sources, strict=True)]
         rules += [f"build {escape(target)}: link {' '.join(objects)}", ""]
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -120,7 +121,8 @@ class Wheel(bdist_wheel):
 
 
 what, why = plan()
-print(f"gpt_kernels: building {'nothing, ' if what == 'none' else ''}{why}; CUDA kernels: none in this version", file=sys.stderr)
+nothing = "nothing, " if what == "none" else ""
+print(f"gpt_kernels: building {nothing}{why}; CUDA kernels: none in this version", file=sys.stderr)
 sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
 setup(
     ext_modules=[Extension("gpt_kernels._cpu", sources)] if what == "cpu" else [],

@@ -183,10 +183,11 @@ def build_model(settings: Settings, end: int):
     torch.manual_seed(settings.seed)
     p = settings.dropout
     config = GPT2Config(
-        vocab_size=settings.vocab, n_positions=settings.context, n_embd=settings.width, n_layer=settings.layers, n_head=settings.heads,
-        attn_pdrop=p, resid_pdrop=p, embd_pdrop=p, bos_token_id=end, eos_token_id=end,
+        vocab_size=settings.vocab, n_positions=settings.context, n_embd=settings.width, n_layer=settings.layers,
+        n_head=settings.heads, attn_pdrop=p, resid_pdrop=p, embd_pdrop=p, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).to(settings.device)
+    model: Any = GPT2LMHeadModel(config)
+    return model.to(settings.device)
 
 
 def _verify(job: dict, settings: Settings, send: Callable) -> None:
@@ -198,7 +199,7 @@ def _verify(job: dict, settings: Settings, send: Callable) -> None:
     model = build_model(settings, job["end"]).to(getattr(torch, settings.dtype))
     length = min(settings.context, 128)
     ids = torch.from_numpy(numpy.load(job["held_out"])[: 2 * length]).long().view(2, length).to(settings.device)
-    report = gpt_kernels.verify(model, {"input_ids": ids, "labels": ids})
+    report = gpt_kernels.verify(model, {"input_ids": ids, "labels": ids}, show=False)
     send(verdict=bool(report.ok), text=str(report))
 
 
@@ -332,7 +333,8 @@ def events(job: dict, folder: str) -> Generator[dict, None, None]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
 
 
 def no_compile(settings: Settings) -> str | None:
@@ -421,8 +423,9 @@ def _run_all(settings: Settings, documents: list[str], folder: str, result: dict
     print(
         f"text: {sum(map(len, documents)) / 1e6:.1f} M characters of {source}, {result['train_tokens']:,} tokens to train on,"
         f" {result['held_out_tokens']:,} held out; BPE tokenizer with {settings.vocab} tokens {origin}\n"
-        f"model: GPT-2 with {settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context},"
-        f" dropout {settings.dropout}; batch {settings.batch}, {settings.dtype} on {settings.device}",
+        f"model: GPT-2 with {settings.layers} layers, {settings.heads} heads, width {settings.width},"
+        f" context {settings.context}, dropout {settings.dropout};"
+        f" batch {settings.batch}, {settings.dtype} on {settings.device}",
         flush=True,
     )
 

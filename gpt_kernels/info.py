@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,7 +140,7 @@ def print_info(as_json: bool = False) -> None:
     )
 
 
-def print_table(header: list[str], rows: list[tuple[str, ...]], title: str = "", right: bool = False) -> None:
+def print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]], title: str = "", right: bool = False) -> None:
     """A table for people: rich where it is installed, aligned columns else. `right` aligns all but the first column."""
     try:
         from rich.console import Console
@@ -158,3 +160,51 @@ def print_table(header: list[str], rows: list[tuple[str, ...]], title: str = "",
         table.add_row(*map(escape, row))
     # a pipe has no width: wide enough that no cell is folded
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# ---- what the ops can do, found by doing it ----
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _examples() -> dict[str, tuple[Any, str, str]]:
+    """op -> (a small call in a dtype, the public functions, what they take)"""
+    from .ops.attention import flash_attn_func
+    from .ops.cross_entropy import cross_entropy
+    from .ops.gelu import gelu
+    from .ops.layer_norm import layer_norm
+    from .ops.rms_norm import rms_norm
+    from .ops.softmax import softmax
+
+    def x(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.linspace(-2, 2, math.prod(shape)).view(shape).to(dtype).requires_grad_()
+
+    return {
+        "attention": (
+            lambda t: flash_attn_func(x(t, 1, 3, 2, 16), x(t, 1, 3, 1, 16), x(t, 1, 3, 1, 16), causal=True),
+            "`flash_attn_func`, `flash_attn_qkvpacked_func`, `flash_attn_kvpacked_func`, `scaled_dot_product_attention`",
+            "head dim to 256; MHA, GQA, MQA; other key length; causal, window, softcap, ALiBi, bias or mask, dropout; strides",
+        ),
+        "cross_entropy": (
+            lambda t: cross_entropy(x(t, 3, 8), torch.tensor([0, 7, -100])),
+            "`cross_entropy`",
+            "ignore_index, label smoothing, z-loss, logit softcap, gradient in place",
+        ),
+        "gelu": (lambda t: gelu(x(t, 3, 8), x(t, 8)), "`gelu`", "bias; tanh or erf"),
+        "layer_norm": (lambda t: layer_norm(x(t, 3, 8), x(t, 8), x(t, 8)), "`layer_norm`", "weight and bias, both optional"),
+        "rms_norm": (lambda t: rms_norm(x(t, 3, 8), x(t, 8)), "`rms_norm`", "weight, optional"),
+        "softmax": (lambda t: softmax(x(t, 3, 8), causal=True), "`softmax`", "scale, causal, boolean or additive mask"),
+    }
+
+
+def support() -> str:
+    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes."""
+    lines = ["| op | public functions | forward and backward on a CPU | takes |", "|---|---|---|---|"]
+    for op, (call, functions, takes) in _examples().items():
+        done = []
+        for dtype in DTYPES:
+            with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
+                call(dtype).sum().backward()
+                done.append(str(dtype).removeprefix("torch."))
+        lines.append(f"| {op} | {functions} | {', '.join(done)} | {takes} |")
+    return "\n".join(lines)

@@ -15,16 +15,10 @@ OP = "layer_norm_fwd"
 needs_library = pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
 
 
-def python(code, **environment):
+def python(code, *arguments, **environment):
     """Run code in a fresh interpreter; None removes a variable."""
-    merged = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={k: v for k, v in merged.items() if v is not None},
-    )
+    merged = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, env=merged)
 
 
 def served():
@@ -208,7 +202,7 @@ def test_a_library_that_does_not_load_is_reported(tmp_path):
     package = tmp_path / "gpt_kernels"
     shutil.copytree(os.path.dirname(gpt_kernels.__file__), package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_cpu.so").write_bytes(b"not a library")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import gpt_kernels; print(gpt_kernels.where('layer_norm_fwd')['CPU'])"
-    done = python(code)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import gpt_kernels; print(gpt_kernels.where('layer_norm_fwd')['CPU'])"
+    done = python(code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference (the C++ kernels could not be loaded under torch")

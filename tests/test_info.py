@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import stat
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 import gpt_kernels
 from gpt_kernels import cache, cli, dispatch
-from gpt_kernels.info import print_table
+from gpt_kernels.info import _examples, print_table, support
 
 
 @pytest.fixture
@@ -137,3 +139,31 @@ def test_atomic_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_module_entry_point():
     done = subprocess.run([sys.executable, "-m", "gpt_kernels", "--version"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"gpt_kernels {gpt_kernels.__version__}\n")
+
+
+# ---- documents ----
+
+
+@pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("isa", ["base", dispatch.best_isa()])
+def test_support_table_in_readme_is_what_runs(isa):
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.partition("<!-- support: python -m gpt_kernels support -->\n")[2].partition("\n<!-- /support -->")[0]
+    with gpt_kernels.use_isa(isa):
+        assert support() == table
+    # every op that is defined has its line: attention_fwd, attention_bwd -> attention
+    assert {op.rpartition("_fwd")[0] for op in dispatch.ops() if op.endswith("_fwd")} == set(_examples())
+
+
+def test_readme_examples_run(tmp_path):
+    """Every Python block of the README, in order, with a small GPT-2 in the place of the path."""
+    transformers = pytest.importorskip("transformers")
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 3
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(tmp_path)
+    code = "".join(blocks).replace("path/to/gpt2", str(tmp_path)).replace("1024, 12, 64", "64, 2, 16")
+    code = code.replace('preset("gpt2",', 'preset("gpt2", n_layer=1, n_embd=32, n_head=2,')
+    names = {}
+    exec(code, names)
+    assert names["report"].ok and names["plan"].swapped and names["tokens"].shape == (1, 21)
