@@ -2,6 +2,7 @@
 
 from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
+from .info import info
 from .ops.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
