@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import where
+from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
@@ -201,12 +202,14 @@ def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, 
     fused: set[str] = set()
     for path, module in model.named_modules():
         cls = type(module).__name__
+        if path in fused:
+            rows.append(Row(path, cls, None, "its work is done inside its parent"))
+            continue
         own = _base_of.get(type(module))
         rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module))
         reason = _reason_to_keep(module, rule, model) if own is None else None
         if rule is None or reason is not None:
-            why = "its work is done inside its parent" if path in fused else reason or _why_no_rule(module)
-            rows.append(Row(path, cls, None, why))
+            rows.append(Row(path, cls, None, reason or _why_no_rule(module)))
             continue
         rows.append(Row(path, cls, "+".join(rule.ops), rule.why))
         fused |= {f"{path}.{child}".lstrip(".") for child in rule.fuses}
@@ -243,7 +246,6 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
 _KEPT = {
     nn.Linear: "matrix product: torch's",
     nn.Embedding: "row lookup: torch's",
-    nn.Dropout: "dropout: torch's",
 }
 
 
@@ -280,3 +282,15 @@ class RMSNorm:
 class GELU:
     def forward(self: Any, x: Tensor) -> Tensor:
         return gelu(x, None, self.approximate)
+
+
+def _keep_dropout(module: Any) -> str | None:
+    if module.inplace:
+        return "drops in place"
+    return None if 0 <= module.p < 1 else f"p = {module.p}"
+
+
+@register(nn.Dropout, ("dropout",), "dropout without a stored mask, its random numbers in parallel", unless=_keep_dropout)
+class Dropout:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)

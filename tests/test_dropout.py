@@ -1,4 +1,4 @@
-"""dropout: its mask, its linearity, its residual."""
+"""dropout_fwd: its mask, its linearity, its residual."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_contract():
     check_threads(ours, (torch.randn(300, 200),))
     check_empty(ours, (torch.randn(0, 7),))
     check_empty(ours, (torch.randn(7, 0),))
-    check_opcheck(module.op, (x, residual, RNG, 0.3))
+    check_opcheck(module.fwd, (x, residual, RNG, 0.3))
     check_compile(lambda x: dropout(x, 0.3, rng_state=RNG), (x,), (torch.randn(9, 64),))
 
 
@@ -92,15 +92,15 @@ def test_gradient_of_the_residual_alone():
 
 X = torch.ones(2, 4)
 BAD = {
-    "p of 1": (lambda: dropout(X, 1.0), r"dropout: dropout_p must be in \[0, 1\), got 1"),
-    "negative p": (lambda: dropout(X, -0.5), r"dropout: dropout_p must be in \[0, 1\), got -0.5"),
-    "NaN p": (lambda: dropout(X, float("nan")), r"dropout: dropout_p must be in \[0, 1\), got nan"),
-    "integers": (lambda: dropout(X.long(), 0.5), "dropout: x must be float32, float64, bfloat16 or float16, got int64"),
-    "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout: x must have at least 1 dimension"),
-    "residual shape": (lambda: dropout(X, 0.5, residual=X[:1]), r"dropout: residual must have the shape of x \(2, 4\), got \(1, 4\)"),
-    "residual dtype": (lambda: dropout(X, 0.5, residual=X.double()), "dropout: residual must be float32, got float64"),
-    "rng shape": (lambda: dropout(X, 0.5, rng_state=RNG[:1]), r"dropout: rng_state must have shape \(2,\), got \(1,\)"),
-    "rng dtype": (lambda: dropout(X, 0.5, rng_state=torch.ones(2)), "dropout: rng_state must be int64, got float32"),
+    "p of 1": (lambda: dropout(X, 1.0), r"dropout_fwd: dropout_p must be in \[0, 1\), got 1"),
+    "negative p": (lambda: dropout(X, -0.5), r"dropout_fwd: dropout_p must be in \[0, 1\), got -0.5"),
+    "NaN p": (lambda: dropout(X, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
+    "integers": (lambda: dropout(X.long(), 0.5), "dropout_fwd: x must be float32, float64, bfloat16 or float16, got int64"),
+    "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout_fwd: x must have at least 1 dimension"),
+    "residual shape": (lambda: dropout(X, 0.5, residual=X[:1]), r"dropout_fwd: residual must have the shape of x \(2, 4\), got \(1, 4\)"),
+    "residual dtype": (lambda: dropout(X, 0.5, residual=X.double()), "dropout_fwd: residual must be float32, got float64"),
+    "rng shape": (lambda: dropout(X, 0.5, rng_state=RNG[:1]), r"dropout_fwd: rng_state must have shape \(2,\), got \(1,\)"),
+    "rng dtype": (lambda: dropout(X, 0.5, rng_state=torch.ones(2)), "dropout_fwd: rng_state must be int64, got float32"),
 }
 
 

@@ -7,8 +7,8 @@
 
 namespace gk {
 
-static Tensor dropout_cpu(const Tensor& x, const OptTensor& residual, const Tensor& rng_state, double dropout_p) {
-  const char* op = "dropout";
+static Tensor dropout_fwd_cpu(const Tensor& x, const OptTensor& residual, const Tensor& rng_state, double dropout_p) {
+  const char* op = "dropout_fwd";
   check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
   GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
   if (residual) {
@@ -31,7 +31,7 @@ static Tensor dropout_cpu(const Tensor& x, const OptTensor& residual, const Tens
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("dropout_fwd", TORCH_BOX(&dropout_fwd_cpu)); }
 
 }  // namespace gk
 

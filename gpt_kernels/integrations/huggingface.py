@@ -68,7 +68,13 @@ def _hands_back(module, past_key_values, attention_mask, encoder_hidden_states, 
     return any(kwargs.get(name) is not None for name in ("position_bias", "cache", "is_causal"))
 
 
-@register(modeling_gpt2.GPT2Attention, ("attention",), "flash attention, q, k and v by stride", unless=_keep_attention)
+@register(
+    modeling_gpt2.GPT2Attention,
+    ("attention",),
+    "flash attention, q, k and v by stride",
+    unless=_keep_attention,
+    fuses=("attn_dropout",),
+)
 class Attention:
     def forward(
         self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,

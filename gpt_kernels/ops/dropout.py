@@ -16,13 +16,13 @@ from .common import rows_of, stat_dtype, wants_grad
 from .philox import draw_rng_state, dropout_factor
 
 
-def reference(x, residual, rng_state, dropout_p):
+def reference_fwd(x, residual, rng_state, dropout_p):
     y = rows_of(x).to(stat_dtype(x.dtype))[None, None]
     y = (y * dropout_factor(rng_state, dropout_p, y)).reshape(x.shape)
     return (y if residual is None else y + residual).to(x.dtype, copy=True)
 
 
-op = define("dropout(Tensor x, Tensor? residual, Tensor rng_state, float dropout_p) -> Tensor", reference)
+fwd = define("dropout_fwd(Tensor x, Tensor? residual, Tensor rng_state, float dropout_p) -> Tensor y", reference_fwd)
 
 
 class _Dropout(torch.autograd.Function):
@@ -30,12 +30,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, residual, rng_state, dropout_p):
         ctx.save_for_backward(rng_state)
         ctx.dropout_p = dropout_p
-        return op(x, residual, rng_state, dropout_p)
+        return fwd(x, residual, rng_state, dropout_p)
 
     @staticmethod
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = op(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        dx = fwd(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -54,7 +54,7 @@ def dropout(
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
     if wants_grad(x, residual):
         return _Dropout.apply(x, residual, rng_state, float(p))
-    return op(x, residual, rng_state, float(p))
+    return fwd(x, residual, rng_state, float(p))
 
 
 def dropout_cost(x: Tensor, residual: Tensor | None = None) -> tuple[int, int]:
