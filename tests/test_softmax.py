@@ -148,7 +148,13 @@ def test_threads():
 
 def test_gradcheck():
     x = scores(2, 4, 5)
-    for args in ((x,), (x, None, -0.7, True), (x, torch.randn(4, 5)), (x, torch.randn(2, 1, 1), 0.0), (x, torch.rand(4, 5) < 0.5)):
+    for args in (
+        (x,),
+        (x, None, -0.7, True),
+        (x, torch.randn(4, 5)),
+        (x, torch.randn(2, 1, 1), 0.0),
+        (x, torch.rand(4, 5) < 0.5),
+    ):
         check_gradcheck(softmax, args)
 
 
@@ -164,7 +170,9 @@ def test_opcheck():
 
 def test_compile():
     check_compile(lambda x: softmax(x), (scores(4, 33),), (scores(7, 12),))
-    check_compile(lambda x, m: softmax(x, m, 0.5, True), (scores(2, 5, 9), torch.randn(5, 9)), (scores(3, 4, 7), torch.randn(4, 7)))
+    check_compile(
+        lambda x, m: softmax(x, m, 0.5, True), (scores(2, 5, 9), torch.randn(5, 9)), (scores(3, 4, 7), torch.randn(4, 7))
+    )
     check_compile(lambda x, m: softmax(x, m), (scores(2, 5, 9), torch.rand(5, 9) < 0.5))
 
 
