@@ -73,7 +73,7 @@ def test_masks(dtype, isa):
                 check_truth(softmax, eager, (x, keep, 0.5, causal), name=f"bool {shape}")
                 added = torch.randn(shape).to(dtype)
                 if shape[-1:] in ((), (1,)):  # moves a row as a whole: its gradient is 0, and a sum of roundings at that
-                    ours, theirs = (lambda x, f=f: f(x, added, 0.5, causal) for f in (softmax, eager))
+                    ours, theirs = (lambda x, f=f, rest=(added, 0.5, causal): f(x, *rest) for f in (softmax, eager))
                     check_truth(ours, theirs, (x,), name=f"added {shape}")
                 else:
                     check_truth(softmax, eager, (x, added, 0.5, causal), name=f"added {shape}")

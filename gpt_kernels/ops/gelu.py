@@ -74,6 +74,6 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
 
 
 def gelu_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:
-    """(bytes that must move, flops, an exponential as one): forward reads x and writes y; backward reads dy and x, writes dx."""
+    """(bytes that must move, flops; an exponential is one): forward reads x, writes y; backward reads dy and x, writes dx."""
     n = x.numel()
     return (3 if backward else 2) * n * x.element_size(), (18 if backward else 9) * n
