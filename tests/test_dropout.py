@@ -97,7 +97,10 @@ BAD = {
     "NaN p": (lambda: dropout(X, float("nan")), r"dropout: dropout_p must be in \[0, 1\), got nan"),
     "integers": (lambda: dropout(X.long(), 0.5), "dropout: x must be float32, float64, bfloat16 or float16, got int64"),
     "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout: x must have at least 1 dimension"),
-    "residual shape": (lambda: dropout(X, 0.5, residual=X[:1]), r"dropout: residual must have the shape of x \(2, 4\), got \(1, 4\)"),
+    "residual shape": (
+        lambda: dropout(X, 0.5, residual=X[:1]),
+        r"dropout: residual must have the shape of x \(2, 4\), got \(1, 4\)",
+    ),
     "residual dtype": (lambda: dropout(X, 0.5, residual=X.double()), "dropout: residual must be float32, got float64"),
     "rng shape": (lambda: dropout(X, 0.5, rng_state=RNG[:1]), r"dropout: rng_state must have shape \(2,\), got \(1,\)"),
     "rng dtype": (lambda: dropout(X, 0.5, rng_state=torch.ones(2)), "dropout: rng_state must be int64, got float32"),

@@ -8,6 +8,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_specials,
@@ -156,6 +157,8 @@ def test_gradcheck():
         (x, torch.rand(4, 5) < 0.5),
     ):
         check_gradcheck(softmax, args)
+
+    check_once_differentiable(softmax, (scores(2, 5),))
 
 
 def test_opcheck():

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -52,6 +53,7 @@ class _GELU(torch.autograd.Function):
         return fwd(x, bias, tanh)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
