@@ -83,6 +83,14 @@ def check_gradcheck(fn, args) -> None:
     assert torch.autograd.gradcheck(fn, tuple(leaves(args, torch.float64)), eps=1e-6, atol=1e-6, rtol=1e-4)
 
 
+def check_once_differentiable(fn, args) -> None:
+    """A gradient of the gradient is refused: the backward kernels have no derivative, and zeros would be silently wrong."""
+    args = leaves(args)
+    (dx,) = torch.autograd.grad(fn(*args).square().sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def check_threads(fn, args) -> None:
     """The same bits for 1, 2 and 4 threads."""
     before, results = torch.get_num_threads(), []

@@ -9,6 +9,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_specials,
@@ -114,6 +115,8 @@ def test_gradcheck():
     for ours, _ in map(form, FORMS):
         for args in ((x,), (x, bias)):
             check_gradcheck(ours, args)
+
+    check_once_differentiable(gelu, inputs(2, 5))
 
 
 def test_opcheck():

@@ -7,6 +7,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_specials,
@@ -89,6 +90,8 @@ def test_gradcheck():
     x, weight, bias = inputs(4, 9, dtype=torch.float64)
     for args in ((x,), (x, weight), (x, None, bias), (x, weight, bias)):
         check_gradcheck(layer_norm, args)
+
+    check_once_differentiable(layer_norm, inputs(2, 5))
 
 
 def test_opcheck():

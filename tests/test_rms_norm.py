@@ -7,6 +7,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_specials,
@@ -87,6 +88,8 @@ def test_gradcheck():
     x, weight = inputs(4, 9, dtype=torch.float64)
     for args in ((x,), (x, weight)):
         check_gradcheck(rms_norm, args)
+
+    check_once_differentiable(rms_norm, inputs(2, 5))
 
 
 def test_opcheck():

@@ -8,6 +8,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_specials,
@@ -73,7 +74,7 @@ def test_masks(dtype, isa):
                 check_truth(softmax, eager, (x, keep, 0.5, causal), name=f"bool {shape}")
                 added = torch.randn(shape).to(dtype)
                 if shape[-1:] in ((), (1,)):  # moves a row as a whole: its gradient is 0, and a sum of roundings at that
-                    ours, theirs = (lambda x, f=f: f(x, added, 0.5, causal) for f in (softmax, eager))
+                    ours, theirs = (lambda x, f=f, rest=(added, 0.5, causal): f(x, *rest) for f in (softmax, eager))
                     check_truth(ours, theirs, (x,), name=f"added {shape}")
                 else:
                     check_truth(softmax, eager, (x, added, 0.5, causal), name=f"added {shape}")
@@ -148,8 +149,16 @@ def test_threads():
 
 def test_gradcheck():
     x = scores(2, 4, 5)
-    for args in ((x,), (x, None, -0.7, True), (x, torch.randn(4, 5)), (x, torch.randn(2, 1, 1), 0.0), (x, torch.rand(4, 5) < 0.5)):
+    for args in (
+        (x,),
+        (x, None, -0.7, True),
+        (x, torch.randn(4, 5)),
+        (x, torch.randn(2, 1, 1), 0.0),
+        (x, torch.rand(4, 5) < 0.5),
+    ):
         check_gradcheck(softmax, args)
+
+    check_once_differentiable(softmax, (scores(2, 5),))
 
 
 def test_opcheck():
@@ -164,7 +173,9 @@ def test_opcheck():
 
 def test_compile():
     check_compile(lambda x: softmax(x), (scores(4, 33),), (scores(7, 12),))
-    check_compile(lambda x, m: softmax(x, m, 0.5, True), (scores(2, 5, 9), torch.randn(5, 9)), (scores(3, 4, 7), torch.randn(4, 7)))
+    check_compile(
+        lambda x, m: softmax(x, m, 0.5, True), (scores(2, 5, 9), torch.randn(5, 9)), (scores(3, 4, 7), torch.randn(4, 7))
+    )
     check_compile(lambda x, m: softmax(x, m), (scores(2, 5, 9), torch.rand(5, 9) < 0.5))
 
 

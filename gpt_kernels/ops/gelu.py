@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -52,6 +53,7 @@ class _GELU(torch.autograd.Function):
         return fwd(x, bias, tanh)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
@@ -74,6 +76,6 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
 
 
 def gelu_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:
-    """(bytes that must move, flops, an exponential as one): forward reads x and writes y; backward reads dy and x, writes dx."""
+    """(bytes that must move, flops; an exponential is one): forward reads x, writes y; backward reads dy and x, writes dx."""
     n = x.numel()
     return (3 if backward else 2) * n * x.element_size(), (18 if backward else 9) * n

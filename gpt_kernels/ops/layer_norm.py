@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -57,6 +58,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)

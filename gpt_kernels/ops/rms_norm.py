@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -44,6 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = bwd(dy.contiguous(), x, weight, rstd)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import stat_dtype, wants_grad
@@ -49,6 +50,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
         dy = dy.contiguous()
@@ -77,6 +79,6 @@ def softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0, causal: b
 
 
 def softmax_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:
-    """(bytes that must move, flops, an exponential as one): forward reads x and writes y; backward reads dy and y, writes dx."""
+    """(bytes that must move, flops; an exponential is one): forward reads x, writes y; backward reads dy and y, writes dx."""
     n = x.numel()
     return (3 if backward else 2) * n * x.element_size(), 5 * n
