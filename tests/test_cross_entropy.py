@@ -188,6 +188,9 @@ def test_specials():
             fns = (lambda x, o=options: cross_entropy(x, target, **o)), (lambda x, o=options: eager(x, target, **o))
             check_specials(*fns, (logits.to(dtype),))
     check((logits[5:7], target[5:7]), reduction="none")
+    wide, far = inputs(2, 9000, ignored=False)
+    wide[:, :4100], wide[1, 8500:], far[:] = float("-inf"), float("-inf"), 8000  # a whole segment masked
+    check((wide, far), reduction="none")
 
 
 def test_nan_in_an_ignored_row_is_ignored():
