@@ -196,9 +196,10 @@ def test_specials():
 def test_nan_in_an_ignored_row_is_ignored():
     logits, target = inputs(6, 40)
     logits[2] = float("nan")
-    loss, grad = forward_backward(lambda x: cross_entropy(x, target), (logits,))
     keep = target != -100
-    assert torch.equal(grad[2], torch.zeros(40)) and torch.equal(loss, cross_entropy(logits[keep], target[keep]))
+    for scale in (1.0, 2.0):  # the gradient made in forward, and the one made in backward
+        loss, grad = forward_backward(lambda x: cross_entropy(x, target), (logits,), torch.tensor(scale))
+        assert torch.equal(grad[2], torch.zeros(40)) and torch.equal(loss, cross_entropy(logits[keep], target[keep]))
 
 
 def test_ignore_index_may_be_a_class():
