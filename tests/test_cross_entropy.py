@@ -188,14 +188,18 @@ def test_specials():
             fns = (lambda x, o=options: cross_entropy(x, target, **o)), (lambda x, o=options: eager(x, target, **o))
             check_specials(*fns, (logits.to(dtype),))
     check((logits[5:7], target[5:7]), reduction="none")
+    wide, far = inputs(2, 9000, ignored=False)
+    wide[:, :4100], wide[1, 8500:], far[:] = float("-inf"), float("-inf"), 8000  # a whole segment masked
+    check((wide, far), reduction="none")
 
 
 def test_nan_in_an_ignored_row_is_ignored():
     logits, target = inputs(6, 40)
     logits[2] = float("nan")
-    loss, grad = forward_backward(lambda x: cross_entropy(x, target), (logits,))
     keep = target != -100
-    assert torch.equal(grad[2], torch.zeros(40)) and torch.equal(loss, cross_entropy(logits[keep], target[keep]))
+    for scale in (1.0, 2.0):  # the gradient made in forward, and the one made in backward
+        loss, grad = forward_backward(lambda x: cross_entropy(x, target), (logits,), torch.tensor(scale))
+        assert torch.equal(grad[2], torch.zeros(40)) and torch.equal(loss, cross_entropy(logits[keep], target[keep]))
 
 
 def test_ignore_index_may_be_a_class():
