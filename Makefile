@@ -13,7 +13,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-full: setup
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -28,13 +28,15 @@ clean:
 setup: $(VENV)/.built
 
 $(VENV)/.dependencies: requirements-dev.txt
-	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) found; install Python >= 3.10 or set PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "set-up: $(PYTHON) is older than 3.10"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "set-up: $(PYTHON) has no venv module; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet -r requirements-dev.txt || { echo "set-up: could not install requirements-dev.txt; is the package index reachable?"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) found; install Python >= 3.10 or name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "set-up: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "set-up: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "set-up: installing requirements-dev.txt into $(VENV) (once; torch is large)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt || { echo "set-up: requirements-dev.txt could not be installed, see above; is the package index reachable?"; exit 1; }
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	@command -v $${CXX:-g++} >/dev/null || { echo "set-up: no C++ compiler ($${CXX:-g++}); install g++ or set CXX"; exit 1; }
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e . || { echo "set-up: the C++ kernels did not build, see above"; exit 1; }
+	@set -- $${CXX:-g++}; command -v "$$1" >/dev/null || { echo "set-up: no C++ compiler ($$1); install g++ or set CXX"; exit 1; }
+	@echo "set-up: building the C++ kernels (about a minute)"
+	@GPT_KERNELS_BUILD=cpu $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . || { echo "set-up: the C++ kernels could not be built, see above"; exit 1; }
 	@touch $@

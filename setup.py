@@ -10,6 +10,7 @@ build environment, so `pip install .` downloads no second torch and takes about 
 import importlib.util
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,20 +24,24 @@ ROOT = pathlib.Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the LibTorch stable ABI of torch 2.10: one binary for every torch since
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593, in its own intrinsics
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]  # fmt: skip
 
 
 def find_torch():
+    """The folder of the torch to take headers from: an importable one, else one beside this Python (isolation hides it)."""
     spec = importlib.util.find_spec("torch")
     places = [pathlib.Path(spec.origin).parent] if spec and spec.origin else []
-    places += [pathlib.Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    bases = ({}, {"base": sys.base_prefix, "platbase": sys.base_exec_prefix})  # the second: venvs with system packages
+    places += [pathlib.Path(sysconfig.get_path(name, vars=base)) / "torch" for base in bases for name in ("platlib", "purelib")]
     return next((p for p in places if (p / "include/torch/csrc/stable/tensor.h").exists()), None)
 
 
 def find_compiler():
-    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    """The compiler's command line (CXX may hold options or a wrapper), None when there is none."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+    return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
 
 
 def plan():
@@ -69,20 +74,35 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         build = pathlib.Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        flags = [*CXXFLAGS, f"-ffile-prefix-map={ROOT.resolve()}=.", f"-ffile-prefix-map={torch}=torch", f"-isystem {torch}/include"]
+        # no path of this machine in the library
+        maps = [f"-ffile-prefix-map={ROOT.resolve()}=.", f"-ffile-prefix-map={torch}=torch"]
+        # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
+        (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
         rules = [
             f"cxx = {find_compiler()}",
-            f"flags = {' '.join(flags)}",
+            f"flags = {shell(*CXXFLAGS, *maps, '-isystem', torch / 'include')}",
+            f"libs = {shell('-L', torch / 'lib', '-ltorch_cpu')}",
             "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
-            f"rule link\n  command = $cxx -shared $in -o $out -s -Wl,--no-as-needed -L{torch}/lib -ltorch_cpu",
+            "rule link\n  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed $libs",
         ]
         objects = [f"{pathlib.Path(s).stem}.o" for s in ext.sources]
-        rules += [f"build {o}: compile {(ROOT / s).resolve()}" for o, s in zip(objects, ext.sources)]
-        rules += [f"build {target}: link {' '.join(objects)}", ""]
+        rules += [f"build {o}: compile {escape((ROOT / s).resolve())}" for o, s in zip(objects, ext.sources, strict=True)]
+        rules += [f"build {escape(target)}: link {' '.join(objects)}", ""]
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([ninja(), "-C", str(build), *jobs], check=True)
+        if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
+            sys.exit("the C++ kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
+
+
+def shell(*words):
+    """A command's words for a ninja rule."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def escape(path):
+    """A path for a ninja build line."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def ninja():
@@ -101,7 +121,8 @@ class Wheel(bdist_wheel):
 
 
 what, why = plan()
-print(f"gpt_kernels: building {'nothing, ' if what == 'none' else ''}{why}; CUDA kernels: none in this version", file=sys.stderr)
+nothing = "nothing, " if what == "none" else ""
+print(f"gpt_kernels: building {nothing}{why}; CUDA kernels: none in this version", file=sys.stderr)
 sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
 setup(
     ext_modules=[Extension("gpt_kernels._cpu", sources)] if what == "cpu" else [],

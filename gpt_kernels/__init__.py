@@ -2,6 +2,7 @@
 
 from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
+from .info import info
 from .ops.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -9,6 +10,7 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.cross_entropy import cross_entropy
+from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm

@@ -44,7 +44,11 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 GK_EXPORT const char* gpt_kernels_isa() { return gk::level_names[gk::isa_level]; }
 GK_EXPORT const char* gpt_kernels_best_isa() { return gk::level_names[gk::best_level()]; }
+#if defined(__clang__)
 GK_EXPORT const char* gpt_kernels_compiler() { return __VERSION__; }
+#else
+GK_EXPORT const char* gpt_kernels_compiler() { return "GCC " __VERSION__; }
+#endif
 GK_EXPORT int64_t gpt_kernels_torch_target() { return TORCH_TARGET_VERSION; }
 
 // 0 on success, 1 for an unknown name, 2 for a level this CPU does not have.

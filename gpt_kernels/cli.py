@@ -1,0 +1,107 @@
+"""Command line: python -m gpt_kernels info | demo | support. Exit codes: 0 done, 1 failed, 2 bad arguments, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .version import __version__
+
+
+class UserError(Exception):
+    """Something the user can mend; printed without a traceback, exit code 2."""
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gpt_kernels", description="Fused GPT kernels.")
+    parser.add_argument("--version", action="version", version=f"gpt_kernels {__version__}")
+    # no metavar list: the demo's own worker command stays out of the usage line
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support}")
+
+    info = commands.add_parser(
+        "info", help="versions, instruction set, which backend serves each op and why, compilers, caches"
+    )
+    info.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON")
+
+    commands.add_parser("support", help="the table of ops, dtypes and features, probed here, as Markdown")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a GPT-2 on real text: eager, torch.compile, ours",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--steps", type=_positive, default=50, help="optimizer steps per run")
+    demo.add_argument(
+        "--data", metavar="FILE", help="UTF-8 text to train on (otherwise Python's own sources and documentation)"
+    )
+    demo.add_argument("--layers", type=_positive, default=4)
+    demo.add_argument("--heads", type=_positive, default=6)
+    demo.add_argument("--width", type=_positive, default=384)
+    demo.add_argument("--context", type=_positive, default=512, help="tokens per sequence")
+    demo.add_argument("--batch", type=_positive, default=4, help="sequences per step")
+    demo.add_argument("--vocab", type=_positive, default=8192, help="size of the BPE vocabulary")
+    demo.add_argument("--dropout", type=_fraction, default=0.1, help="for attention, residuals and embeddings")
+    demo.add_argument("--lr", type=float, default=1e-3)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", metavar="DIR", default="demo-out", help="where result.json and demo.png go")
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 trains under autocast")
+    demo.add_argument("--no-compile", dest="compile", action="store_false", help="leave the torch.compile run out")
+
+    commands.add_parser("demo-worker").add_argument("job")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        if command == "info":
+            from .info import print_info
+
+            print_info(**arguments)
+            return 0
+        if command == "support":
+            from .info import support
+
+            print(support())
+            return 0
+        from . import demo
+
+        if command == "demo-worker":
+            return demo.worker(arguments["job"])
+        return demo.demo(demo.Settings(**arguments))
+    except UserError as error:
+        print(f"gpt_kernels {command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left (| head): not worth a word, at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"gpt_kernels {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"gpt_kernels {command}: stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,210 @@
+"""What is installed, what runs where, and why: info() as a dict, print_info() for people, support() as a Markdown table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import cache, dispatch
+from .version import __version__
+
+PACKAGES = ("transformers", "tokenizers", "safetensors", "triton", "numpy", "tqdm", "rich", "matplotlib")
+
+
+def info() -> dict[str, Any]:
+    """Versions, CPU and instruction set, GPUs, what serves each op on each device and why, compilers, caches. JSON-ready."""
+    library = dispatch.library
+    target = library.gpt_kernels_torch_target() if library else None
+    return {
+        "gpt_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "library": {
+            "built": library is not None,
+            "problem": dispatch.library_error,
+            "compiler": library.gpt_kernels_compiler().decode() if library else None,
+            # the stable ABI keeps major and minor in the two highest bytes
+            "torch_stable_abi": f"{target >> 56}.{target >> 48 & 0xFF}" if target else None,
+        },
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "isa": dispatch.isa(),
+            "best_isa": dispatch.best_isa(),
+            "force_isa": f"GPT_KERNELS_ISA={'|'.join(dispatch.ISA_LEVELS)} or gpt_kernels.use_isa(name)",
+        },
+        "gpu": {
+            "archs_built": [],
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "ops": {op: dispatch.where(op) for op in dispatch.ops()},
+        "compilers": {name: _version_line(name) for name in ("g++", "nvcc")},
+        "caches": {"tokenizers of the demo": _cache()},
+        "packages": {name: _package(name) for name in PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version_line(name: str) -> str | None:
+    """ "version (path)" of a compiler on the PATH, None where there is none."""
+    path = shutil.which(os.environ.get("CXX") or name) if name == "g++" else shutil.which(name)
+    if path is None:
+        return None
+    try:
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not run: {error}"
+    # g++ says it in the first line, nvcc in the one with "release"
+    lines = [line for line in output.splitlines() if "release" in line] or output.splitlines() or ["no version"]
+    return f"{lines[0].strip()} ({path})"
+
+
+def _cache() -> dict[str, Any]:
+    folder = cache.directory()
+    files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
+    return {
+        "path": str(folder),
+        "files": len(files),
+        "bytes": sum(f.stat().st_size for f in files),
+        "problem": cache.problem(folder),
+    }
+
+
+def _package(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    library, cpu, gpu = facts["library"], facts["cpu"], facts["gpu"]
+    lines = [
+        ("gpt_kernels", facts["gpt_kernels"]),
+        ("torch, Python", f"{facts['torch']}, {facts['python']} on {facts['platform']}"),
+        (
+            "C++ kernels",
+            f"built with {library['compiler']} for torch >= {library['torch_stable_abi']} (stable ABI)"
+            if library["built"]
+            else f"none: {library['problem']}",
+        ),
+        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"),
+        (
+            "instruction set",
+            f"{cpu['isa']} (best here: {cpu['best_isa']}; force one with {cpu['force_isa']})" if cpu["isa"] else "none",
+        ),
+        ("GPU", ", ".join(gpu["devices"]) or "none seen by torch"),
+        ("GPU archs built", ", ".join(gpu["archs_built"]) or "none in this version"),
+    ]
+    lines += [(name, version or "not found on the PATH") for name, version in facts["compilers"].items()]
+    for name, c in facts["caches"].items():
+        state = f"refused: {c['problem']}" if c["problem"] else f"{c['files']} files, {c['bytes'] / 1e6:.1f} MB"
+        lines.append((name, f"{c['path']}, {state}"))
+    found = [f"{name} {version}" for name, version in facts["packages"].items() if version]
+    missing = [name for name, version in facts["packages"].items() if not version]
+    return [*lines, ("packages", ", ".join(found) + (f" (not installed: {', '.join(missing)})" if missing else ""))]
+
+
+def print_info(as_json: bool = False) -> None:
+    """Print info() as tables (with rich where it is installed) or as JSON."""
+    facts = info()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print_table(["", ""], _lines(facts), title="gpt_kernels")
+    print_table(
+        ["op", "CPU", "CUDA"],
+        [(op, w["CPU"], w["CUDA"]) for op, w in facts["ops"].items()],
+        title="which backend serves each op",
+    )
+
+
+def print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]], title: str = "", right: bool = False) -> None:
+    """A table for people: rich where it is installed, aligned columns else. `right` aligns all but the first column."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in [tuple(header), *rows]) for i in range(len(header))]
+        print(f"\n{title}")
+        for row in [tuple(header), *rows] if any(header) else rows:
+            cells = (c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            print("  ".join(cells).rstrip())
+        return
+    table = Table(title=title, show_header=any(header), title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(escape(name), justify="right" if right and i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    # a pipe has no width: wide enough that no cell is folded
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# ---- what the ops can do, found by doing it ----
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _examples() -> dict[str, tuple[Any, str, str]]:
+    """op -> (a small call in a dtype, the public functions, what they take)"""
+    from .ops.attention import flash_attn_func
+    from .ops.cross_entropy import cross_entropy
+    from .ops.gelu import gelu
+    from .ops.layer_norm import layer_norm
+    from .ops.rms_norm import rms_norm
+    from .ops.softmax import softmax
+
+    def x(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.linspace(-2, 2, math.prod(shape)).view(shape).to(dtype).requires_grad_()
+
+    return {
+        "attention": (
+            lambda t: flash_attn_func(x(t, 1, 3, 2, 16), x(t, 1, 3, 1, 16), x(t, 1, 3, 1, 16), causal=True),
+            "`flash_attn_func`, `flash_attn_qkvpacked_func`, `flash_attn_kvpacked_func`, `scaled_dot_product_attention`",
+            "head dim to 256; MHA, GQA, MQA; other key length; causal, window, softcap, ALiBi, bias or mask, dropout; strides",
+        ),
+        "cross_entropy": (
+            lambda t: cross_entropy(x(t, 3, 8), torch.tensor([0, 7, -100])),
+            "`cross_entropy`",
+            "ignore_index, label smoothing, z-loss, logit softcap, gradient in place",
+        ),
+        "gelu": (lambda t: gelu(x(t, 3, 8), x(t, 8)), "`gelu`", "bias; tanh or erf"),
+        "layer_norm": (lambda t: layer_norm(x(t, 3, 8), x(t, 8), x(t, 8)), "`layer_norm`", "weight and bias, both optional"),
+        "rms_norm": (lambda t: rms_norm(x(t, 3, 8), x(t, 8)), "`rms_norm`", "weight, optional"),
+        "softmax": (lambda t: softmax(x(t, 3, 8), causal=True), "`softmax`", "scale, causal, boolean or additive mask"),
+    }
+
+
+def support() -> str:
+    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes."""
+    lines = ["| op | public functions | forward and backward on a CPU | takes |", "|---|---|---|---|"]
+    for op, (call, functions, takes) in _examples().items():
+        done = []
+        for dtype in DTYPES:
+            with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
+                call(dtype).sum().backward()
+                done.append(str(dtype).removeprefix("torch."))
+        lines.append(f"| {op} | {functions} | {', '.join(done)} | {takes} |")
+    return "\n".join(lines)

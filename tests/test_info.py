@@ -1,0 +1,169 @@
+"""info(): true facts, JSON-ready, with a table for people with and without rich; the private cache."""
+
+import json
+import os
+import pathlib
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gpt_kernels
+from gpt_kernels import cache, cli, dispatch
+from gpt_kernels.info import _examples, print_table, support
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_info_is_json_and_true(home):
+    facts = gpt_kernels.info()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["gpt_kernels"] == gpt_kernels.__version__ and facts["torch"] == torch.__version__
+    assert facts["cpu"]["threads"] == torch.get_num_threads() and facts["cpu"]["isa"] == gpt_kernels.isa()
+    assert facts["ops"] == {op: gpt_kernels.where(op) for op in dispatch.ops()} and "layer_norm_fwd" in facts["ops"]
+    assert facts["gpu"]["archs_built"] == []
+    if dispatch.library:
+        assert facts["library"]["torch_stable_abi"] == "2.10" and facts["library"]["compiler"]
+    with gpt_kernels.use_isa("base") if dispatch.library else gpt_kernels.use_backend("reference"):
+        changed = gpt_kernels.info()
+    assert (changed["cpu"]["isa"] == "base") if dispatch.library else "pushed" in changed["ops"]["layer_norm_fwd"]["CPU"]
+
+
+def test_info_reports_the_cache(home):
+    (entry,) = gpt_kernels.info()["caches"].values()
+    assert entry == {"path": str(home / "gpt_kernels"), "files": 0, "bytes": 0, "problem": None}
+    assert not (home / "gpt_kernels").exists()  # looking creates nothing
+    cache.write("a", b"123")
+    (entry,) = gpt_kernels.info()["caches"].values()
+    assert (entry["files"], entry["bytes"]) == (1, 3)
+
+
+def test_info_finds_compilers_on_the_path(tmp_path, monkeypatch):
+    tool = tmp_path / "nvcc"
+    tool.write_text("#!/bin/sh\necho first line\necho release 99.9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    # the scripts' own echo is built into the shell
+    assert gpt_kernels.info()["compilers"] == {"g++": None, "nvcc": f"release 99.9 ({tool})"}
+
+
+def test_info_prints_a_table_and_json(home, capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for words in (torch.__version__, "instruction set", "GPT_KERNELS_ISA=", "layer_norm_fwd", "no GPU kernels", str(home)):
+        assert words in text
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpt_kernels"] == gpt_kernels.__version__
+
+
+def test_table_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    print_table(["", "x"], [("a", "1.5"), ("long name", "12.25")], title="t", right=True)
+    assert capsys.readouterr().out == "\nt\n               x\na            1.5\nlong name  12.25\n"
+
+
+def test_table_shows_brackets_as_they_are(capsys):
+    print_table(["", "x"], [("GPT_KERNELS_ISA=[base]", "[/]")])
+    assert "GPT_KERNELS_ISA=[base]" in capsys.readouterr().out
+
+
+# ---- cache ----
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_cache_is_private(home, monkeypatch):
+    previous = os.umask(0)
+    try:
+        assert cache.read("a") is None
+        cache.write("a", b"one")
+        cache.write("a", b"two")
+    finally:
+        os.umask(previous)
+    assert cache.read("a") == b"two"
+    assert mode(home / "gpt_kernels") == 0o700 and mode(home / "gpt_kernels" / "a") == 0o600
+    assert os.listdir(home / "gpt_kernels") == ["a"]
+
+
+def test_cache_folder_follows_the_environment(home, monkeypatch):
+    assert cache.directory() == home / "gpt_kernels"
+    for value in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        monkeypatch.setenv("HOME", str(home))
+        assert cache.directory() == home / ".cache" / "gpt_kernels"
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("fault", ["symlink", "group-writable", "world-writable", "foreign"])
+def test_cache_refuses_what_others_could_have_written(home, monkeypatch, what, fault):
+    cache.write("a", b"one")
+    path = home / "gpt_kernels" if what == "folder" else home / "gpt_kernels" / "a"
+    if fault == "symlink":
+        path.rename(home / "elsewhere")
+        path.symlink_to(home / "elsewhere")
+    elif fault == "foreign":
+        lstat = os.lstat
+        fake = lambda p: os.stat_result((*lstat(p)[:4], os.getuid() + (str(p) == str(path)), *lstat(p)[5:]))  # noqa: E731
+        monkeypatch.setattr(os, "lstat", fake)
+    else:
+        path.chmod(0o720 if fault == "group-writable" else 0o702)
+    with pytest.raises(PermissionError, match="cache refused.*gpt_kernels"):
+        cache.read("a")
+    if what == "folder":
+        with pytest.raises(PermissionError, match="cache refused"):
+            cache.write("a", b"two")
+        (entry,) = gpt_kernels.info()["caches"].values()
+        assert str(path) in entry["problem"]
+
+
+def test_atomic_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    cache.write_atomically(path, b"old", mode=0o644)
+    assert mode(path) == 0o644
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cache.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_module_entry_point():
+    done = subprocess.run([sys.executable, "-m", "gpt_kernels", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"gpt_kernels {gpt_kernels.__version__}\n")
+
+
+# ---- documents ----
+
+
+@pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("isa", ["base", dispatch.best_isa()])
+def test_support_table_in_readme_is_what_runs(isa):
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.partition("<!-- support: python -m gpt_kernels support -->\n")[2].partition("\n<!-- /support -->")[0]
+    with gpt_kernels.use_isa(isa):
+        assert support() == table
+    # every op that is defined has its line: attention_fwd, attention_bwd -> attention
+    assert {op.rpartition("_fwd")[0] for op in dispatch.ops() if op.endswith("_fwd")} == set(_examples())
+
+
+def test_readme_examples_run(tmp_path):
+    """Every Python block of the README, in order, with a small GPT-2 in the place of the path."""
+    transformers = pytest.importorskip("transformers")
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 3
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(tmp_path)
+    code = "".join(blocks).replace("path/to/gpt2", str(tmp_path)).replace("1024, 12, 64", "64, 2, 16")
+    code = code.replace('preset("gpt2",', 'preset("gpt2", n_layer=1, n_embd=32, n_head=2,')
+    names = {}
+    exec(code, names)
+    assert names["report"].ok and names["plan"].swapped and names["tokens"].shape == (1, 21)

@@ -1,0 +1,195 @@
+"""Installing in clean environments: with and without a compiler, by wheel, by sdist, in isolation, under another torch.
+
+Each environment is a fresh venv that borrows the heavy packages of the running one by symbolic links. GPT_KERNELS_TEST_TORCH
+names the other torch (its wheel and what it depends on are downloaded: several GB).
+"""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(1800)]
+ROOT = pathlib.Path(__file__).parents[1]
+OTHER_TORCH = os.environ.get("GPT_KERNELS_TEST_TORCH", "2.14.1")
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+
+CHECK = """
+import json, torch, gpt_kernels
+x = torch.randn(4, 33, requires_grad=True)
+y = gpt_kernels.layer_norm(x)
+y.square().sum().backward()
+torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (33,)))
+print(json.dumps({"file": gpt_kernels.__file__, **gpt_kernels.info()}))
+"""
+
+
+def run(*command, ok=True, cwd=None, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPT_KERNELS_", "PYTHON"))}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd or "/", env={**clean, **environment}, timeout=1500
+    )
+    assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def make_venv(path, borrow=True):
+    """A venv's Python; pip is the running one's, told which Python to serve."""
+    run(sys.executable, "-m", "venv", "--without-pip", path)
+    if borrow:
+        target = next(pathlib.Path(path).glob("lib/python*/site-packages"))
+        for entry in pathlib.Path(torch.__file__).parents[1].iterdir():
+            if not re.match(r"(__editable__.*|gpt[_-]kernels.*|__pycache__|.*\.pth)$", entry.name):
+                (target / entry.name).symlink_to(entry)
+    return pathlib.Path(path, "bin", "python")
+
+
+def pip(python, *arguments, **more):
+    return run(sys.executable, "-m", "pip", "--python", python, "install", "-v", *arguments, **more)
+
+
+def check(python):
+    """The op works and gives the right answer, imported from the venv; what info says."""
+    facts = json.loads(run(python, "-c", CHECK).splitlines()[-1])
+    assert pathlib.Path(facts["file"]).is_relative_to(python.parents[1])
+    return facts
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The source tree without anything built, at a path with a space in it."""
+    path = tmp_path_factory.mktemp("packaging") / "source tree"
+    leave = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", "*-out", "out"
+    )
+    return shutil.copytree(ROOT, path, ignore=leave)
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    """(wheel, sdist) from python -m build: the wheel is built from the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+@needs_compiler
+def test_install_with_a_compiler(source, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    pip(python, "--no-build-isolation", "--no-deps", source)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # 90 s on 2 cores, as processor time: the clock would also measure what else the machine does
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
+    facts = check(python)
+    assert facts["library"]["built"] and all(w["CPU"].startswith("cpu") for w in facts["ops"].values())
+    assert "instruction set" in run(python.parent / "gpt-kernels", "info")
+
+
+def test_install_without_a_compiler(source, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    (tmp_path / "bin").mkdir()
+    bare = {"PATH": str(tmp_path / "bin"), "CXX": ""}
+    output = pip(python, "--no-build-isolation", "--no-deps", source, **bare)
+    assert "building nothing, no C++ compiler found" in output
+    facts = check(python)
+    assert facts["library"]["problem"].startswith("the C++ kernels were not built")
+    assert all(w["CPU"].startswith("reference (the C++ kernels were not built") for w in facts["ops"].values())
+    output = pip(python, "--no-build-isolation", "--no-deps", source, ok=False, GPT_KERNELS_BUILD="cpu", **bare)
+    assert "GPT_KERNELS_BUILD=cpu, but there is no C++ compiler" in output
+
+
+def test_install_without_kernels(source, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    assert "GPT_KERNELS_BUILD=none" in pip(python, "--no-build-isolation", "--no-deps", source, GPT_KERNELS_BUILD="none")
+    assert not check(python)["library"]["built"]
+    assert not list(python.parents[1].rglob("gpt_kernels/*.so"))
+    output = pip(python, "--no-build-isolation", "--no-deps", source, ok=False, GPT_KERNELS_BUILD="everything")
+    assert "GPT_KERNELS_BUILD=everything: expected auto, cpu or none" in output
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_said(source, tmp_path):
+    bad = tmp_path / "bad-g++"
+    bad.write_text("#!/bin/sh\necho cannot compile >&2\nexit 1\n")
+    bad.chmod(0o755)
+    python = make_venv(tmp_path / "venv")
+    output = pip(python, "--no-build-isolation", "--no-deps", source, ok=False, CXX=str(bad))
+    assert "cannot compile" in output and "the C++ kernels did not compile" in output
+
+
+@needs_compiler
+def test_isolated_install_takes_no_second_torch(source, tmp_path):
+    """Plain `pip install .`: setuptools and ninja come from the registry, torch's headers from where torch is."""
+    python = make_venv(tmp_path / "venv")
+    output = pip(python, source)
+    assert not re.search(r"(Downloading|Collecting|Installing collected packages:).*\btorch\b", output)
+    assert check(python)["library"]["built"]
+
+
+@needs_compiler
+def test_wheel_holds_what_it_should(built):
+    wheel, sdist = built
+    assert re.fullmatch(r"gpt_kernels-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    # no path of the machine that built it, in any file
+    paths = [str(p) for p in (ROOT, pathlib.Path.home(), sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"))]
+    paths += [*site.getsitepackages(), "/tmp/", str(pathlib.Path(torch.__file__).parent)]
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        for name in names:
+            data = archive.read(name)
+            assert [p for p in paths if len(p) > 1 and p.encode() in data] == [], name
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "gpt_kernels").rglob("*.py")}
+    assert {n for n in names if ".dist-info/" not in n} == package | {"gpt_kernels/_cpu.so", "gpt_kernels/py.typed"}
+    assert any(n.endswith("LICENSE") for n in names)
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")} <= inside
+    assert not [name for name in inside if name.endswith((".so", ".o"))]
+
+
+@needs_compiler
+def test_library_symbols(built, tmp_path):
+    """Out: five C functions. In: torch's stable C interface, nothing of its C++ (c10, at, torch) and nothing of Python."""
+    with zipfile.ZipFile(built[0]) as archive:
+        library = archive.extract("gpt_kernels/_cpu.so", tmp_path)
+    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    names = ("isa", "best_isa", "set_isa", "compiler", "torch_target")
+    assert {name for name in exported if "@" not in name} == {f"gpt_kernels_{name}" for name in names}
+    needed = {line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()}
+    assert [n for n in needed if re.match(r"_?Py|_ZN?K?(3c10|2at|5torch)", n)] == []
+    foreign = [n for n in needed if "@" not in n and not n.startswith(("aoti_torch_", "torch_", "_ITM_", "__gmon_start__"))]
+    assert foreign == []
+
+
+@needs_compiler
+def test_wheel_works_where_it_is_installed(built, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    pip(python, "--no-deps", built[0], PATH="/nowhere")
+    facts = check(python)
+    assert facts["library"]["built"] and facts["torch"] == torch.__version__
+
+
+@needs_compiler
+def test_wheel_works_under_another_torch(built, tmp_path):
+    python = make_venv(tmp_path / "venv", borrow=False)
+    try:
+        pip(python, "-q", f"torch=={OTHER_TORCH}", "numpy")
+    except AssertionError as refusal:
+        reason = re.search(r"ERROR: .*", str(refusal))
+        pytest.skip(f"the registry did not give torch {OTHER_TORCH}: {reason.group() if reason else 'no reason'}")
+    pip(python, "--no-deps", built[0])
+    facts = check(python)
+    assert facts["torch"].split("+")[0] == OTHER_TORCH != torch.__version__.split("+")[0]
+    assert facts["library"]["built"] and all(w["CPU"].startswith("cpu") for w in facts["ops"].values())
