@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import activations
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2
@@ -89,7 +89,10 @@ class Attention:
         qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), by stride
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            keys, values = past_key_values.update(k, v, self.layer_idx)
+            # a cache that was empty holds copies of k and v: these spare the backward pass through the copy
+            if type(past_key_values) is not DynamicCache or keys.shape[2] != T:
+                k, v = keys, values
         # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is hidden
         causal = attention_mask is None and T > 1 and self.config._attn_implementation == "sdpa"
         if attention_mask is not None and attention_mask.is_floating_point():
