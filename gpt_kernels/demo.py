@@ -544,6 +544,11 @@ def plot(runs: dict[str, dict[str, Any]], settings: Settings, path: pathlib.Path
         text = next(f for _, k, f, _ in ROWS if k == key)
         drawn = axis.bar([LABELS[r] for r in known], list(known.values()), color=[COLORS[r] for r in known], width=0.7)
         axis.bar_label(drawn, [text(v) for v in known.values()], padding=2)
+        if "ours" in known and "eager" in known:
+            ratio = (known["ours"] / known["eager"]) ** next(better for _, k, _, better in ROWS if k == key)
+            axis.text(
+                list(known).index("ours"), 0, f"{ratio:.2f}x\n", ha="center", va="bottom", color="white", fontweight="bold"
+            )
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.12)
         axis.tick_params(axis="x", labelrotation=25, length=0)
