@@ -42,7 +42,7 @@ COLORS = {"eager": "#8c8c8c", "compile": "#e08214", "ours": "#1b6ca8"}
 
 @dataclasses.dataclass
 class Settings:
-    steps: int = 50
+    steps: int = 40
     data: str | None = None
     layers: int = 4
     heads: int = 6
@@ -380,6 +380,7 @@ def _check(settings: Settings) -> None:
 
 def demo(settings: Settings) -> int:
     """Everything, from the text to the table; returns the exit code. Ctrl-C ends it with what there is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
     _check(settings)
     documents = standard_library() if settings.data is None else user_text(settings.data)
     began, status = time.monotonic(), 0
