@@ -10,6 +10,7 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.cross_entropy import cross_entropy
+from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm

@@ -81,13 +81,13 @@ def _is_conv1d(name: str) -> bool:
 
 def _hf_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor in a Hugging Face GPT-2 file, weights of Conv1D (in, out); lazily, n_layer may lie."""
-    C, I = config.n_embd, config.n_inner  # noqa: E741
+    C, inner = config.n_embd, config.n_inner
     yield "transformer.wte.weight", (config.vocab_size, C)
     yield "transformer.wpe.weight", (config.block_size, C)
     for i in range(config.n_layer):
         for part, shape in (
             ("ln_1", (C,)), ("attn.c_attn", (C, 3 * C)), ("attn.c_proj", (C, C)),
-            ("ln_2", (C,)), ("mlp.c_fc", (C, I)), ("mlp.c_proj", (I, C)),
+            ("ln_2", (C,)), ("mlp.c_fc", (C, inner)), ("mlp.c_proj", (inner, C)),
         ):  # fmt: skip
             yield f"transformer.h.{i}.{part}.weight", shape
             yield f"transformer.h.{i}.{part}.bias", shape[-1:]
@@ -123,7 +123,7 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
         raise ValueError(f"{caller}: tensors have dtypes {', '.join(sorted(map(str, dtypes)))}; pass dtype to convert")
     dtype = dtype or dtypes.pop()
     with torch.device("meta"):
-        model = GPT(config)
+        model: Any = GPT(config)
     tensors = {}
     for name in expected:
         if not config.bias and name.endswith(".bias"):

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class RMSNorm(nn.RMSNorm):
             raise ValueError(f"RMSNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class Softmax(nn.Module):
@@ -109,11 +110,11 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    n_inner: int | None = None
+    n_inner: int = None  # type: ignore[assignment]
     approximate: str = "tanh"
     layer_norm_eps: float = 1e-5
-    attn_dropout: float | None = None
-    embd_dropout: float | None = None
+    attn_dropout: float = None  # type: ignore[assignment]
+    embd_dropout: float = None  # type: ignore[assignment]
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     initializer_range: float = 0.02
@@ -215,6 +216,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with nanoGPT's interface. Set `gradient_checkpointing = True` to recompute each block in backward."""
 
+    transformer: Any  # a ModuleDict, whose attributes type checkers do not know
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -270,7 +273,8 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}, idx has {tuple(idx.shape)}")
         logits = self.lm_head(x)
-        return logits, cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index)
+        loss: Any = cross_entropy(logits, targets, ignore_index=ignore_index)
+        return logits, loss
 
     # ---- using it ----
 
@@ -341,7 +345,8 @@ class GPT(nn.Module):
             for start in range(0, inputs.numel(), stride):
                 end = min(start + size, inputs.numel())
                 x = self.hidden(inputs[None, start:end])[0, counted - start :]  # positions not yet counted
-                total += cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum").item()
+                nll: Any = cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum")
+                total += nll.item()
                 counted = end
                 if end == inputs.numel():
                     break
@@ -378,8 +383,8 @@ class GPT(nn.Module):
     # ---- Hugging Face's files ----
 
     @classmethod
-    def from_hf(cls, model: nn.Module, **overrides) -> GPT:
-        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: GPTConfig fields, such as dropout=0.0."""
+    def from_hf(cls, model: Any, **overrides) -> GPT:
+        """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: fields of GPTConfig."""
         from . import checkpoint
 
         if not hasattr(getattr(model, "config", None), "to_dict"):

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def _made_class(replacement: type, base: type) -> type:
 
 
 def _new(replacement: type, base: type) -> nn.Module:
-    made = _made_class(replacement, base)
+    made: Any = _made_class(replacement, base)
     return made.__new__(made)
 
 
@@ -211,7 +211,7 @@ def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, 
         rows.append(Row(path, cls, "+".join(rule.ops), rule.why))
         fused |= {f"{path}.{child}".lstrip(".") for child in rule.fuses}
         if own is None:
-            changes.append((module, _made_class(rule.replacement, type(module))))
+            changes.append((module, _made_class(rule.replacement, type(module))))  # type: ignore[arg-type]
     return Plan(type(model).__name__, rows, dry_run), changes
 
 
@@ -259,24 +259,24 @@ def _why_no_rule(module: nn.Module) -> str:
 # ---- torch's own modules ----
 
 
-def _several_dimensions(module: nn.LayerNorm | nn.RMSNorm) -> str | None:
+def _several_dimensions(module: Any) -> str | None:
     n = len(module.normalized_shape)
     return f"normalises over {n} dimensions" if n != 1 else None
 
 
 @register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions)
 class LayerNorm:
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_several_dimensions)
 class RMSNorm:
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 @register(nn.GELU, ("gelu",), "one-pass GELU")
 class GELU:
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         return gelu(x, None, self.approximate)

@@ -43,8 +43,14 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None
         assert torch.allclose(a, e, rtol=0, atol=0, equal_nan=True), f"{what}: result {i} differs by {(a - e).abs().max():.3e}"
 
 
-def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "") -> None:
-    """Output and gradients against eager in float64, within tolerance.py's multiple of eager's own error in args' dtype."""
+FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
+
+
+def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "", factors=FACTORS) -> None:
+    """Output and gradients against eager in float64, within tolerance.py's multiple of eager's own error in args' dtype.
+
+    factors: for the output and each gradient; the last one serves the rest.
+    """
     if dy is None:
         with torch.no_grad():
             dy = torch.randn(fn(*args).shape)
@@ -55,10 +61,7 @@ def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "") -> No
     assert actual[0].dtype == dy.dtype, f"{name}: output dtype {actual[0].dtype}, expected {dy.dtype}"
     for i, (a, e, t) in enumerate(zip(actual, same_dtype, truth, strict=True)):
         what = f"{name} {f'gradient {i - 1}' if i else 'output'}"
-        if dy.dtype == torch.float64:  # no wider truth to measure eager's own error with
-            torch.testing.assert_close(a, t, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda m, what=what: f"{what}: {m}")
-        else:
-            assert_close_to_truth(a, t, e, (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)[min(i, 2)], what)
+        assert_close_to_truth(a, t, e, factors[min(i, len(factors) - 1)], what)
 
 
 def check_opcheck(op, args) -> None:

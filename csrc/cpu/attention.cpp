@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_B
 #else  // kernels
 
 #include "vec.h"
+#include "philox.h"
 #include "attention_tile.h"
 
 namespace GK_TARGET {
@@ -101,7 +102,7 @@ template <class T> struct Forward {
     store_operand<O>(weights, width, [&](int64_t j) __attribute__((always_inline)) {
       const vec<C> p = exp2((load(score + j) - base) * rate);
       sum += p;
-      return random ? drop(p, random + j, s.drop_below) : p;
+      return random ? drop(p, random + j, s.philox) : p;
     });
     store(l, sum);
   }
@@ -114,7 +115,7 @@ template <class T> struct Forward {
 
   // o / l to the output, lse = m + log l
   void finish_row(int64_t b, int64_t h, int64_t i, int64_t r) {
-    const C total = hsum<C>(load(l + r * W)), inverse = total == 0 ? 0 : (C)s.keep_scale / total;
+    const C total = hsum<C>(load(l + r * W)), inverse = total == 0 ? 0 : (C)s.philox.keep_scale / total;
     T* out = s.o.at<T>(b, h, i);
     for_vectors<C>(s.Dv, [&](int64_t d, int64_t n) { store_any(out + d, load(o + r * o_width + d) * inverse, n); });
     ((C*)s.lse)[(b * s.H + h) * s.Tq + i] = total == 0 ? minus_infinity<C> : m[r] * factor + log_of(total);
@@ -134,12 +135,12 @@ template <class T> struct Forward {
         if (n <= 0 || s.first_column(i) >= j0 + present) continue;
         product<Op>(score, key_block, q + r * q_units, q_units, 1, keys + slot * k_units, key_block, count, units<Op>(s.D), width, false);
         const bool all_seen = width <= present && s.first_column(i + count - 1) <= j0 && s.end_column(i) >= j0 + width;
-        if (s.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
+        if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
         for (int64_t c = 0; c < count; c++) {
           C* row = score + c * key_block;
           if (!plain || !all_seen) score_steps<T>(row, (C*)nullptr, s, b, h, i + c, j0, n, width);
           softmax_step<Op>(row, p + c * key_block / Op::depth, o + (r + c) * o_width, m + r + c, l + (r + c) * W, width,
-                           s.drop_below ? random + c * key_block : nullptr);
+                           s.philox.drop_below ? random + c * key_block : nullptr);
         }
         product<Op>(o + r * o_width, o_width, p, key_block / Op::depth, 1, values + slot * v_units, o_width, count, units<Op>(width),
                     o_width, true);
@@ -166,9 +167,9 @@ template <class T> struct Forward {
           for_vectors<C>(s.D, [&](int64_t d, int64_t count) { sum += load(query + d) * load_any(kj + d, count); });
           score[j] = hsum<C>(sum);
         }
-        if (s.drop_below) random_rows(random, s, b * s.H + h, i, 1, j0);
+        if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, 1, j0);
         score_steps<T>(score, (C*)nullptr, s, b, h, i, j0, n, width);
-        softmax_step<Plain<T>>(score, weights, o, m, l, width, s.drop_below ? random : nullptr);
+        softmax_step<Plain<T>>(score, weights, o, m, l, width, s.philox.drop_below ? random : nullptr);
         for_vectors<C>(s.Dv, [&](int64_t d, int64_t count) {
           vec<C> sum = load(o + d);
           for (int64_t j = 0; j < n; j++) sum += weights[j] * load_any(s.v.at<const T>(b, hk, j0 + j) + d, count);

@@ -1,6 +1,6 @@
 // What the attention launchers hand to the kernels: raw pointers, sizes, strides in elements, score-step options.
 #pragma once
-#include <cstdint>
+#include "philox_launch.h"
 
 namespace gk {
 
@@ -27,9 +27,7 @@ struct AttentionArgs {
   const void* slopes;     // ALiBi, statistics' dtype, or null
   int64_t slopes_batch, slopes_head;
   double scale, softcap;
-  uint32_t drop_below;    // a 16-bit random value below it is dropped; 0: no dropout
-  double keep_scale;      // 1 / (1 - p)
-  uint32_t seed[2], offset;
+  Philox philox;
   int64_t diagonal, window_left, window_right;  // row i sees columns i + diagonal - left .. i + diagonal + right
 
   // the columns that rows [i0, i1) can see, clipped to [0, Tk): begin of the first row, end of the last

@@ -71,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_bwd", TORCH_B
 #else  // kernels
 
 #include "vec.h"
+#include "philox.h"
 #include "attention_tile.h"
 
 namespace GK_TARGET {
@@ -89,14 +90,14 @@ static void gradient_row(C* score, C* dp, const AttentionArgs& s, bool plain, bo
   C capped[key_block];
   if (!plain || !all_seen) score_steps<T>(score, s.softcap > 0 ? capped : nullptr, s, b, h, i, j0, n, width);
   // exp(factor * score - lse); a row that saw no key has lse = -inf and p = 0
-  const C factor = plain ? s.scale : 1, rate = factor * C(1.4426950408889634), keep = s.keep_scale;
+  const C factor = plain ? s.scale : 1, rate = factor * C(1.4426950408889634), keep = s.philox.keep_scale;
   const C base = lse == minus_infinity<C> ? -minus_infinity<C> : lse / factor, per_cap = s.softcap > 0 ? 1 / s.softcap : 0;
   for (int64_t j = 0; j < width; j += W) {
     const vec<C> p = exp2((load(score + j) - base) * rate);
     vec<C> kept = p, d = load(dp + j);
     if (random) {
-      kept = drop(p, random + j, s.drop_below) * keep;
-      d = drop(d, random + j, s.drop_below) * keep;
+      kept = drop(p, random + j, s.philox) * keep;
+      d = drop(d, random + j, s.philox) * keep;
     }
     vec<C> ds = p * (d - delta);
     if (per_cap > 0 && !biased) {
@@ -205,10 +206,10 @@ template <class T> struct Backward {
       product<Op>(score + r * key_block, key_block, q + i * q_units, q_units, 1, keys, key_block, count, units<Op>(s.D), width, false);
       product<Op>(dp + r * key_block, key_block, dout + i * v_units, v_units, 1, values, key_block, count, units<Op>(s.Dv), width, false);
       const bool all_seen = width <= present && s.first_column(i + count - 1) <= j0 && s.end_column(i) >= j0 + width;
-      if (s.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
+      if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
       for (int64_t c = 0; c < count; c++)
         gradient_row<T>(score + (r + c) * key_block, dp + (r + c) * key_block, s, plain, all_seen, b, h, i + c, j0, n, width, lse[i + c],
-                        delta[i + c], s.drop_below ? random + c * key_block : nullptr, false);
+                        delta[i + c], s.philox.drop_below ? random + c * key_block : nullptr, false);
     }
     if (begin >= stop) return;
     const int64_t seen_rows = stop - begin, i = i0 + begin, at = begin * key_block;
@@ -340,11 +341,11 @@ template <class T> struct BiasBackward {
       pack_rows(q, s.q.at<const T>(b, h, i), s.q.row, count, s.D), pack_rows(dout, s.dout.at<const T>(b, h, i), s.dout.row, count, s.Dv);
       product<Op>(score, key_block, q, padded<C>(s.D), 1, keys, key_block, count, s.D, width, false);
       product<Op>(dp, key_block, dout, padded<C>(s.Dv), 1, values, key_block, count, s.Dv, width, false);
-      if (s.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
+      if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
       for (int64_t c = 0; c < count; c++) {
         gradient_row<T>(score + c * key_block, dp + c * key_block, s, plain, false, b, h, i + c, j0, present, width,
                         ((const C*)s.lse)[(b * s.H + h) * s.Tq + i + c], delta_of<T>(s, b, h, i + c),
-                        s.drop_below ? random + c * key_block : nullptr, true);
+                        s.philox.drop_below ? random + c * key_block : nullptr, true);
         C* row = sums + (one_row ? 0 : i + c) * key_block;
         for (int64_t j = 0; j < key_block; j += lanes<C>) store(row + j, load(row + j) + load(dp + c * key_block + j));
       }

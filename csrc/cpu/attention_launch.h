@@ -44,8 +44,6 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
            ": at most 2147483647 tokens and batch * heads, got q ", shape_text(q), ", k ", shape_text(k));
   GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
   GK_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap must be finite and not negative, got ", softcap);
-  GK_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", dropout_p);
-  GK_CHECK(dropout_p == 0 || rng_state, op, ": dropout_p = ", dropout_p, " needs rng_state, an int64 tensor (seed, offset)");
   s.q = view_of(q), s.k = view_of(k), s.v = view_of(v);
   s.scale = scale, s.softcap = softcap, s.diagonal = causal_offset;
   s.window_left = window_left < 0 ? -1 : window_left, s.window_right = window_right < 0 ? -1 : window_right;
@@ -80,16 +78,7 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
     s.slopes_batch = per_batch ? slopes->stride(0) : 0;
     s.slopes_head = slopes->stride(per_batch ? 1 : 0);
   }
-  s.keep_scale = 1;
-  if (dropout_p > 0) {
-    check_cpu(op, "rng_state", *rng_state), check_dtype(op, "rng_state", *rng_state, ScalarType::Long);
-    GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ", shape_text(*rng_state));
-    const int64_t* state = (const int64_t*)rng_state->const_data_ptr();
-    const uint64_t seed = state[0], offset = state[rng_state->stride(0)];
-    s.seed[0] = (uint32_t)seed, s.seed[1] = (uint32_t)(seed >> 32), s.offset = (uint32_t)offset;
-    s.drop_below = (uint32_t)std::min<int64_t>((int64_t)(dropout_p * 65536 + 0.5), 65535);
-    s.keep_scale = 1 / (1 - s.drop_below / 65536.0);
-  }
+  s.philox = philox_of(op, rng_state, dropout_p);
   return s;
 }
 

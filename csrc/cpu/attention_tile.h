@@ -1,5 +1,5 @@
-// The pieces of the attention kernels, per target, after vec.h: operand types, the matrix micro-kernel, packing, the
-// score steps (each written once), dropout's random numbers.
+// The pieces of the attention kernels, per target, after vec.h and philox.h: operand types, the matrix micro-kernel, packing, the
+// score steps (each written once), dropout's rows of random numbers.
 //
 // A "unit" is what one multiply-add consumes: one float or double, or a pair of bf16 for the AVX-512 bf16 dot product.
 // A product C += A B runs on A in units (row stride, k stride) and B packed as [k][columns] units.
@@ -179,42 +179,16 @@ template <class Op, class Value> GK_INLINE void store_operand(typename Op::unit*
     for (int64_t j = 0; j < width; j += W) store(out + j, value(j));
 }
 
-// ---- dropout: Philox4x32-10, counter (column / 8, row, batch * H + head, offset), key = seed ----
+// ---- dropout ----
 
 // 16-bit random values for rows [i0, i0 + rows) and key_block columns from j0 (a multiple of 8): out[rows][key_block]
 static void random_rows(uint16_t* out, const AttentionArgs& s, int64_t head_index, int64_t i0, int64_t rows, int64_t j0) {
-  constexpr int W = lanes<float>;
   constexpr uint32_t per_row = key_block / 8;
-  vu lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
-  for (uint32_t g = 0; g < (uint32_t)rows * per_row; g += W) {
-    const vu group = lane + g;
-    vu c0 = (uint32_t)(j0 / 8) + (group & (per_row - 1)), c1 = (uint32_t)i0 + group / per_row;
-    vu c2 = vu{} + (uint32_t)head_index, c3 = vu{} + s.offset;
-    uint32_t k0 = s.seed[0], k1 = s.seed[1];
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      vu high0, low0, high1, low1;
-      multiply_wide(c0, 0xD2511F53u, high0, low0);
-      multiply_wide(c2, 0xCD9E8D57u, high1, low1);
-      c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
-    }
-    // four words per group, side by side in memory: two rounds of interleaving
-    vu a0, a1, b0, b1, words[4];
-    interleave(c0, c2, a0, a1), interleave(c1, c3, b0, b1);
-    interleave(a0, b0, words[0], words[1]), interleave(a1, b1, words[2], words[3]);
-    const int64_t left = (int64_t)(rows * per_row - g) * 16, bytes = left < (int64_t)sizeof words ? left : (int64_t)sizeof words;
-    __builtin_memcpy((char*)out + g * 16, words, bytes);
+  for (uint32_t g = 0; g < (uint32_t)rows * per_row; g += lanes<float>) {
+    const vu group = lane_index() + g;
+    philox_groups(out + g * 8, (uint32_t)rows * per_row - g, (uint32_t)(j0 / 8) + (group & (per_row - 1)), (uint32_t)i0 + group / per_row,
+                  (uint32_t)head_index, s.philox);
   }
-}
-// v where kept, 0 where dropped
-GK_INLINE vf drop(vf v, const uint16_t* random, uint32_t below) {
-  vh h;
-  __builtin_memcpy(&h, random, sizeof h);
-  return __builtin_convertvector(h, vi) >= (int32_t)below ? v : vf{};
-}
-GK_INLINE vd drop(vd v, const uint16_t* random, uint32_t below) {
-  for (int i = 0; i < lanes<double>; i++) v[i] = random[i] >= below ? v[i] : 0;
-  return v;
 }
 
 // ---- the score steps ----

@@ -289,18 +289,21 @@ template <class T, class C = compute_t<T>>
 static void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
                                const gk::CrossEntropyOptions& o) {
   constexpr C log2e = 1.44269504088896341;
-  const C softcap = o.softcap, slope = g * (C)(1 + 2 * o.square_scale * ((double)top + log_sum)), shift = log_sum * log2e;
-  const C smooth = g * (C)(o.smoothing / V);
-  const auto gradient = [&](vec<C> logit, C wanted) {
-    const vec<C> v = cap_of<C>(logit, softcap);
-    vec<C> d = exp2((v - top) * log2e - shift) * slope - smooth - wanted;
-    if (softcap) d *= 1 - (v * (1 / softcap)) * (v * (1 / softcap));
-    return d;
-  };
-  // read before it may be overwritten
+  const double z_slope = 2 * o.square_scale * ((double)top + log_sum);
+  const C softcap = o.softcap, slope = g * (C)(1 + z_slope), shift = log_sum * log2e, wanted = g * (C)(o.smoothing / V);
+  const auto uncap = [&](vec<C> d, vec<C> v) { return softcap ? d * (1 - (v * (1 / softcap)) * (v * (1 / softcap))) : d; };
+  // the target's element: p - 1 as expm1, or a well-predicted row would lose its digits. Read before it may be overwritten.
   const bool inside = target >= 0 && target < n;
-  const vec<C> at_target = gradient(splat(inside ? load_one(x + target) : 0), g * (C)(1 - o.smoothing));
-  for_vectors<C>(n, [&](int64_t i, int64_t count) { store_any(dx + i, gradient(load_any(x + i, count), 0), count); });
+  vec<C> at_target = {};
+  if (inside) {
+    const vec<C> v = cap_of<C>(splat(load_one(x + target)), softcap);
+    const double p_minus_1 = __builtin_expm1((double)v[0] - top - log_sum);
+    at_target = uncap(splat((C)(g * (p_minus_1 * (1 + z_slope) + z_slope + o.smoothing - o.smoothing / V))), v);
+  }
+  for_vectors<C>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    const vec<C> v = cap_of<C>(load_any(x + i, count), softcap);
+    store_any(dx + i, uncap(exp2((v - top) * log2e - shift) * slope - wanted, v), count);
+  });
   if (inside) store_n(dx + target, at_target, 1);
 }
 

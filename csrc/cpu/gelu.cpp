@@ -89,12 +89,13 @@ namespace GK_TARGET {
 
 // tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e^-2u), 2u = v (a + b v^2): one exponential, and no cancellation
 // where tanh u is close to -1
-template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;   // 2 sqrt(2/pi)
+template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;  // 2 sqrt(2/pi)
 template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
-template <class V, class C> GK_INLINE V gelu_sigmoid(V v) {
-  return (C)1 / ((C)1 + exp(-(v * (gelu_a<C> + gelu_b<C> * v * v))));
+template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
+template <class V, class C> GK_INLINE V gelu_exp(V v) {  // e^-2u
+  return exp2(v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * v * v));
 }
-template <class V, class C> GK_INLINE V gelu_gauss(V v) { return exp((C)-0.5 * v * v); }
+template <class V, class C> GK_INLINE V gelu_gauss(V v) { return exp2((C)-0.5 * log2_e<C> * v * v); }
 
 // v = x + b;  y = v s(v) or v cdf(v)
 template <class T, class P, bool tanh, class C = compute_t<T>>
@@ -102,7 +103,7 @@ static void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    store_any(y + i, v * (tanh ? gelu_sigmoid<vec<C>, C>(v) : normal_cdf(v, gelu_gauss<vec<C>, C>(v))), n);
+    store_any(y + i, v * (tanh ? (C)1 / ((C)1 + gelu_exp<vec<C>, C>(v)) : normal_cdf(v, gelu_gauss<vec<C>, C>(v))), n);
   });
 }
 
@@ -113,8 +114,9 @@ static void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int6
     vec<C> v = load_any(x + i, n), slope;
     if (b) v += load_any(b + i, n);
     if constexpr (tanh) {
-      const vec<C> s = gelu_sigmoid<vec<C>, C>(v);
-      slope = s + v * s * ((C)1 - s) * (gelu_a<C> + 3 * gelu_b<C> * v * v);
+      // p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
+      const vec<C> e = gelu_exp<vec<C>, C>(vabs(v)), p = (C)1 / ((C)1 + e), q = e * p;
+      slope = (v < 0 ? q : p) + v * p * q * (gelu_a<C> + 3 * gelu_b<C> * v * v);
     } else {
       const vec<C> gauss = gelu_gauss<vec<C>, C>(v);
       slope = normal_cdf(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)

@@ -58,8 +58,9 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
   const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
   Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype), dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
   const int64_t chunks = row_chunks(M);
+  const bool params = weight || has_bias;
   // per chunk: N sums for dweight, then N for dbias
-  Tensor partial = new_tensor(x, {chunks, 2, N}, stat_dtype(x.scalar_type()));
+  Tensor partial = new_tensor(x, {params ? chunks : 0, 2, N}, stat_dtype(x.scalar_type()));
 
   with_dtype(x.scalar_type(), [&](auto x_tag) {
     using T = decltype(x_tag);
@@ -73,10 +74,10 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
       const C *mp = (const C*)mean.const_data_ptr(), *rp = (const C*)rstd.const_data_ptr();
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = (C*)partial.mutable_data_ptr();
-      parallel_for(0, chunks, std::max<int64_t>(1, row_grain(N) * chunks / std::max<int64_t>(1, M)), [&](int64_t c0, int64_t c1) {
+      parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
-          rows(dxp + m0 * N, pp + c * 2 * N, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N);
+          rows(dxp + m0 * N, params ? pp + c * 2 * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N);
         }
       });
       if (weight) reduce((P*)dweight.mutable_data_ptr(), pp, chunks, 2 * N, N);
@@ -105,16 +106,15 @@ namespace GK_TARGET {
 // The sum of the centred row is what the first mean was off by: with it a mean far from 0 is right to the last bit.
 template <class T, class P, class C = compute_t<T>>
 static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps) {
-  vec<C> sum = {}, squares = {};
-  for_vectors<C>(N, [&](int64_t i, int64_t n) { sum += load_any(x + i, n); });
-  const C rough = hsum<C>(sum) / N;
-  sum = vec<C>{};
-  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+  vec<C> sum[4] = {}, rest[4] = {}, squares[4] = {};
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(x + i, n); });
+  const C rough = hsum4<C>(sum) / N;
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
     const vec<C> centred = keep_first<C>(load_any(x + i, n) - rough, n);
-    sum += centred;
-    squares += centred * centred;
+    rest[k] += centred;
+    squares[k] += centred * centred;
   });
-  const C off = hsum<C>(sum) / N, mu = rough + off, var = hsum<C>(squares) / N - off * off;
+  const C off = hsum4<C>(rest) / N, mu = rough + off, var = hsum4<C>(squares) / N - off * off;
   const C rs = 1 / sqrt_of((var < 0 ? 0 : var) + eps);
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = (load_any(x + i, n) - mu) * rs;
@@ -131,19 +131,20 @@ template <class T, class P, class C = compute_t<T>>
 static void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
                                 int64_t N) {
   C *dw = dw_db, *db = dw_db + N;
-  for (int64_t i = 0; i < 2 * N; i++) dw_db[i] = 0;
+  for (int64_t i = 0; dw_db && i < 2 * N; i++) dw_db[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
     const C mu = mean[m], rs = rstd[m];
-    vec<C> sum_g = {}, sum_gx = {};
-    for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    vec<C> sum_g[4] = {}, sum_gx[4] = {};
+    for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
       const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
       const vec<C> g = w ? d * load_any(w + i, n) : d;
-      sum_g += g;
-      sum_gx += g * x_hat;
+      sum_g[k] += g;
+      sum_gx[k] += g * x_hat;
+      if (!dw_db) return;
       store_any(dw + i, load_any(dw + i, n) + d * x_hat, n);
       store_any(db + i, load_any(db + i, n) + d, n);
     });
-    const C mean_g = hsum<C>(sum_g) / N, mean_gx = hsum<C>(sum_gx) / N;
+    const C mean_g = hsum4<C>(sum_g) / N, mean_gx = hsum4<C>(sum_gx) / N;
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
       const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
       const vec<C> g = w ? d * load_any(w + i, n) : d;

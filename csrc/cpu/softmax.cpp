@@ -136,17 +136,23 @@ static void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64
   const C max = hmax<C>(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
   if (max == minus_inf) visible = 0;
 
+  // e waits in y where y has its precision, else in a buffer; a long 16-bit row computes it twice
+  constexpr bool own = sizeof(T) == sizeof(C);
+  constexpr int64_t capacity = own ? 1 : 4096;
+  C buffer[capacity];
+  const bool kept = own || visible <= capacity;
+  const auto e = [&](int64_t i, int64_t n) { return exp_not_positive(z(i, n) - max); };
   vec<C> sum[4] = {};
   for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) {
-    const vec<C> e = exp(z(i, n) - max);
-    sum[k] += keep_first<C>(e, n);
-    // 16-bit storage would round twice: there the third pass computes e again
-    if constexpr (sizeof(T) == sizeof(C)) store_any(y + i, e, n);
+    const vec<C> v = e(i, n);
+    sum[k] += keep_first<C>(v, n);
+    if constexpr (own) store_any(y + i, v, n);
+    else if (kept) store_any(buffer + i, v, n);
   });
   const C inverse = 1 / hsum4<C>(sum);
   for_vectors<C>(visible, [&](int64_t i, int64_t n) {
-    if constexpr (sizeof(T) == sizeof(C)) store_any(y + i, load_any(y + i, n) * inverse, n);
-    else store_any(y + i, exp(z(i, n) - max) * inverse, n);
+    if constexpr (own) store_any(y + i, load_any(y + i, n) * inverse, n);
+    else store_any(y + i, (kept ? load_any(buffer + i, n) : e(i, n)) * inverse, n);
   });
   for (int64_t i = visible; i < N; i++) y[i] = T{};
 }

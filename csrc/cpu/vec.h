@@ -50,8 +50,9 @@ GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
 GK_INLINE vf load(const bf16* p) { vh h; __builtin_memcpy(&h, p, sizeof h); return widen(h); }
 GK_INLINE void store(bf16* p, vf v) { const vh h = narrow(v); __builtin_memcpy(p, &h, sizeof h); }
 
+// maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
 #if GK_X86_TARGETS && GK_BYTES == 64
-GK_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+GK_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
 GK_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
 #elif GK_X86_TARGETS && GK_BYTES == 32
 GK_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -96,7 +97,7 @@ GK_INLINE vf load_n(const bf16* p, int64_t n, float fill = 0) {
 }
 GK_INLINE void store_n(bf16* p, vf v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(v)); }
 GK_INLINE vf load_n(const f16* p, int64_t n, float fill = 0) {
-  const __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  const __m512 v = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(first(n), p));
   return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), v);
 }
 GK_INLINE void store_n(f16* p, vf v, int64_t n) {
@@ -187,7 +188,7 @@ template <class C> GK_INLINE C hmax(vec<C> v) {
 // 2^n. Results run from the subnormals to inf; NaN stays NaN.
 GK_INLINE vf round_nearest(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);  // without maskz GCC 12 warns of its own header
+  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);
 #else
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1
   return (x + magic) - magic;
@@ -220,6 +221,12 @@ GK_INLINE vf exp(vf x) {
   const vf n = round_nearest(x * 1.44269504f);
   return exp2_of_parts(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
 }
+// e^x for x <= 0 as softmax needs it, the maximum taken off: an absolute error of 1e-7, two operations less than exp
+GK_INLINE vf exp_not_positive(vf x) {
+  x = vmax(splat(-152.f), x * 1.44269504f);
+  const vf n = round_nearest(x);
+  return exp2_of_parts(n, x - n);
+}
 // tanh: an odd polynomial below 0.625 (keeps relative accuracy near 0), 1 - 2 / (e^2|x| + 1) above
 GK_INLINE vf tanh(vf x) {
   const vf a = vabs(x), s = x * x;
@@ -232,6 +239,26 @@ GK_INLINE vf tanh(vf x) {
   const vf t = 1.f - 2.f / (exp(2.f * a) + 1.f);
   const vf large = bits_as<vf>(bits_as<vi>(t) | (bits_as<vi>(x) & (int32_t)0x80000000));
   return a < 0.625f ? p : large;
+}
+
+// The standard normal distribution function, given gauss = exp(-x^2 / 2), which its derivative needs as well:
+// erfc(|x| / sqrt 2) / 2 = gauss P(t), t = 1 / (1 + |x| / 2), P fitted to an absolute error of 3e-8 (Abramowitz and Stegun
+// 7.1.26 is of this form).
+GK_INLINE vf normal_cdf(vf x, vf gauss) {
+  const vf t = 2.f / (2.f + vabs(x));
+  vf p = splat(-4.795330753e-2f);
+  p = p * t + 2.306086126e-1f;
+  p = p * t - 3.939418775e-1f;
+  p = p * t + 1.838505251e-1f;
+  p = p * t + 1.293441268e-1f;
+  p = p * t + 1.980829209e-1f;
+  p = p * t + 2.000089698e-1f;
+  const vf beyond = p * t * gauss;
+  return x < 0 ? beyond : 1.f - beyond;
+}
+GK_INLINE vd normal_cdf(vd x, vd) {
+  for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+  return x;
 }
 
 // ---- 32-bit integers: what Philox needs ----
@@ -271,26 +298,6 @@ GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_
 GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #endif
 
-// The standard normal distribution function, given gauss = exp(-x^2 / 2), which its derivative needs as well:
-// erfc(|x| / sqrt 2) / 2 = gauss P(t), t = 1 / (1 + |x| / 2), P fitted to an absolute error of 3e-8 (Abramowitz and Stegun
-// 7.1.26 is of this form).
-GK_INLINE vf normal_cdf(vf x, vf gauss) {
-  const vf t = 2.f / (2.f + vabs(x));
-  vf p = splat(-4.795330753e-2f);
-  p = p * t + 2.306086126e-1f;
-  p = p * t - 3.939418775e-1f;
-  p = p * t + 1.838505251e-1f;
-  p = p * t + 1.293441268e-1f;
-  p = p * t + 1.980829209e-1f;
-  p = p * t + 2.000089698e-1f;
-  const vf beyond = p * t * gauss;
-  return x < 0 ? beyond : 1.f - beyond;
-}
-GK_INLINE vd normal_cdf(vd x, vd) {
-  for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
-  return x;
-}
-
 // float64 serves gradient checks, not speed: lane by lane through libm
 #define GK_LANEWISE(name, function)                                 \
   GK_INLINE vd name(vd x) {                                         \
@@ -301,6 +308,7 @@ GK_LANEWISE(exp2, __builtin_exp2)
 GK_LANEWISE(exp, __builtin_exp)
 GK_LANEWISE(tanh, __builtin_tanh)
 #undef GK_LANEWISE
+GK_INLINE vd exp_not_positive(vd x) { return exp(x); }
 
 GK_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 GK_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }

@@ -12,10 +12,12 @@ that class's own forward, for that call:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import activations
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2
@@ -33,7 +35,7 @@ _KEPT[Conv1D] = "matrix product: torch's"
 # ---- attention ----
 
 
-def _keep_attention(module: nn.Module) -> str | None:
+def _keep_attention(module: Any) -> str | None:
     if module.is_cross_attention:
         return "cross-attention"
     if module.head_dim > MAX_HEAD_DIM:
@@ -81,7 +83,10 @@ class Attention:
         qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), by stride
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            keys, values = past_key_values.update(k, v, self.layer_idx)
+            # a cache that was empty holds copies of k and v: these spare the backward pass through the copy
+            if type(past_key_values) is not DynamicCache or keys.shape[2] != T:
+                k, v = keys, values
         # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is hidden
         causal = attention_mask is None and T > 1 and self.config._attn_implementation == "sdpa"
         if attention_mask is not None and attention_mask.is_floating_point():
@@ -113,7 +118,7 @@ def _plain(module: nn.Module) -> bool:
     )
 
 
-def _keep_mlp(module: nn.Module) -> str | None:
+def _keep_mlp(module: Any) -> str | None:
     if type(module.c_fc) is not Conv1D:
         return f"c_fc is a {type(module.c_fc).__name__}"
     if _approximate(module.act) is None:
@@ -137,15 +142,15 @@ class MLP:
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor | None, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
-) -> Tensor:  # fmt: skip
+):  # fmt: skip
     """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+    loss: Any = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:
         return loss
     if torch.is_tensor(num_items_in_batch):
@@ -158,7 +163,7 @@ def _wants_causal_lm_loss(model: PreTrainedModel) -> bool:
     return (own or LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)) is ForCausalLMLoss
 
 
-def _keep_loss(model: nn.Module) -> str | None:
+def _keep_loss(model: Any) -> str | None:
     return None if _wants_causal_lm_loss(model) else "its loss function is not the causal language model's"
 
 

@@ -13,10 +13,10 @@ query head h reads key head h // (H / Hk). float32, bfloat16, float16, float64. 
 statistics' dtype. Causal is window_right = 0; `offset` aligns row i with column i + offset: 0 puts the diagonal top-left
 (torch), Tk - Tq bottom-right (flash-attn). A row that sees no key has o = 0 and lse = -inf.
 
-Dropout is Philox4x32-10 keyed by (seed, offset, batch, head, row, column), so the mask is a function of `rng_state`
-alone and the same, bit for bit, in forward and backward and on every backend.
+Dropout is Philox (ops/philox.py), plane batch * H + head, row i, column j: the mask is a function of `rng_state` alone
+and the same, bit for bit, in forward and backward and on every backend.
 
-Sources: Dao et al., arXiv 2205.14135 and 2307.08691; Press et al. (ALiBi) 2108.12409; Salmon et al. 2011 (Philox).
+Sources: Dao et al., arXiv 2205.14135 and 2307.08691; Press et al. (ALiBi) 2108.12409.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..dispatch import define
 from .common import stat_dtype, wants_grad
+from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256
 
@@ -33,45 +34,19 @@ MAX_HEAD_DIM = 256
 # ---- reference ----
 
 
-def philox_uint16(rng_state: Tensor, B: int, H: int, Tq: int, Tk: int) -> Tensor:
-    """(B, H, Tq, Tk) int64 in [0, 65536): counter (column // 8, row, batch * H + head, offset), key = seed.
-
-    One call gives four 32-bit words, that is eight 16-bit values, to eight neighbouring columns, low half first.
-    """
-    low, device = 0xFFFFFFFF, rng_state.device
-    seed, offset = rng_state[0], rng_state[1]
-    groups = (Tk + 7) // 8
-    c0 = torch.arange(groups, device=device).view(1, 1, -1).expand(B * H, Tq, groups)
-    c1 = torch.arange(Tq, device=device).view(1, -1, 1).expand(B * H, Tq, groups)
-    c2 = torch.arange(B * H, device=device).view(-1, 1, 1).expand(B * H, Tq, groups)
-    c3 = (offset & low).expand(B * H, Tq, groups)
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, but all 64 bits are right
-        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = torch.stack((c0, c1, c2, c3), -1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)
-    return halves.reshape(B, H, Tq, groups * 8)[..., :Tk]
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """A value below it is dropped; dropout_p is thereby rounded to a multiple of 1 / 65536."""
-    return min(int(dropout_p * 65536 + 0.5), 65535)
-
-
-def _dropout_factor(rng_state, dropout_p, s):
-    """0 where dropped, 1 / (1 - p) where kept, like s; 1 without dropout."""
-    if dropout_p == 0.0:
-        return 1.0
-    threshold = dropout_threshold(dropout_p)
-    return (philox_uint16(rng_state, *s.shape) >= threshold).to(s.dtype) / (1.0 - threshold / 65536.0)
+def _for_query_heads(t: Tensor, H: int) -> Tensor:
+    """(B, Hk, T, D) as (B, H, T, D): each key head repeated for its group of query heads."""
+    Hk = t.shape[1]
+    if Hk == H:
+        return t
+    torch._check(Hk * (H // Hk) == H, lambda: f"attention: q's {H} heads must be a multiple of k's {Hk} heads")
+    return t.repeat_interleave(H // Hk, 1)
 
 
 def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right):
     """All score steps, (B, H, Tq, Tk), and the capped scores before bias and masks (for the derivative of softcap)."""
     acc = stat_dtype(q.dtype)
-    s = (q.to(acc) @ k.to(acc).repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * scale
+    s = (q.to(acc) @ _for_query_heads(k.to(acc), q.shape[1]).mT) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     capped = s
@@ -104,8 +79,8 @@ def _empty_as(t: Tensor, shape) -> Tensor:
 def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
-    p = _probabilities(s, lse) * _dropout_factor(rng_state, dropout_p, s)
-    o = p @ v.to(s.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+    p = _probabilities(s, lse) * dropout_factor(rng_state, dropout_p, s)
+    o = p @ _for_query_heads(v.to(s.dtype), q.shape[1])
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
 
@@ -113,17 +88,17 @@ def reference_bwd(
     do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right, need_dbias
 ):  # fmt: skip
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    p, keep = _probabilities(s, lse), _dropout_factor(rng_state, dropout_p, s)
+    p, keep = _probabilities(s, lse), dropout_factor(rng_state, dropout_p, s)
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
-    dp = dof @ v.to(s.dtype).repeat_interleave(group, 1).mT
+    dp = dof @ _for_query_heads(v.to(s.dtype), q.shape[1]).mT
     ds = p * (dp * keep - delta)
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
     if softcap > 0:
         ds = ds * (1 - (capped / softcap) ** 2)
     ds = ds * scale
-    dq, dk = ds @ k.to(s.dtype).repeat_interleave(group, 1), ds.mT @ q.to(s.dtype)
+    dq, dk = ds @ _for_query_heads(k.to(s.dtype), q.shape[1]), ds.mT @ q.to(s.dtype)
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
     dq, dk, dv = (_empty_as(t, t.shape).copy_(g) for t, g in ((q, dq), (k, dk), (v, dv)))
     return dq, dk, dv, dbias
@@ -167,8 +142,7 @@ def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale, s
     """The core op with autograd: (o, lse). Arguments as in this module's docstring; `rng_state` is int64 (seed, offset)."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if dropout_p > 0.0 and rng_state is None:
-        # drawn from torch's generator: follows torch.manual_seed, checkpointing's RNG restore and CUDA graphs
-        rng_state = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+        rng_state = draw_rng_state(q.device)
     args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
             causal_offset, window_left, window_right)  # fmt: skip
     return _Attention.apply(*args) if wants_grad(q, k, v, bias) else fwd(*args)
@@ -192,7 +166,7 @@ def flash_attn_func(
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     offset = k.shape[2] - q.shape[2]
-    rng_state = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
+    rng_state = draw_rng_state(q.device) if dropout_p > 0 else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = window_size[0], 0 if causal else window_size[1]
     o, lse = attention(q, k, v, None, alibi_slopes, rng_state, scale=scale, softcap=softcap, dropout_p=dropout_p,

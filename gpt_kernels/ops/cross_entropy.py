@@ -71,9 +71,15 @@ def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smo
     x, t = _capped(logits, logit_softcap), target.reshape(-1)
     keep = t != ignore_index
     scale = dloss.reshape(-1, 1) / (keep.sum() if reduction == 1 else 1)  # (M, 1) or (1, 1)
-    p = ((x - lse[0][:, None]) - lse[1][:, None]).exp()
-    wanted = torch.zeros_like(p).scatter(1, torch.where(keep, t, 0)[:, None], 1 - label_smoothing) if V else p
-    dx = (p * (1 + 2 * lse_square_scale * lse.sum(0))[:, None] - label_smoothing / max(V, 1) - wanted) * scale
+    log_p = (x - lse[0][:, None]) - lse[1][:, None]  # (M, V)
+    z_slope = 2 * lse_square_scale * lse.sum(0)[:, None]
+    dx = log_p.exp() * (1 + z_slope) - label_smoothing / max(V, 1)
+    if V:
+        # the target's element: p - 1 as expm1, or a well-predicted row would lose its digits
+        at = torch.where(keep, t, 0)[:, None]
+        here = log_p.gather(1, at).expm1() * (1 + z_slope) + z_slope + (label_smoothing - label_smoothing / V)
+        dx = dx.scatter(1, at, here)
+    dx = dx * scale
     if logit_softcap:
         dx = dx * (1 - (x / logit_softcap).square())
     return torch.where(keep[:, None], dx, 0).to(logits.dtype).reshape(logits.shape)

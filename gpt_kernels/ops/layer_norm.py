@@ -38,7 +38,9 @@ def reference_bwd(dy, x, weight, mean, rstd, has_bias):
     return dx.to(x.dtype).reshape(x.shape), dweight, dbias
 
 
-fwd = define("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)", reference_fwd)
+fwd = define(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)", reference_fwd
+)
 bwd = define(
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",

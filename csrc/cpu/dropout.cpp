@@ -1,0 +1,64 @@
+// dropout (with an optional residual added) on the CPU. The op: gpt_kernels/ops/dropout.py.
+#ifndef GK_TARGET
+
+#include "philox_launch.h"
+#define GK_FILE "dropout.cpp"
+#include "foreach_target.h"
+
+namespace gk {
+
+static Tensor dropout_cpu(const Tensor& x, const OptTensor& residual, const Tensor& rng_state, double dropout_p) {
+  const char* op = "dropout";
+  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  if (residual) {
+    check_cpu(op, "residual", *residual), check_dtype(op, "residual", *residual, x.scalar_type());
+    check_contiguous(op, "residual", *residual), check_same_shape(op, "residual", *residual, "x", x);
+  }
+  const Philox philox = philox_of(op, rng_state, dropout_p);
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  GK_CHECK(M < (int64_t{1} << 32) && N < (int64_t{1} << 32), op, ": at most 4294967295 rows and columns, got ", M, " and ", N);
+  Tensor y = new_like(x);
+  with_dtype(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto row = GK_BEST(dropout_row<T>);
+    const T *xp = (const T*)x.const_data_ptr(), *rp = residual ? (const T*)residual->const_data_ptr() : nullptr;
+    T* yp = (T*)y.mutable_data_ptr();
+    parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
+      for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, rp ? rp + m * N : nullptr, m, N, philox);
+    });
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout_cpu)); }
+
+}  // namespace gk
+
+#else  // kernel
+
+#include "vec.h"
+#include "philox.h"
+
+namespace GK_TARGET {
+
+// y = x / (1 - p) where kept, 0 where dropped, + residual
+template <class T>
+static void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& philox) {
+  typedef compute_t<T> C;
+  constexpr int64_t block = 8 * lanes<float>;
+  const C keep = philox.keep_scale;
+  uint16_t random[block];
+  for (int64_t j0 = 0; j0 < N; j0 += block) {
+    if (philox.drop_below) philox_groups(random, lanes<float>, lane_index() + (uint32_t)(j0 / 8), vu{} + (uint32_t)row, 0, philox);
+    for_vectors<C>(N - j0 < block ? N - j0 : block, [&](int64_t j, int64_t n) {
+      vec<C> v = load_any(x + j0 + j, n) * keep;
+      if (philox.drop_below) v = drop(v, random + j, philox);
+      if (residual) v += load_any(residual + j0 + j, n);
+      store_any(y + j0 + j, v, n);
+    });
+  }
+}
+
+}  // namespace GK_TARGET
+#endif

@@ -1,0 +1,63 @@
+"""Dropout, with an optional residual added in the same pass.
+
+    y = residual + keep * x / (1 - p),   keep from Philox (ops/philox.py), plane 0, row = position among the rows of x
+
+x, residual, y: (..., N) in float32, bfloat16, float16 or float64; rng_state: int64 (seed, offset). Linear in x, so the
+backward is the same op on dy with the same rng_state: no mask is stored. Source: Srivastava et al., JMLR 15 (2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import define
+from .common import rows_of, stat_dtype, wants_grad
+from .philox import draw_rng_state, dropout_factor
+
+
+def reference(x, residual, rng_state, dropout_p):
+    y = rows_of(x).to(stat_dtype(x.dtype))[None, None]
+    y = (y * dropout_factor(rng_state, dropout_p, y)).reshape(x.shape)
+    return (y if residual is None else y + residual).to(x.dtype, copy=True)
+
+
+op = define("dropout(Tensor x, Tensor? residual, Tensor rng_state, float dropout_p) -> Tensor", reference)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, rng_state, dropout_p):
+        ctx.save_for_backward(rng_state)
+        ctx.dropout_p = dropout_p
+        return op(x, residual, rng_state, dropout_p)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (rng_state,) = ctx.saved_tensors
+        dx = op(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        return dx, dy if ctx.needs_input_grad[1] else None, None, None
+
+
+def dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, residual: Tensor | None = None, rng_state: Tensor | None = None
+) -> Tensor:
+    """Dropout as torch.nn.functional.dropout(x, p, training), plus `residual` if given, in one pass.
+
+    x, residual: (..., N). p is rounded to a multiple of 1 / 65536 and must be below 1. rng_state: int64 (seed, offset),
+    drawn from torch's generator if not given; equal states give equal masks. Returns a tensor like x, or x itself
+    (plus residual) where there is nothing to drop. Raises RuntimeError for p outside [0, 1) and for a residual of another shape or dtype.
+    """
+    if not training or p == 0.0:
+        return x if residual is None else x + residual
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
+    if wants_grad(x, residual):
+        return _Dropout.apply(x, residual, rng_state, float(p))
+    return op(x, residual, rng_state, float(p))
+
+
+def dropout_cost(x: Tensor, residual: Tensor | None = None) -> tuple[int, int]:
+    """(bytes that must move, flops): reads x and the residual, writes y."""
+    n = x.numel()
+    return (2 if residual is None else 3) * n * x.element_size(), (1 if residual is None else 2) * n

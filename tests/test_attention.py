@@ -1,0 +1,443 @@
+"""attention: the core op with every score step against a plain PyTorch formula, and its two public faces."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grids import ISAS
+from op_checks import (
+    assert_same,
+    check_compile,
+    check_gradcheck,
+    check_opcheck,
+    check_raises,
+    check_threads,
+    check_truth,
+    every_dtype,
+    every_isa,
+    forward_backward,
+    layouts,
+)
+from tolerance import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+
+import gpt_kernels
+from gpt_kernels import use_backend, use_isa
+from gpt_kernels.ops import attention as module
+from gpt_kernels.ops.attention import attention
+from gpt_kernels.ops.philox import dropout_threshold, philox_uint16
+
+RNG = torch.tensor([-1234567890123456789, 42])
+INF = float("inf")
+# o, dq, dk, dv, dbias: torch's own flash kernel is allowed 1, 4, 2, 2 and 12 to 22 (test_transformers.py)
+FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, WEIGHT_GRADIENT, 4.0)
+
+
+def eager(q, k, v, bias=None, *, slopes=None, rng=None, scale=None, softcap=0.0, dropout_p=0.0, offset=0, left=-1, right=-1):
+    """The formula of the module's docstring in plain PyTorch, in the dtype of its arguments; shares no code with it."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if softcap:
+        s = softcap * (s / softcap).tanh()
+    i, j = torch.arange(s.shape[2]).view(-1, 1) + offset, torch.arange(s.shape[3])
+    if slopes is not None:
+        s = s - (slopes.view(-1, s.shape[1], 1, 1) * (i - j).abs()).to(s.dtype)
+    hidden = torch.zeros(s.shape, dtype=torch.bool)
+    if right >= 0:
+        hidden = hidden | (j > i + right)
+    if left >= 0:
+        hidden = hidden | (j < i - left)
+    if bias is not None and bias.dtype == torch.bool:
+        hidden = hidden | ~bias
+    elif bias is not None:
+        s = s + bias
+    blind = hidden.all(-1, keepdim=True)
+    p = s.masked_fill(hidden & ~blind, -INF).softmax(-1).masked_fill(blind, 0)
+    if dropout_p:
+        kept = philox_uint16(rng, *s.shape) >= dropout_threshold(dropout_p)
+        p = p * kept / (1 - dropout_threshold(dropout_p) / 65536)
+    return torch.einsum("bhij,bhjd->bhid", p, v)
+
+
+def ours(**options):
+    """The same arguments for our op, as a function of the differentiable ones; returns o alone."""
+
+    def call(q, k, v, bias=None):
+        o = dict(options)
+        slopes = o.pop("slopes", None)
+        if slopes is not None:
+            slopes = slopes.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        scale = o.pop("scale", None)
+        return attention(
+            q, k, v, bias, slopes, o.pop("rng", None), scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            causal_offset=o.pop("offset", 0), window_left=o.pop("left", -1), window_right=o.pop("right", -1), **o,
+        )[0]  # fmt: skip
+
+    return call
+
+
+def check(q, k, v, bias=None, name="", **options):
+    args = (q, k, v) if bias is None else (q, k, v, bias)
+    check_truth(ours(**options), lambda *a: eager(*a, **options), args, name=name or str(options), factors=FACTORS)
+
+
+def qkv(B, H, Hk, Tq, Tk, D, dtype=torch.float32, Dv=None):
+    return (
+        torch.randn(B, H, Tq, D).to(dtype),
+        torch.randn(B, Hk, Tk, D).to(dtype),
+        torch.randn(B, Hk, Tk, Dv or D).to(dtype),
+    )
+
+
+# B, H, Hk, Tq, Tk, D: both sides of every tile edge (6 rows, 64 keys, 96 queries, 4 "few" queries), odd head dims, GQA, MQA
+SHAPES = [
+    (1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 63, 16), (1, 2, 1, 2, 64, 40), (1, 2, 2, 4, 65, 64), (1, 1, 1, 5, 5, 7), (1, 2, 2, 6, 63, 32),
+    (2, 3, 1, 7, 129, 33), (1, 2, 2, 63, 64, 16), (1, 1, 1, 64, 65, 80), (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96),
+    (1, 4, 2, 96, 96, 59), (1, 1, 1, 97, 97, 128), (1, 2, 2, 129, 33, 64), (1, 1, 1, 257, 257, 64), (1, 1, 1, 33, 31, 256),
+]  # fmt: skip
+
+
+@every_dtype
+@every_isa
+def test_shapes(dtype, isa):
+    with use_isa(isa):
+        for shape in SHAPES:
+            Tq, Tk = shape[3:5]
+            # a lone query that sees a lone key has gradient 0: exactly so in eager, to a rounding in ours; no ratio tells
+            top_left = [{"right": 0}] if Tq > 1 else []
+            for options in ({}, *top_left, {"right": 0, "offset": Tk - Tq}):
+                check(*qkv(*shape, dtype), name=f"{shape} {options}", **options)
+
+
+@every_dtype
+@every_isa
+def test_score_steps(dtype, isa):
+    slopes = torch.tensor([0.5, 0.25])
+    dropout = {"dropout_p": 0.2, "rng": RNG}
+    steps = [
+        {"scale": 0.3}, {"scale": -0.3}, {"left": 5}, {"left": 1, "right": 0}, {"left": 17, "right": 3, "offset": 4},
+        {"softcap": 1.5}, {"softcap": 1.5, "right": 0}, {"slopes": slopes}, {"slopes": slopes.expand(2, 2), "right": 0, "offset": 11},
+        dropout, {**dropout, "right": 0}, {**dropout, "softcap": 2.0, "slopes": slopes, "left": 40},
+    ]  # fmt: skip
+    with use_isa(isa):
+        for options, (Tq, Tk) in itertools.product(steps, ((70, 81), (3, 70))):
+            check(*qkv(2, 2, 1, Tq, Tk, 24, dtype), name=f"{Tq}x{Tk} {options}", **options)
+
+
+@every_dtype
+def test_bias_and_its_gradient(dtype):
+    for shape in ((2, 2, 70, 81), (1, 2, 70, 81), (2, 1, 1, 81), (1, 1, 70, 1), (1, 2, 1, 1)):
+        for options in ({}, {"softcap": 2.0, "right": 0, "offset": 11}, {"dropout_p": 0.3, "rng": RNG}):
+            q, k, v = qkv(2, 2, 2, 70, 81, 16, dtype)
+            check(q, k, v, torch.randn(shape).to(dtype), name=f"bias {shape} {options}", **options)
+
+
+@every_isa
+def test_boolean_mask(isa):
+    with use_isa(isa):
+        for shape in ((2, 2, 70, 81), (1, 1, 70, 81), (2, 1, 1, 81), (1, 1, 70, 1)):
+            mask = torch.rand(shape) > 0.4
+            check(*qkv(2, 2, 2, 70, 81, 16), mask, name=f"mask {shape}")
+        # strides that are neither 1 nor 0, and a hidden key whose values are not numbers
+        q, k, v = qkv(1, 2, 2, 9, 81, 16)
+        mask = torch.rand(1, 1, 81, 9).gt(0.4).transpose(2, 3)
+        expected = eager(q, k, v, mask)
+        mask[..., 7] = False
+        expected, k[:, :, 7] = eager(q, k, v, mask), float("nan")
+        torch.testing.assert_close(ours()(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_bias_beside_bfloat16():
+    q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.bfloat16)
+    bias = torch.randn(1, 1, 40, 40, requires_grad=True)
+    o = ours()(q, k, v, bias)
+    (dbias,) = torch.autograd.grad(o.sum(), bias)
+    assert dbias.dtype == torch.float32
+    torch.testing.assert_close(o, ours()(q, k, v, bias.detach().bfloat16()), rtol=0.05, atol=0.05)
+
+
+@every_isa
+def test_rows_that_see_nothing(isa):
+    with use_isa(isa):
+        for Tq, Tk in ((70, 20), (4, 2)):  # bottom-right causal: the first Tq - Tk rows see no key
+            q, k, v = (t.requires_grad_() for t in qkv(1, 2, 1, Tq, Tk, 16))
+            o, lse = attention(q, k, v, scale=0.25, causal_offset=Tk - Tq, window_right=0)
+            blind = Tq - Tk
+            assert torch.equal(o[:, :, :blind], torch.zeros(1, 2, blind, 16)) and (lse[:, :, :blind] == -INF).all()
+            assert torch.isfinite(lse[:, :, blind:]).all()
+            dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
+            assert torch.equal(dq[:, :, :blind], torch.zeros(1, 2, blind, 16))
+            assert all(torch.isfinite(t).all() for t in (dq, dk, dv))
+
+
+@every_isa
+def test_lse(isa):
+    with use_isa(isa):
+        for Tq in (3, 70):
+            q, k, v = qkv(2, 4, 2, Tq, 81, 24)
+            _, lse = attention(q, k, v, scale=0.5, softcap=3.0, window_right=0, causal_offset=20)
+            s = 3 * torch.tanh((q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.5 / 3)
+            s = s.masked_fill(torch.arange(81) > torch.arange(Tq)[:, None] + 20, -INF)
+            torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+@every_dtype
+def test_integer_inputs_are_exact(dtype):
+    # equal scores over 2^n visible keys: every probability is 2^-n and every sum exact, so the answer is too
+    q, k = torch.zeros(1, 1, 64, 32, dtype=dtype), torch.zeros(1, 1, 64, 32, dtype=dtype)
+    v = torch.randint(-8, 9, (1, 1, 64, 32)).to(dtype)
+    assert torch.equal(ours()(q, k, v), v.double().mean(2, keepdim=True).to(dtype).expand(1, 1, 64, 32))
+    # one key each: attention is a copy
+    assert torch.equal(ours(left=0, right=0)(q, k, v), v)
+
+
+def test_large_scores_do_not_overflow():
+    for dtype in (torch.float32, torch.float16):
+        q, k, v = qkv(1, 1, 1, 65, 129, 64, dtype)
+        check(q * 5, k * 3, v, name=f"large {dtype}", right=0, offset=64)
+    # what Hugging Face adds where it masks: the lowest float; such rows average over all keys, as eager's do
+    q, k, v = qkv(1, 1, 1, 9, 40, 16)
+    bias = torch.zeros(1, 1, 9, 40).masked_fill_(torch.ones(9, 40, dtype=torch.bool).triu(20), torch.finfo(torch.float32).min)
+    bias[0, 0, 3] = torch.finfo(torch.float32).min
+    torch.testing.assert_close(ours()(q, k, v, bias), eager(q, k, v, bias), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_stays_in_its_row():
+    q, k, v = qkv(1, 1, 1, 70, 70, 16)
+    q[0, 0, 9, 3] = float("nan")
+    o = ours(right=0)(q, k, v)
+    assert torch.isnan(o[0, 0, 9]).all() and not torch.isnan(o[0, 0, :9]).any() and not torch.isnan(o[0, 0, 10:]).any()
+
+
+# ---- dropout ----
+
+
+def test_philox_known_answer():
+    # Random123's published answers for counter and key 0, and all ones
+    def words(u):
+        return [int(u[2 * i]) | int(u[2 * i + 1]) << 16 for i in range(4)]
+
+    zero = philox_uint16(torch.tensor([0, 0]), 1, 1, 1, 8).flatten()
+    assert words(zero) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_dropout_mask_is_the_same_everywhere():
+    q, k = torch.zeros(2, 3, 70, 8), torch.zeros(2, 3, 90, 8)
+    v = torch.eye(90).expand(2, 3, 90, 90)  # the output is the matrix of probabilities
+    kept = philox_uint16(RNG, 2, 3, 70, 90) >= dropout_threshold(0.25)
+    for isa in ISAS:
+        with use_isa(isa):
+            assert torch.equal(ours(dropout_p=0.25, rng=RNG)(q, k, v) > 0, kept)
+            assert torch.equal(ours(dropout_p=0.25, rng=RNG)(q[:, :, :4], k, v) > 0, kept[:, :, :4])
+    with use_backend("reference"):
+        assert torch.equal(ours(dropout_p=0.25, rng=RNG)(q, k, v) > 0, kept)
+    assert abs(kept.double().mean().item() - 0.75) < 0.01
+
+
+def test_dropout_follows_manual_seed():
+    q, k, v = (t.transpose(1, 2) for t in qkv(1, 2, 2, 33, 33, 16))
+    torch.manual_seed(5)
+    first = gpt_kernels.flash_attn_func(q, k, v, dropout_p=0.5)
+    assert not torch.equal(first, gpt_kernels.flash_attn_func(q, k, v, dropout_p=0.5))
+    torch.manual_seed(5)
+    assert torch.equal(first, gpt_kernels.flash_attn_func(q, k, v, dropout_p=0.5))
+
+
+# ---- the contract with torch ----
+
+
+def test_layouts():
+    q, k, v = qkv(2, 2, 2, 70, 70, 16)
+    expected = forward_backward(ours(right=0), (q, k, v))
+    for name, packed in layouts(torch.stack((q, k, v)).transpose(2, 3).contiguous()).items():
+        if name.startswith("expanded"):
+            continue
+        given = packed.unbind(0)  # (B, T, H, D) inside
+        assert_same(forward_backward(ours(right=0), [t.transpose(1, 2) for t in given]), expected, name)
+    # an output gradient of any stride
+    o = ours(right=0)(*(t.requires_grad_() for t in (q, k, v)))
+    for dy in (torch.ones(1).expand(o.shape), torch.ones(2, 2, 16, 70).transpose(2, 3)):
+        assert_same(torch.autograd.grad(o, (q, k, v), dy, retain_graph=True), expected[1:], "do")
+
+
+def test_output_layout_follows_q():
+    q, k, v = qkv(2, 3, 3, 10, 10, 16)
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            assert ours()(q, k, v).is_contiguous()
+            swapped = q.transpose(1, 2).contiguous().transpose(1, 2)
+            assert ours()(swapped, k, v).transpose(1, 2).is_contiguous()
+
+
+def test_padding_between_rows_is_never_read():
+    wide = [torch.full((1, 2, 70, 40), float("nan")) for _ in range(3)]
+    for t in wide:
+        t[..., 3:19] = torch.randn(1, 2, 70, 16)
+    given = [t[..., 3:19] for t in wide]
+    assert_same(forward_backward(ours(right=0), given), forward_backward(ours(right=0), [t.clone() for t in given]), "padding")
+
+
+@every_isa
+def test_gradcheck(isa):
+    with use_isa(isa):
+        options = {"softcap": 2.0, "slopes": torch.tensor([0.3, 0.1]), "dropout_p": 0.2, "rng": RNG, "right": 1, "left": 9}
+        check_gradcheck(ours(**options), (*qkv(1, 2, 1, 7, 9, 5), torch.randn(1, 1, 7, 9)))
+        check_gradcheck(ours(right=0, offset=-2), qkv(1, 1, 1, 6, 5, 4, Dv=3))
+
+
+def test_opcheck():
+    q, k, v = qkv(2, 4, 2, 9, 11, 16, torch.bfloat16)
+    bias, slopes = torch.randn(2, 1, 9, 1).to(q.dtype), torch.rand(4)
+    args = (bias, slopes, RNG, 0.25, 2.0, 0.1, 2, 5, 0)
+    for q_ in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+        check_opcheck(module.fwd, (q_, k, v, *args))
+        o, lse = module.fwd(q_, k, v, *args)
+        check_opcheck(module.bwd, (torch.randn_like(o), q_, k, v, o, lse, *args, True))
+
+
+def test_compile():
+    for face in (
+        lambda q, k, v: gpt_kernels.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True),
+        lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, is_causal=True),
+    ):
+        check_compile(face, qkv(2, 4, 4, 8, 9, 16), qkv(3, 6, 6, 12, 21, 16))
+
+
+def test_threads():
+    for shape in ((1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)):  # one head (its keys in chunks) and many
+        check_threads(ours(right=0, offset=shape[4] - shape[3]), (*qkv(*shape), torch.randn(1, 1, shape[3], shape[4])))
+
+
+def test_empty():
+    for shape in ((0, 2, 2, 5, 5, 8), (1, 0, 0, 5, 5, 8), (1, 2, 2, 0, 5, 8), (1, 2, 2, 5, 0, 8)):
+        args = qkv(*shape)
+        o, dq, dk, dv = forward_backward(ours(), args)
+        assert torch.equal(o, torch.zeros(*shape[:2], shape[3], 8))
+        for g, t in zip((dq, dk, dv), args, strict=True):
+            assert torch.equal(g, torch.zeros_like(t))
+
+
+def test_memory_is_linear():
+    """T = 16384 would need a 1 GiB matrix of scores: forward and backward fit in a fraction of that address space."""
+    import resource
+
+    q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 16384, 16384, 16))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours(left=64, right=0)(q, k, v).sum().backward()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 * 1024  # KiB
+
+
+def test_strides_beyond_32_bits():
+    """Rows 2^31 elements apart; only the pages that are used take memory."""
+    far = 2**31 + 64
+    torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN
+    storage = torch.empty(far + 64, dtype=torch.float16)
+    k = storage.as_strided((1, 1, 2, 16), (0, 0, far, 1))
+    k.copy_(torch.randn(1, 1, 2, 16))
+    q, _, v = qkv(1, 1, 1, 6, 2, 16, torch.float16)
+    torch.testing.assert_close(ours()(q, k, v), ours()(q, k.clone(), v), rtol=0, atol=0)
+
+
+# ---- the public faces ----
+
+
+def test_scaled_dot_product_attention_is_torchs():
+    q, k, v = qkv(2, 4, 4, 40, 50, 16)
+    for mask in (torch.rand(1, 50) > 0.3, torch.rand(40, 50) > 0.3, torch.randn(4, 1, 50), torch.randn(2, 1, 40, 50)):
+        torch.testing.assert_close(
+            gpt_kernels.scaled_dot_product_attention(q, k, v, mask),
+            F.scaled_dot_product_attention(q, k, v, mask),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    for options in ({"is_causal": True}, {"scale": 0.7}, {"is_causal": True, "enable_gqa": True}):
+        k_, v_ = (k[:, ::2], v[:, ::2]) if "enable_gqa" in options else (k, v)
+        theirs = F.scaled_dot_product_attention(q, k_, v_, **options)
+        torch.testing.assert_close(gpt_kernels.scaled_dot_product_attention(q, k_, v_, **options), theirs, rtol=1e-5, atol=1e-5)
+    flat = [t[:, 0] for t in (q, k, v)]
+    for mask in (None, torch.randn(2, 40, 50)):
+        theirs = F.scaled_dot_product_attention(*flat, mask)
+        torch.testing.assert_close(gpt_kernels.scaled_dot_product_attention(*flat, mask), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attn_faces():
+    qkv_packed = torch.randn(2, 40, 3, 4, 16, requires_grad=True)
+    q, k, v = qkv_packed.unbind(2)
+    options = dict(causal=True, window_size=(12, 0), softcap=3.0, alibi_slopes=torch.rand(4))
+    o = gpt_kernels.flash_attn_func(q, k, v, **options)
+    expected = eager(*(t.transpose(1, 2) for t in (q, k, v)), softcap=3.0, left=12, right=0, slopes=options["alibi_slopes"])
+    torch.testing.assert_close(o, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    packed = gpt_kernels.flash_attn_qkvpacked_func(qkv_packed, **options)
+    kv = gpt_kernels.flash_attn_kvpacked_func(q, qkv_packed[:, :, 1:], **options)
+    assert torch.equal(packed, o) and torch.equal(kv, o)
+    for name, x in (("qkv", packed), ("kv", kv)):
+        torch.testing.assert_close(
+            *(torch.autograd.grad(t.sum(), qkv_packed)[0] for t in (x, gpt_kernels.flash_attn_func(q, k, v, **options))),
+            msg=name,
+        )
+
+
+def test_flash_attn_bottom_right_and_probabilities():
+    q, k, v = (t.transpose(1, 2) for t in qkv(1, 2, 1, 5, 9, 16))
+    torch.manual_seed(1)
+    o, lse, p = gpt_kernels.flash_attn_func(q, k, v, dropout_p=0.4, causal=True, return_attn_probs=True)
+    assert lse.shape == (1, 2, 5) and p.shape == (1, 2, 5, 9) and (p < 0).any()
+    assert torch.equal(p[0, 0] != 0, torch.ones(5, 9).tril(4).bool())
+    torch.testing.assert_close(p.abs().sum(-1), torch.ones(1, 2, 5))
+    kept = p.clamp(min=0) / (1 - dropout_threshold(0.4) / 65536)
+    torch.testing.assert_close(o.transpose(1, 2), kept @ v.transpose(1, 2).repeat_interleave(2, 1), rtol=1e-5, atol=1e-5)
+
+
+# ---- bad input ----
+
+Q, K, V = qkv(2, 4, 2, 6, 7, 16)
+BAD = {
+    "int64": (lambda: ours(scale=1.0)(Q.long(), K, V), "q must be float32, float64, bfloat16 or float16, got int64"),
+    "mixed dtypes": (lambda: ours()(Q, K.double(), V), "k must be float32, got float64"),
+    "3 dimensions": (lambda: ours()(Q, K[0], V), "k must be 4-dimensional"),
+    "batch": (lambda: ours()(Q, K[:1], V), "q has batch 2, k 1 and v 2"),
+    "head_dim": (lambda: ours()(Q, K[..., :8], V), "k must have q's head_dim 16, got 8"),
+    "v tokens": (lambda: ours()(Q, K, V[:, :, :5]), r"v must have k's heads and tokens \(2, 7\), got \(2, 5\)"),
+    "GQA": (lambda: ours()(Q[:, :3], K, V), "q's 3 heads must be a multiple of k's 2 heads"),
+    "no key heads": (lambda: ours()(Q, K[:, :0], V[:, :0]), "q's 4 heads must be a multiple of k's 0 heads"),
+    "head_dim limit": (lambda: ours()(*qkv(1, 1, 1, 2, 2, 257)), "q has head_dim 257, the limit is 256"),
+    "scale": (lambda: ours(scale=float("nan"))(Q, K, V), "scale must be finite, got nan"),
+    "softcap": (lambda: ours(softcap=-1.0)(Q, K, V), "softcap must be finite and not negative, got -1"),
+    "dropout": (lambda: ours(dropout_p=1.0)(Q, K, V), r"dropout_p must be in \[0, 1\), got 1"),
+    "negative dropout": (lambda: ours(dropout_p=-0.1)(Q, K, V), r"dropout_p must be in \[0, 1\), got -0.1"),
+    "rng shape": (lambda: ours(dropout_p=0.1, rng=torch.tensor([1]))(Q, K, V), r"rng_state must have shape \(2,\), got \(1,\)"),
+    "rng dtype": (lambda: ours(dropout_p=0.1, rng=torch.ones(2))(Q, K, V), "rng_state must be int64, got float32"),
+    "bias shape": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 6)), r"bias of shape \(2, 4, 6, 6\) does not broadcast to \(2, 4, 6, 7\)"),
+    "bias dtype": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, dtype=torch.int64)), "bias must be bool, float32 like q or float32"),
+    "bias dims": (lambda: ours()(Q, K, V, torch.zeros(6, 7)), "bias must be 4-dimensional"),
+    "bias device": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")), "device meta"),
+    "slopes": (lambda: ours(slopes=torch.zeros(3))(Q, K, V), r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
+    "offset": (lambda: ours(offset=2**50)(Q, K, V), "causal_offset, window_left and window_right must be below 2\\^40"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, message = BAD[name]
+    check_raises(call, RuntimeError, message)
+
+
+def test_bad_input_of_the_faces():
+    check_raises(
+        lambda: gpt_kernels.scaled_dot_product_attention(Q, K, V, torch.zeros(6, 7), is_causal=True, enable_gqa=True),
+        ValueError, "attn_mask and is_causal exclude each other",
+    )  # fmt: skip
+    check_raises(
+        lambda: gpt_kernels.scaled_dot_product_attention(Q, K, V), ValueError, "k has 2 heads, q has 4; pass enable_gqa=True"
+    )
+    o, lse = module.fwd(Q, K, V, None, None, None, 1.0, 0.0, 0.0, 0, -1, -1)
+    options = (None, None, None, 1.0, 0.0, 0.0, 0, -1, -1, False)
+    check_raises(lambda: module.bwd(o[:, :, :5], Q, K, V, o, lse, *options), RuntimeError, "attention_bwd: do must have shape")
+    check_raises(
+        lambda: module.bwd(o, Q, K, V, o, lse[:, :2], *options),
+        RuntimeError,
+        "attention_bwd: lse must be contiguous|lse must have",
+    )
+    check_raises(lambda: module.bwd(o, Q, K, V, o, lse, *options[:-1], True), RuntimeError, "attention_bwd: need_dbias without")

@@ -1,0 +1,110 @@
+"""dropout: its mask, its linearity, its residual."""
+
+import pytest
+import torch
+from grids import COLUMNS, ISAS
+from op_checks import (
+    check_compile,
+    check_empty,
+    check_gradcheck,
+    check_layouts,
+    check_opcheck,
+    check_raises,
+    check_threads,
+    check_truth,
+    every_dtype,
+    every_isa,
+)
+
+from gpt_kernels import dropout, use_backend, use_isa
+from gpt_kernels.ops import dropout as module
+from gpt_kernels.ops.philox import dropout_threshold, philox_uint16
+
+RNG = torch.tensor([-987654321987654321, 3])
+
+
+def ours(x, residual=None):
+    return dropout(x, 0.3, residual=residual, rng_state=RNG)
+
+
+def eager(x, residual=None):
+    rows = x.reshape(-1, x.shape[-1])
+    kept = philox_uint16(RNG, 1, 1, *rows.shape).view(x.shape) >= dropout_threshold(0.3)
+    y = x * kept / (1 - dropout_threshold(0.3) / 65536)
+    return y if residual is None else y + residual
+
+
+@every_dtype
+@every_isa
+def test_against_float64(dtype, isa):
+    with use_isa(isa):
+        for n in COLUMNS:
+            x, residual = torch.randn(2, 3, n).to(dtype), torch.randn(2, 3, n).to(dtype)
+            check_truth(ours, eager, (x,), name=f"{n}")
+            check_truth(ours, eager, (x, residual), name=f"{n} with residual")
+
+
+def test_mask_is_the_same_on_every_isa_and_backend():
+    x = torch.ones(17, 1025)
+    for isa in ISAS:
+        with use_isa(isa):
+            assert torch.equal(ours(x), eager(x))
+    with use_backend("reference"):
+        assert torch.equal(ours(x), eager(x))
+
+
+def test_rate_and_seed():
+    x = torch.ones(512, 512)
+    for p in (0.01, 0.1, 0.5, 0.9):
+        y = dropout(x, p)
+        # 5 standard deviations of a mean of 2^18 draws; the expectation of the output is 1
+        assert abs((y == 0).double().mean().item() - p) < 5 * (p * (1 - p)) ** 0.5 / 512
+        assert abs(y.double().mean().item() - 1) < 5 * (p / (1 - p)) ** 0.5 / 512
+    torch.manual_seed(3)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), first) and not torch.equal(first, second)
+
+
+def test_nothing_to_drop():
+    x = torch.randn(3, 5)
+    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
+    assert torch.equal(dropout(x, 0.0, residual=x), x + x)
+
+
+def test_contract():
+    x, residual = torch.randn(5, 37), torch.randn(5, 37)
+    check_gradcheck(ours, (x[:3, :9], residual[:3, :9]))
+    check_layouts(ours, (x, residual), 0)
+    check_layouts(ours, (x, residual), 1)
+    check_threads(ours, (torch.randn(300, 200),))
+    check_empty(ours, (torch.randn(0, 7),))
+    check_empty(ours, (torch.randn(7, 0),))
+    check_opcheck(module.op, (x, residual, RNG, 0.3))
+    check_compile(lambda x: dropout(x, 0.3, rng_state=RNG), (x,), (torch.randn(9, 64),))
+
+
+def test_gradient_of_the_residual_alone():
+    residual = torch.randn(2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(dropout(torch.ones(2, 8), 0.5, residual=residual).sum(), residual)
+    assert torch.equal(gradient, torch.ones(2, 8))
+
+
+X = torch.ones(2, 4)
+BAD = {
+    "p of 1": (lambda: dropout(X, 1.0), r"dropout: dropout_p must be in \[0, 1\), got 1"),
+    "negative p": (lambda: dropout(X, -0.5), r"dropout: dropout_p must be in \[0, 1\), got -0.5"),
+    "NaN p": (lambda: dropout(X, float("nan")), r"dropout: dropout_p must be in \[0, 1\), got nan"),
+    "integers": (lambda: dropout(X.long(), 0.5), "dropout: x must be float32, float64, bfloat16 or float16, got int64"),
+    "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout: x must have at least 1 dimension"),
+    "residual shape": (lambda: dropout(X, 0.5, residual=X[:1]), r"dropout: residual must have the shape of x \(2, 4\), got \(1, 4\)"),
+    "residual dtype": (lambda: dropout(X, 0.5, residual=X.double()), "dropout: residual must be float32, got float64"),
+    "rng shape": (lambda: dropout(X, 0.5, rng_state=RNG[:1]), r"dropout: rng_state must have shape \(2,\), got \(1,\)"),
+    "rng dtype": (lambda: dropout(X, 0.5, rng_state=torch.ones(2)), "dropout: rng_state must be int64, got float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, message = BAD[name]
+    check_raises(call, RuntimeError, message)
