@@ -37,6 +37,7 @@ $(VENV)/.dependencies: requirements-dev.txt
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@set -- $${CXX:-g++}; command -v "$$1" >/dev/null || { echo "set-up: no C++ compiler ($$1); install g++ or set CXX"; exit 1; }
-	@echo "set-up: building the C++ kernels (about a minute)"
-	@GPT_KERNELS_BUILD=cpu $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . || { echo "set-up: the C++ kernels could not be built, see above"; exit 1; }
+	@echo "set-up: building the C++ kernels (about a minute; later only what changed)"
+	@GPT_KERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --inplace || { echo "set-up: the C++ kernels could not be built, see above"; exit 1; }
+	@GPT_KERNELS_BUILD=none $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . || { echo "set-up: the package could not be installed, see above"; exit 1; }
 	@touch $@

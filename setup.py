@@ -82,9 +82,15 @@ class BuildKernels(build_ext):
             f"cxx = {find_compiler()}",
             f"flags = {shell(*CXXFLAGS, *maps, '-isystem', torch / 'include')}",
             f"libs = {shell('-L', torch / 'lib', '-ltorch_cpu')}",
-            "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule compile",
+            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
-            "rule link\n  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed $libs",
+            "rule link",
+            "  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed $libs",
+            "  description = link",
         ]
         objects = [f"{pathlib.Path(s).stem}.o" for s in ext.sources]
         rules += [f"build {o}: compile {escape((ROOT / s).resolve())}" for o, s in zip(objects, ext.sources, strict=True)]

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train a GPT-2 on real text: eager, torch.compile, ours",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--steps", type=_positive, default=50, help="optimizer steps per run")
+    demo.add_argument("--steps", type=_positive, default=40, help="optimizer steps per run")
     demo.add_argument(
         "--data", metavar="FILE", help="UTF-8 text to train on (otherwise Python's own sources and documentation)"
     )

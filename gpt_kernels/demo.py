@@ -42,7 +42,7 @@ COLORS = {"eager": "#8c8c8c", "compile": "#e08214", "ours": "#1b6ca8"}
 
 @dataclasses.dataclass
 class Settings:
-    steps: int = 50
+    steps: int = 40
     data: str | None = None
     layers: int = 4
     heads: int = 6
@@ -380,6 +380,7 @@ def _check(settings: Settings) -> None:
 
 def demo(settings: Settings) -> int:
     """Everything, from the text to the table; returns the exit code. Ctrl-C ends it with what there is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
     _check(settings)
     documents = standard_library() if settings.data is None else user_text(settings.data)
     began, status = time.monotonic(), 0
@@ -544,6 +545,11 @@ def plot(runs: dict[str, dict[str, Any]], settings: Settings, path: pathlib.Path
         text = next(f for _, k, f, _ in ROWS if k == key)
         drawn = axis.bar([LABELS[r] for r in known], list(known.values()), color=[COLORS[r] for r in known], width=0.7)
         axis.bar_label(drawn, [text(v) for v in known.values()], padding=2)
+        if "ours" in known and "eager" in known:
+            ratio = (known["ours"] / known["eager"]) ** next(better for _, k, _, better in ROWS if k == key)
+            axis.text(
+                list(known).index("ours"), 0, f"{ratio:.2f}x\n", ha="center", va="bottom", color="white", fontweight="bold"
+            )
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.12)
         axis.tick_params(axis="x", labelrotation=25, length=0)
