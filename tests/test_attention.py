@@ -11,6 +11,7 @@ from op_checks import (
     assert_same,
     check_compile,
     check_gradcheck,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_threads,
@@ -285,6 +286,7 @@ def test_gradcheck(isa):
         options = {"softcap": 2.0, "slopes": torch.tensor([0.3, 0.1]), "dropout_p": 0.2, "rng": RNG, "right": 1, "left": 9}
         check_gradcheck(ours(**options), (*qkv(1, 2, 1, 7, 9, 5), torch.randn(1, 1, 7, 9)))
         check_gradcheck(ours(right=0, offset=-2), qkv(1, 1, 1, 6, 5, 4, Dv=3))
+    check_once_differentiable(ours(), qkv(1, 1, 1, 6, 5, 4))
 
 
 def test_opcheck():
@@ -409,13 +411,19 @@ BAD = {
     "negative dropout": (lambda: ours(dropout_p=-0.1)(Q, K, V), r"dropout_p must be in \[0, 1\), got -0.1"),
     "rng shape": (lambda: ours(dropout_p=0.1, rng=torch.tensor([1]))(Q, K, V), r"rng_state must have shape \(2,\), got \(1,\)"),
     "rng dtype": (lambda: ours(dropout_p=0.1, rng=torch.ones(2))(Q, K, V), "rng_state must be int64, got float32"),
-    "bias shape": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 6)), r"bias of shape \(2, 4, 6, 6\) does not broadcast to \(2, 4, 6, 7\)"),
-    "bias dtype": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, dtype=torch.int64)), "bias must be bool, float32 like q or float32"),
+    "bias shape": (
+        lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 6)),
+        r"bias of shape \(2, 4, 6, 6\) does not broadcast to \(2, 4, 6, 7\)",
+    ),
+    "bias dtype": (
+        lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, dtype=torch.int64)),
+        "bias must be bool, float32 like q or float32",
+    ),
     "bias dims": (lambda: ours()(Q, K, V, torch.zeros(6, 7)), "bias must be 4-dimensional"),
     "bias device": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")), "device meta"),
     "slopes": (lambda: ours(slopes=torch.zeros(3))(Q, K, V), r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
     "offset": (lambda: ours(offset=2**50)(Q, K, V), "causal_offset, window_left and window_right must be below 2\\^40"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

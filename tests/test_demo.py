@@ -206,7 +206,7 @@ def test_too_small_a_file_is_refused(text_file, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_with_what_there_is(text_file, tmp_path, sent):
-    """Ctrl-C (or kill) in the middle of the first run: its steps so far in the table and the files, no worker left, code 130."""
+    """Ctrl-C (or kill) in the first run: its steps so far in the table and the files, no worker left, code 130."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(text_file, out, "--steps", "100000"),

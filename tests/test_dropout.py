@@ -8,6 +8,7 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
+    check_once_differentiable,
     check_opcheck,
     check_raises,
     check_threads,
@@ -75,6 +76,7 @@ def test_nothing_to_drop():
 def test_contract():
     x, residual = torch.randn(5, 37), torch.randn(5, 37)
     check_gradcheck(ours, (x[:3, :9], residual[:3, :9]))
+    check_once_differentiable(ours, (x,))
     check_layouts(ours, (x, residual), 0)
     check_layouts(ours, (x, residual), 1)
     check_threads(ours, (torch.randn(300, 200),))
@@ -97,7 +99,10 @@ BAD = {
     "NaN p": (lambda: dropout(X, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
     "integers": (lambda: dropout(X.long(), 0.5), "dropout_fwd: x must be float32, float64, bfloat16 or float16, got int64"),
     "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout_fwd: x must have at least 1 dimension"),
-    "residual shape": (lambda: dropout(X, 0.5, residual=X[:1]), r"dropout_fwd: residual must have the shape of x \(2, 4\), got \(1, 4\)"),
+    "residual shape": (
+        lambda: dropout(X, 0.5, residual=X[:1]),
+        r"dropout_fwd: residual must have the shape of x \(2, 4\), got \(1, 4\)",
+    ),
     "residual dtype": (lambda: dropout(X, 0.5, residual=X.double()), "dropout_fwd: residual must be float32, got float64"),
     "rng shape": (lambda: dropout(X, 0.5, rng_state=RNG[:1]), r"dropout_fwd: rng_state must have shape \(2,\), got \(1,\)"),
     "rng dtype": (lambda: dropout(X, 0.5, rng_state=torch.ones(2)), "dropout_fwd: rng_state must be int64, got float32"),

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import stat_dtype, wants_grad
@@ -129,6 +130,7 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, _):
         q, k, v, o, lse, *rest = ctx.saved_tensors
         do = do if do.stride(-1) == 1 else do.contiguous()

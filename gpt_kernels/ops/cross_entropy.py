@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -115,6 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, z_loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
         saved = (dloss.contiguous(), logits, target, lse, *ctx.options)

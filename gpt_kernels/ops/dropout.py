@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
 from .common import rows_of, stat_dtype, wants_grad
@@ -33,6 +34,7 @@ class _Dropout(torch.autograd.Function):
         return fwd(x, residual, rng_state, dropout_p)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
         dx = fwd(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
