@@ -94,8 +94,8 @@ def qkv(B, H, Hk, Tq, Tk, D, dtype=torch.float32, Dv=None):
 
 # B, H, Hk, Tq, Tk, D: both sides of every tile edge (6 rows, 64 keys, 96 queries, 4 "few" queries), odd head dims, GQA, MQA
 SHAPES = [
-    (1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 63, 16), (1, 2, 1, 2, 64, 40), (1, 2, 2, 4, 65, 64), (1, 1, 1, 5, 5, 7), (1, 2, 2, 6, 63, 32),
-    (2, 3, 1, 7, 129, 33), (1, 2, 2, 63, 64, 16), (1, 1, 1, 64, 65, 80), (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96),
+    (1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 63, 16), (1, 2, 1, 2, 64, 40), (1, 2, 2, 4, 65, 64), (1, 1, 1, 5, 5, 7),
+    (1, 2, 2, 6, 63, 32), (2, 3, 1, 7, 129, 33), (1, 2, 2, 63, 64, 16), (1, 1, 1, 64, 65, 80), (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96),
     (1, 4, 2, 96, 96, 59), (1, 1, 1, 97, 97, 128), (1, 2, 2, 129, 33, 64), (1, 1, 1, 257, 257, 64), (1, 1, 1, 33, 31, 256),
 ]  # fmt: skip
 
@@ -119,8 +119,9 @@ def test_score_steps(dtype, isa):
     dropout = {"dropout_p": 0.2, "rng": RNG}
     steps = [
         {"scale": 0.3}, {"scale": -0.3}, {"left": 5}, {"left": 1, "right": 0}, {"left": 17, "right": 3, "offset": 4},
-        {"softcap": 1.5}, {"softcap": 1.5, "right": 0}, {"slopes": slopes}, {"slopes": slopes.expand(2, 2), "right": 0, "offset": 11},
-        dropout, {**dropout, "right": 0}, {**dropout, "softcap": 2.0, "slopes": slopes, "left": 40},
+        {"softcap": 1.5}, {"softcap": 1.5, "right": 0}, {"slopes": slopes},
+        {"slopes": slopes.expand(2, 2), "right": 0, "offset": 11}, dropout,
+        {**dropout, "right": 0}, {**dropout, "softcap": 2.0, "slopes": slopes, "left": 40},
     ]  # fmt: skip
     with use_isa(isa):
         for options, (Tq, Tk) in itertools.product(steps, ((70, 81), (3, 70))):

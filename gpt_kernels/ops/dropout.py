@@ -48,7 +48,8 @@ def dropout(
 
     x, residual: (..., N). p is rounded to a multiple of 1 / 65536 and must be below 1. rng_state: int64 (seed, offset),
     drawn from torch's generator if not given; equal states give equal masks. Returns a tensor like x, or x itself
-    (plus residual) where there is nothing to drop. Raises RuntimeError for p outside [0, 1) and for a residual of another shape or dtype.
+    (plus residual) where there is nothing to drop. Raises RuntimeError for p outside [0, 1) and for a residual of
+    another shape or dtype.
     """
     if not training or p == 0.0:
         return x if residual is None else x + residual
