@@ -86,7 +86,8 @@ def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropou
 
 
 def reference_bwd(
-    do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right, need_dbias
+    do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right,
+    need_dbias,
 ):  # fmt: skip
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
     p, keep = _probabilities(s, lse), dropout_factor(rng_state, dropout_p, s)
@@ -179,8 +180,9 @@ def flash_attn_func(
     with torch.no_grad():
         s, _ = _scores(q, k, None, alibi_slopes, scale, softcap, offset, left, right)
         p = _probabilities(s, lse)
-        dropped = philox_uint16(rng_state, *s.shape) < dropout_threshold(dropout_p) if dropout_p > 0 else False
-        return o, lse, torch.where(dropped, -p, p) if dropout_p > 0 else p
+        if rng_state is not None:
+            p = torch.where(philox_uint16(rng_state, *s.shape) < dropout_threshold(dropout_p), -p, p)
+        return o, lse, p
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
