@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .ops.attention import MAX_HEAD_DIM, flash_attn_func, flash_attn_qkvpacked_func
 from .ops.cross_entropy import cross_entropy
+from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
@@ -170,8 +171,10 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.scale, self.dropout = config.n_head, config.scale(layer), config.attn_dropout
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x: (B, T, C). cache: (2, B, S, H, D) keys and values, of which `start` positions are filled; T more are written."""
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0, residual: Tensor | None = None) -> Tensor:
+        """x: (B, T, C). cache: (2, B, S, H, D) keys and values, of which `start` positions are filled; T more are written.
+        residual: (B, T, C), added in the pass that drops.
+        """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # read by stride, never split into copies
         p = self.dropout if self.training else 0.0
@@ -183,7 +186,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, : start + T]
             # causal is aligned bottom-right: the last query sees all keys
             y = flash_attn_func(q, k, v, p, self.scale, causal=True)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+        return dropout(self.c_proj(y.reshape(B, T, C)), self.resid_dropout.p, self.training, residual)
 
 
 class MLP(nn.Module):
@@ -194,10 +197,10 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         # c_fc's bias is added inside gelu: one pass over (B, T, 4C) less
         x = self.gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias)
-        return self.dropout(self.c_proj(x))
+        return dropout(self.c_proj(x), self.dropout.p, self.training, residual)
 
 
 class Block(nn.Module):
@@ -209,8 +212,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, start)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), cache, start, residual=x)
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class GPT(nn.Module):
@@ -255,7 +258,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: sequence length {start + idx.shape[1]} is above block_size {self.config.block_size}")
         t = self.transformer
         position = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
+        x = dropout(t.wte(idx) + t.wpe(position), t.drop.p, self.training)  # (B, T, C)
         for i, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
