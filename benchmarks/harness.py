@@ -207,7 +207,7 @@ def environment() -> dict[str, object]:
     env |= {"torch": torch.__version__, "python": platform.python_version(), "gpt_kernels": gpt_kernels.__version__}
     return env | {
         "commit": commit(),
-        "load": os.getloadavg()[0],
+        "load": round(os.getloadavg()[0], 1),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
 
