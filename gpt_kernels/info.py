@@ -171,6 +171,7 @@ def _examples() -> dict[str, tuple[Any, str, str]]:
     """op -> (a small call in a dtype, the public functions, what they take)"""
     from .ops.attention import flash_attn_func
     from .ops.cross_entropy import cross_entropy
+    from .ops.dropout import dropout
     from .ops.gelu import gelu
     from .ops.layer_norm import layer_norm
     from .ops.rms_norm import rms_norm
@@ -189,6 +190,11 @@ def _examples() -> dict[str, tuple[Any, str, str]]:
             lambda t: cross_entropy(x(t, 3, 8), torch.tensor([0, 7, -100])),
             "`cross_entropy`",
             "ignore_index, label smoothing, z-loss, logit softcap, gradient in place",
+        ),
+        "dropout": (
+            lambda t: dropout(x(t, 3, 8), residual=x(t, 3, 8)),
+            "`dropout`",
+            "residual added in the same pass; no stored mask",
         ),
         "gelu": (lambda t: gelu(x(t, 3, 8), x(t, 8)), "`gelu`", "bias; tanh or erf"),
         "layer_norm": (lambda t: layer_norm(x(t, 3, 8), x(t, 8), x(t, 8)), "`layer_norm`", "weight and bias, both optional"),

@@ -177,7 +177,8 @@ def command(text_file, out, *more):
 
 
 def test_demo_end_to_end(text_file, tmp_path):
-    done = subprocess.run(command(text_file, tmp_path / "out", "--dropout", "0"), capture_output=True, text=True, timeout=300)
+    out = tmp_path / "out"
+    done = subprocess.run(command(text_file, out, "--dropout", "0"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert sorted(os.listdir(tmp_path / "out")) == ["demo.png", "result.json"]
@@ -206,7 +207,7 @@ def test_too_small_a_file_is_refused(text_file, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_with_what_there_is(text_file, tmp_path, sent):
-    """Ctrl-C (or kill) in the first run: its steps so far in the table and the files, no worker left, code 130."""
+    """Ctrl-C or kill in the middle of the first run: its steps so far in table and files, no worker left, code 130."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(text_file, out, "--steps", "100000"),
