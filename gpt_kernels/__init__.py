@@ -1,6 +1,6 @@
 """Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
 
-from .dispatch import isa, ops, set_isa, use_backend, use_isa, where
+from .dispatch import isa, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
 from .ops.attention import (

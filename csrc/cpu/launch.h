@@ -42,4 +42,12 @@ inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
   return std::max<int64_t>(1, row_grain(columns) * chunks / std::max<int64_t>(1, rows));
 }
 
+// May rows of this output be written past the cache? Only where the whole is larger than what a core's share of the last
+// cache keeps, and every vector of every row stands on a boundary of 64 bytes.
+inline bool row_streams(const Tensor& out, int64_t columns) {
+  const int64_t size = element_size(out.scalar_type());
+  return out.numel() * size >= (int64_t{16} << 20) && columns * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+}
+
 }  // namespace gk

@@ -32,8 +32,9 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
       C *mp = (C*)mean.mutable_data_ptr(), *rp = (C*)rstd.mutable_data_ptr();
+      const bool streams = row_streams(y, N);
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
-        for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps);
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps, streams);
       });
     };
     const bool stat_params = (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
@@ -74,10 +75,11 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
       const C *mp = (const C*)mean.const_data_ptr(), *rp = (const C*)rstd.const_data_ptr();
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = (C*)partial.mutable_data_ptr();
+      const bool streams = row_streams(dx, N);
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
-          rows(dxp + m0 * N, params ? pp + c * 2 * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N);
+          rows(dxp + m0 * N, params ? pp + c * 2 * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N, streams);
         }
       });
       if (weight) reduce((P*)dweight.mutable_data_ptr(), pp, chunks, 2 * N, N);
@@ -105,7 +107,8 @@ namespace GK_TARGET {
 // One row stays in L1 over three passes: mean, variance of the centred row (no cancellation), y = (x - mean) rstd w + b.
 // The sum of the centred row is what the first mean was off by: with it a mean far from 0 is right to the last bit.
 template <class T, class P, class C = compute_t<T>>
-static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps) {
+static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
+                               bool streams) {
   vec<C> sum[4] = {}, rest[4] = {}, squares[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(x + i, n); });
   const C rough = hsum4<C>(sum) / N;
@@ -120,8 +123,9 @@ static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, c
     vec<C> v = (load_any(x + i, n) - mu) * rs;
     if (w) v *= load_any(w + i, n);
     if (b) v += load_any(b + i, n);
-    store_any(y + i, v, n);
+    streams ? stream(y + i, v) : store_any(y + i, v, n);
   });
+  if (streams) end_stream();
   *mean = mu;
   *rstd = rs;
 }
@@ -129,7 +133,7 @@ static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, c
 // x_hat = (x - mean) rstd;  dx = (w dy - mean(w dy) - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat;  db += dy
 template <class T, class P, class C = compute_t<T>>
 static void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
-                                int64_t N) {
+                                int64_t N, bool streams) {
   C *dw = dw_db, *db = dw_db + N;
   for (int64_t i = 0; dw_db && i < 2 * N; i++) dw_db[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
@@ -148,9 +152,11 @@ static void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const 
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
       const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
       const vec<C> g = w ? d * load_any(w + i, n) : d;
-      store_any(dx + i, (g - mean_g - x_hat * mean_gx) * rs, n);
+      const vec<C> d_x = (g - mean_g - x_hat * mean_gx) * rs;
+      streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });
   }
+  if (streams) end_stream();
 }
 
 }  // namespace GK_TARGET

@@ -125,6 +125,19 @@ template <class T> GK_INLINE void store_any(T* p, vec<compute_t<T>> v, int64_t c
   if (count == lanes<compute_t<T>>) store(p, v);
   else store_n(p, v, count);
 }
+// Past the cache, for an output too large to be found there again (launch.h: row_streams): the line is not read before it
+// is written. p on a boundary of 64 bytes; end_stream() before another thread may read.
+template <class T> GK_INLINE void stream(T* p, vec<compute_t<T>> v) { store(p, v); }
+#if GK_X86_TARGETS && GK_BYTES == 64
+template <> GK_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+template <> GK_INLINE void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v)); }
+#endif
+GK_INLINE void end_stream() {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 template <class C, class Body> GK_INLINE void for_vectors(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + lanes<C> <= n; i += lanes<C>) body(i, (int64_t)lanes<C>);
