@@ -1,7 +1,7 @@
 """Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
 
 from .dispatch import isa, set_isa, use_backend, use_isa, where
-from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, RMSNorm, Softmax
+from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
 from .ops.attention import (
     flash_attn_func,

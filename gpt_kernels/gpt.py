@@ -93,6 +93,13 @@ class GELU(nn.Module):
         return f"approximate={self.approximate!r}"
 
 
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout on our kernel; a residual is added in the same pass."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return dropout(x, self.p, self.training, residual)
+
+
 # ---- the model ----
 
 
@@ -168,7 +175,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.n_head, self.scale, self.dropout = config.n_head, config.scale(layer), config.attn_dropout
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0, residual: Tensor | None = None) -> Tensor:
@@ -186,7 +193,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, : start + T]
             # causal is aligned bottom-right: the last query sees all keys
             y = flash_attn_func(q, k, v, p, self.scale, causal=True)
-        return dropout(self.c_proj(y.reshape(B, T, C)), self.resid_dropout.p, self.training, residual)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)), residual)
 
 
 class MLP(nn.Module):
@@ -195,12 +202,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
         self.gelu = GELU(config.approximate)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         # c_fc's bias is added inside gelu: one pass over (B, T, 4C) less
         x = self.gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias)
-        return dropout(self.c_proj(x), self.dropout.p, self.training, residual)
+        return self.dropout(self.c_proj(x), residual)
 
 
 class Block(nn.Module):
@@ -229,7 +236,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.embd_dropout),
+                drop=Dropout(config.embd_dropout),
                 h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 ln_f=LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias),
             )
@@ -258,7 +265,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: sequence length {start + idx.shape[1]} is above block_size {self.config.block_size}")
         t = self.transformer
         position = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x = dropout(t.wte(idx) + t.wpe(position), t.drop.p, self.training)  # (B, T, C)
+        x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
         for i, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)

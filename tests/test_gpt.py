@@ -239,7 +239,7 @@ def test_deepcopy():
         (GELU(), nn.GELU("tanh")),
         (GELU("none"), nn.GELU()),
     ],
-    ids=str,
+    ids=lambda module: type(module).__name__,
 )
 def test_modules_are_torchs(ours, torchs):
     x = torch.randn(3, 5, 24)

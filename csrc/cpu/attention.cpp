@@ -46,7 +46,7 @@ namespace {
 // a multiple of tile_rows; large, since each block of queries streams the head's packed keys and values once
 constexpr int64_t query_block = 96;
 // up to here packing a key costs more than using it
-constexpr int64_t few_queries = 4;
+constexpr int64_t few_queries = 2;
 
 // One thread's memory and the forward pass of one head or block of queries.
 template <class T> struct Forward {

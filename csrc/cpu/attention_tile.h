@@ -106,21 +106,33 @@ template <class T> static void pack_rows(typename Plain<T>::unit* out, const T* 
   for (int64_t r = 0; r < rows; r++, in += in_row, out += width)
     for_vectors<C>(columns, [&](int64_t i, int64_t n) { store(out + i, load_any(in + i, n)); });
 }
-// the transpose: unit [padded columns / depth][block], a B operand along k = columns of the source
-template <class T>
-static void pack_transposed(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
-  typedef compute_t<T> C;
-  for (int64_t r = 0; r < block; r++, in += in_row) {
-    if (r >= rows) {
-      for (int64_t c = 0; c < columns; c++) out[c * block + r] = 0;
-      continue;
+// the transpose: unit [units of columns][block], a B operand along k = columns of the source; zeros for rows beyond the data.
+// words(p, left): the next vector of units at p, of a row with `left` elements left.
+template <class Unit, class T, class Words>
+static void pack_transposed_words(Unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block, const Words& words) {
+  constexpr int W = lanes<float>, depth = Words::pairs ? 2 : 1;
+  const int64_t n = (columns + depth - 1) / depth;
+  for (int64_t r = 0; r < block; r += W)
+    for (int64_t c = 0; c < n; c += W) {
+      vu square[W];
+      for (int i = 0; i < W; i++)
+        square[i] = r + i < rows ? words(in + (r + i) * in_row + c * depth, columns - c * depth) : vu{};
+      transpose(square);
+      for (int i = 0; i < W && c + i < n; i++) __builtin_memcpy(out + (c + i) * block + r, &square[i], sizeof(vu));
     }
-    for_vectors<C>(columns, [&](int64_t i, int64_t n) {
-      C row[lanes<C>];
-      store(row, load_any(in + i, n));
-      for (int64_t c = 0; c < n; c++) out[(i + c) * block + r] = row[c];
-    });
+}
+struct AsFloats {
+  static constexpr bool pairs = false;
+  template <class T> GK_INLINE vu operator()(const T* p, int64_t left) const {
+    return bits_as<vu>(load_any(p, left < lanes<float> ? left : (int64_t)lanes<float>));
   }
+};
+template <class T> static void pack_transposed(float* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
+  pack_transposed_words(out, in, in_row, rows, columns, block, AsFloats());
+}
+static void pack_transposed(double* out, const double* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
+  for (int64_t r = 0; r < block; r++)
+    for (int64_t c = 0; c < columns; c++) out[c * block + r] = r < rows ? in[r * in_row + c] : 0;
 }
 // rows as a B operand along k = rows: unit [rows / depth][padded columns]
 template <class T> static void pack_depth(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns) {
@@ -128,9 +140,14 @@ template <class T> static void pack_depth(typename Plain<T>::unit* out, const T*
 }
 
 #ifdef GK_BF16_DOT
-static inline uint32_t pair_at(const bf16* in, int64_t c, int64_t columns) {
-  return in[c].bits | (c + 1 < columns ? (uint32_t)in[c + 1].bits << 16 : 0);
-}
+struct AsPairs {
+  static constexpr bool pairs = true;
+  GK_INLINE vu operator()(const bf16* p, int64_t left) const {
+    vu words = {};
+    __builtin_memcpy(&words, p, left * 2 < (int64_t)sizeof words ? left * 2 : sizeof words);
+    return words;
+  }
+};
 static void pack_rows(uint32_t* out, const bf16* in, int64_t in_row, int64_t rows, int64_t columns) {
   const int64_t width = padded<float>(columns) / 2;
   for (int64_t r = 0; r < rows; r++, in += in_row, out += width) {
@@ -139,8 +156,7 @@ static void pack_rows(uint32_t* out, const bf16* in, int64_t in_row, int64_t row
   }
 }
 static void pack_transposed(uint32_t* out, const bf16* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
-  for (int64_t r = 0; r < block; r++, in += in_row)
-    for (int64_t c = 0; c < columns; c += 2) out[c / 2 * block + r] = r < rows ? pair_at(in, c, columns) : 0;
+  pack_transposed_words(out, in, in_row, rows, columns, block, AsPairs());
 }
 static void pack_depth(uint32_t* out, const bf16* in, int64_t in_row, int64_t rows, int64_t columns) {
   const int64_t width = padded<float>(columns);

@@ -301,6 +301,16 @@ GK_INLINE void interleave(vu a, vu b, vu& first, vu& second) {
   first = __builtin_shuffle(a, b, low);
   second = __builtin_shuffle(a, b, high);
 }
+// A square of 32-bit words, one row to a vector, to its transpose: each round interleaves row i with row i + half, and after
+// log2(lanes) rounds every word has come to its place.
+GK_INLINE void transpose(vu (&square)[lanes<float>]) {
+  constexpr int n = lanes<float>;
+  for (int round = 1; round < n; round *= 2) {
+    vu next[n];
+    for (int i = 0; i < n / 2; i++) interleave(square[i], square[i + n / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < n; i++) square[i] = next[i];
+  }
+}
 
 #ifdef GK_BF16_DOT
 // acc + a.low * b.low + a.high * b.high over pairs of bf16

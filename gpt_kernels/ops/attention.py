@@ -11,7 +11,9 @@ q: (B, H, Tq, D), k: (B, Hk, Tk, D), v: (B, Hk, Tk, Dv) by stride, the last dime
 query head h reads key head h // (H / Hk). float32, bfloat16, float16, float64. bias: (B|1, H|1, Tq|1, Tk|1), boolean
 (True = visible), or float in q's dtype or the statistics' dtype; alibi_slopes: (H,) or (B, H); lse: (B, H, Tq) in the
 statistics' dtype. Causal is window_right = 0; `offset` aligns row i with column i + offset: 0 puts the diagonal top-left
-(torch), Tk - Tq bottom-right (flash-attn). A row that sees no key has o = 0 and lse = -inf.
+(torch), Tk - Tq bottom-right (flash-attn). A row that sees no key has o = 0 and lse = -inf. lse is one number: in a row
+whose every score is near the lowest float (a bias that hides all keys without being -inf) it loses log Tk, and the
+kernels' gradient with it; a boolean mask has no such row.
 
 Dropout is Philox (ops/philox.py), plane batch * H + head, row i, column j: the mask is a function of `rng_state` alone
 and the same, bit for bit, in forward and backward and on every backend.
@@ -65,8 +67,9 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
     return s, capped
 
 
-def _probabilities(s, lse):
-    return torch.where(lse[..., None] == float("-inf"), 0.0, torch.exp(s - lse[..., None]))
+def _probabilities(s):
+    blind = (s == float("-inf")).all(-1, keepdim=True)
+    return s.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def _empty_as(t: Tensor, shape) -> Tensor:
@@ -80,7 +83,7 @@ def _empty_as(t: Tensor, shape) -> Tensor:
 def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
-    p = _probabilities(s, lse) * dropout_factor(rng_state, dropout_p, s)
+    p = _probabilities(s) * dropout_factor(rng_state, dropout_p, s)
     o = p @ _for_query_heads(v.to(s.dtype), q.shape[1])
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
@@ -90,7 +93,7 @@ def reference_bwd(
     need_dbias,
 ):  # fmt: skip
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    p, keep = _probabilities(s, lse), dropout_factor(rng_state, dropout_p, s)
+    p, keep = _probabilities(s), dropout_factor(rng_state, dropout_p, s)
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
@@ -179,7 +182,7 @@ def flash_attn_func(
         return o
     with torch.no_grad():
         s, _ = _scores(q, k, None, alibi_slopes, scale, softcap, offset, left, right)
-        p = _probabilities(s, lse)
+        p = _probabilities(s)
         if rng_state is not None:
             p = torch.where(philox_uint16(rng_state, *s.shape) < dropout_threshold(dropout_p), -p, p)
         return o, lse, p
