@@ -21,6 +21,7 @@ from op_checks import (
 
 import gpt_kernels
 from gpt_kernels import layer_norm
+from gpt_kernels.ops import layer_norm as module
 
 BWD = torch.ops.gpt_kernels.layer_norm_bwd.default
 FWD = torch.ops.gpt_kernels.layer_norm_fwd.default
@@ -52,6 +53,16 @@ def test_large_mean(isa):
     """a mean 1000 times the deviation: a variance as mean(x^2) - mean^2 would lose all its digits"""
     with gpt_kernels.use_isa(isa):
         check_truth(layer_norm, eager, (torch.randn(5, 1000) + 1000, *inputs(1000)[1:]))
+
+
+@every_isa
+def test_mean_is_right_to_the_last_bit(isa):
+    """not only to the rounding of a sum of 50000 large numbers"""
+    x = torch.randn(5, 50000) + 1e5
+    with gpt_kernels.use_isa(isa):
+        _, mean, _ = module.fwd(x, None, None, 1e-5)
+    spacing = 2.0**-7  # of float32 numbers near 1e5
+    assert (mean - x.double().mean(1)).abs().max() <= 0.51 * spacing
 
 
 @every_isa
