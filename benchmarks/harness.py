@@ -168,14 +168,17 @@ def interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, list[fl
         once = min(sample(call, 1) for _ in range(2))
         repeats[name] = max(1, int(2e-4 / once))
         total += once * repeats[name]
-    rounds = min(200, max(5, int(seconds * len(calls) / total)))
+    rounds = min(200, max(9, int(seconds * len(calls) / total)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        # the first rounds touch memory that the system has not handed out before, which costs more than many an op
+        for counted in (False,) * 3 + (True,) * rounds:
             for name, call in calls.items():
-                samples[name].append(sample(call, repeats[name]))
+                seconds_per_call = sample(call, repeats[name])
+                if counted:
+                    samples[name].append(seconds_per_call)
     finally:
         gc.enable()
     return samples

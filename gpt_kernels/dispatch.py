@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 NAMESPACE = "gpt_kernels"
-BACKENDS = ("reference", "cpu")
+BACKENDS = ["reference", "cpu"]  # and those that kernel() has been told of
 ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -52,6 +52,28 @@ def define(schema: str, reference: Callable):
     if handle is not None:
         _ops[name].kernels["cpu"] = ("CPU", handle)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def kernel(op: str, backend: str, key: str) -> Callable[[Callable], Callable]:
+    """Decorator: the function, with the schema's arguments, is `backend`'s kernel of `op` for tensors of device `key`.
+
+    key: "CPU" or "CUDA". use_backend(backend) then runs it. Raises ValueError for an unknown op or key, and for the
+    names of the built-in backends.
+    """
+    if op not in _ops:
+        raise ValueError(f"kernel: unknown op {op!r}, expected one of {', '.join(_ops)}")
+    if key not in ("CPU", "CUDA"):
+        raise ValueError(f"kernel: unknown device key {key!r}, expected CPU or CUDA")
+    if backend in ("reference", "cpu"):
+        raise ValueError(f"kernel: backend {backend!r} is built in")
+
+    def add(function: Callable) -> Callable:
+        _ops[op].kernels[backend] = (key, function)
+        if backend not in BACKENDS:
+            BACKENDS.append(backend)
+        return function
+
+    return add
 
 
 def ops() -> list[str]:
@@ -117,7 +139,7 @@ def where(op: str) -> dict[str, str]:
 def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
         return library_error or f"the compiled library has no {name}"
-    return "no GPU kernels in this version"
+    return "no GPU kernels in this version" if backend == "cuda" else "none was registered"
 
 
 # ---- the compiled library ----

@@ -206,3 +206,37 @@ def test_a_library_that_does_not_load_is_reported(tmp_path):
     done = python(code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference (the C++ kernels could not be loaded under torch")
+
+
+def test_a_registered_kernel_is_run_and_named():
+    before = list(dispatch.BACKENDS)
+    x = torch.randn(3, 8)
+    try:
+
+        @dispatch.kernel("layer_norm_fwd", "doubled", "CPU")
+        def doubled(x, weight, bias, eps):
+            return 2 * x, x.new_zeros(3), x.new_ones(3)
+
+        with gpt_kernels.use_backend("doubled", "layer_norm_fwd"):
+            assert torch.equal(gpt_kernels.layer_norm(x), 2 * x)
+            assert gpt_kernels.where("layer_norm_fwd")["CPU"] == "doubled (pushed by use_backend)"
+        assert not torch.equal(gpt_kernels.layer_norm(x), 2 * x)
+        with pytest.raises(RuntimeError, match="'doubled' has no kernel for rms_norm_fwd: none was registered"):
+            with gpt_kernels.use_backend("doubled", "rms_norm_fwd"):
+                pass
+    finally:
+        dispatch._ops["layer_norm_fwd"].kernels.pop("doubled", None)
+        dispatch.BACKENDS[:] = before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("no_such_op", "mine", "CPU"), "unknown op 'no_such_op'"),
+        (("layer_norm_fwd", "mine", "TPU"), "unknown device key 'TPU'"),
+        (("layer_norm_fwd", "cpu", "CPU"), "backend 'cpu' is built in"),
+    ],
+)
+def test_kernel_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dispatch.kernel(*arguments)
