@@ -44,18 +44,22 @@ def demo_table(demo: dict) -> str:
 
 
 def numbers(parts: list[dict], demo: dict) -> str:
-    environment, limits = parts[0]["environment"], parts[0]["limits"]
-    machine = ", ".join(f"{environment[key]}" for key in ("cpu", "isa")) + f", {environment['threads']} threads"
-    s = demo["settings"]
+    environment, limits, s = parts[0]["environment"], parts[0]["limits"], demo["settings"]
+    machine = f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads, torch {environment['torch']}"
+    measured = f"copy {limits['copy'] / 1e9:.0f} GB/s, sgemm {limits['gemm'] / 1e9:.0f} GFLOP/s in the same run"
+    sizes = (
+        f"{s['layers']} layers, width {s['width']}, {s['batch']} x {s['context']} tokens, dropout {s['dropout']}, {s['dtype']}"
+    )
     return f"""
-`make demo` (GPT-2 with {s["layers"]} layers, width {s["width"]}, {s["batch"]} x {s["context"]} tokens, dropout {s["dropout"]}, {s["steps"]} steps, {s["dtype"]}):
+On {machine}, {environment["date"][:10]}; {measured}. The machine is shared: read the ratios.
+
+`make demo`, a GPT-2 of {sizes}:
 
 {demo_table(demo)}
 
-`python -m benchmarks --quick --threads {environment["threads"]}`: how many times faster than the better of eager and `torch.compile` (our
-time). Both on: {machine}, torch {environment["torch"]}, {environment["date"][:10]}; copy {limits["copy"] / 1e9:.0f} GB/s, sgemm
-{limits["gemm"] / 1e9:.0f} GFLOP/s in the same run. The machine is shared; ± is half the distance between the quartiles, given where it is above 20 %.
-Tiny calls (1x64) are slower than eager's: a Python autograd function costs more than torch's own.
+`python -m benchmarks --quick --threads {environment["threads"]}`: how many times faster than the better of eager and `torch.compile`,
+our time, and half the distance between its quartiles where that is above 20 % (fresh pages of large outputs). Tiny
+calls are often slower than eager's: a Python autograd function costs more than torch's own.
 
 {op_table(parts)}
 """
