@@ -57,9 +57,10 @@ On {machine}, {environment["date"][:10]}; {measured}. The machine is shared: rea
 
 {demo_table(demo)}
 
-`python -m benchmarks --quick --threads {environment["threads"]}`: how many times faster than the better of
+`python -m benchmarks --quick --threads {environment["threads"]}`: how often faster than the better of
 eager and `torch.compile`, our time, and half the distance between its quartiles where that is above 20 %
-(fresh pages of large outputs). Tiny calls are often slower than eager's: a Python autograd function costs more than torch's own.
+(fresh pages of large outputs). Tiny calls are often slower than eager's: a Python
+autograd function costs more than torch's own.
 
 {op_table(parts)}
 """
