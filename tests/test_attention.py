@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -324,13 +326,18 @@ def test_empty():
 
 
 def test_memory_is_linear():
-    """T = 16384 would need a 1 GiB matrix of scores: forward and backward fit in a fraction of that address space."""
-    import resource
-
-    q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 16384, 16384, 16))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours(left=64, right=0)(q, k, v).sum().backward()
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 * 1024  # KiB
+    """T = 16384 would need a 1 GiB matrix of scores. In a process of its own: the mark is the highest of a process's life."""
+    code = """
+import resource, torch
+from gpt_kernels.ops.attention import attention
+q, k, v = (torch.randn(1, 1, 16384, 16, requires_grad=True) for _ in range(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attention(q, k, v, scale=0.25, window_left=64, window_right=0)[0].sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200 * 1024  # KiB
 
 
 def test_strides_beyond_32_bits():
