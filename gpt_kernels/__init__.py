@@ -1,5 +1,6 @@
-"""Fused kernels for a GPT: one API over C++ (CPU) kernels and their PyTorch reference."""
+"""Fused kernels for a GPT: one API over C++ (CPU) and Triton (GPU) kernels and their PyTorch reference."""
 
+from . import triton as _triton
 from .dispatch import isa, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
@@ -18,3 +19,5 @@ from .ops.softmax import softmax
 from .patch import Plan, patch, patched, unpatch
 from .verify import verify
 from .version import __version__
+
+_triton.register()

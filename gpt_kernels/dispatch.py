@@ -4,7 +4,7 @@
 |-------------------------------|----------------------------------------------------------------------|
 | CompositeExplicitAutograd     | the Python reference: fake tensors, and every slot without a kernel  |
 | CPU                           | csrc/cpu/<op>.cpp, when the compiled library is there                |
-| CUDA                          | a GPU backend, when one is there                                     |
+| CUDA                          | gpt_kernels/triton/<op>.py, when Triton is there                     |
 
 `use_backend(name)` pushes one backend's kernels over the slots and pops them again; `where(op)` says what is in each.
 """
@@ -32,6 +32,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 class _Op:
     reference: Callable
     kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # backend -> (device key, function)
+    absent: dict[str, str] = field(default_factory=dict)  # backend -> why it has no kernel
+    cuda: str | None = None  # the backend that fills the CUDA slot
 
 
 _ops: dict[str, _Op] = {}
@@ -54,26 +56,46 @@ def define(schema: str, reference: Callable):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def kernel(op: str, backend: str, key: str) -> Callable[[Callable], Callable]:
+def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[Callable], Callable]:
     """Decorator: the function, with the schema's arguments, is `backend`'s kernel of `op` for tensors of device `key`.
 
-    key: "CPU" or "CUDA". use_backend(backend) then runs it. Raises ValueError for an unknown op or key, and for the
-    names of the built-in backends.
+    key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. Raises
+    ValueError for an unknown op or key, for the names of the built-in backends, and for a default of the CPU slot.
     """
-    if op not in _ops:
-        raise ValueError(f"kernel: unknown op {op!r}, expected one of {', '.join(_ops)}")
+    _known(op, "kernel")
     if key not in ("CPU", "CUDA"):
         raise ValueError(f"kernel: unknown device key {key!r}, expected CPU or CUDA")
     if backend in ("reference", "cpu"):
         raise ValueError(f"kernel: backend {backend!r} is built in")
+    if default and key == "CPU":
+        raise ValueError("kernel: the CPU slot's default is the C++ kernel")
 
     def add(function: Callable) -> Callable:
         _ops[op].kernels[backend] = (key, function)
-        if backend not in BACKENDS:
-            BACKENDS.append(backend)
+        if default:
+            _library.impl(op, function, key)
+            _ops[op].cuda = backend
+        _name(backend)
         return function
 
     return add
+
+
+def explain_absence(op: str, backend: str, reason: str) -> None:
+    """Say why `backend` has no kernel of `op` here: for where() and for the error of use_backend()."""
+    _known(op, "explain_absence")
+    _ops[op].absent[backend] = reason
+    _name(backend)
+
+
+def _known(op: str, function: str) -> None:
+    if op not in _ops:
+        raise ValueError(f"{function}: unknown op {op!r}, expected one of {', '.join(_ops)}")
+
+
+def _name(backend: str) -> None:
+    if backend not in BACKENDS:
+        BACKENDS.append(backend)
 
 
 def ops() -> list[str]:
@@ -83,10 +105,10 @@ def ops() -> list[str]:
 
 @contextlib.contextmanager
 def use_backend(backend: str, *only: str) -> Iterator[None]:
-    """Run `backend`'s kernels ("reference", "cpu") for all ops, or for the ops named, inside the block.
+    """Run `backend`'s kernels ("reference", "cpu", "triton") for all ops, or for the ops named, inside the block.
 
     Slots belong to the process, not to a thread. Raises ValueError for an unknown backend or op, RuntimeError when
-    the backend has no kernel for an op that was asked for: nothing is served by another backend in silence.
+    the backend has no kernel for an op that was asked for, or no device: nothing is served by another backend in silence.
     """
     if backend not in BACKENDS:
         raise ValueError(f"use_backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -115,31 +137,38 @@ def _slots(name: str, backend: str) -> list[tuple[str, Callable]]:
         return [("CPU", _ops[name].reference), ("CUDA", _ops[name].reference)]
     if backend not in _ops[name].kernels:
         raise RuntimeError(f"use_backend: backend {backend!r} has no kernel for {name}: {_absence(name, backend)}")
-    return [_ops[name].kernels[backend]]
+    key, function = _ops[name].kernels[backend]
+    if key == "CUDA" and not torch.cuda.is_available():
+        hint = "; TRITON_INTERPRET=1 in the environment runs its kernels on CPU tensors" if backend == "triton" else ""
+        raise RuntimeError(f"use_backend: backend {backend!r} needs a GPU and torch sees none{hint}")
+    return [(key, function)]
 
 
 def where(op: str) -> dict[str, str]:
     """Which backend serves each device for `op` now, with the reason: {"CPU": "cpu (...)", "CUDA": "reference (...)"}."""
-    if op not in _ops:
-        raise ValueError(f"where: unknown op {op!r}, expected one of {', '.join(_ops)}")
+    _known(op, "where")
     answer = {}
-    for key, native in (("CPU", "cpu"), ("CUDA", None)):
+    for key, native in (("CPU", "cpu"), ("CUDA", _ops[op].cuda)):
         for backend, names in reversed(_pushed):
             if op in names and key in dict(_slots(op, backend)):
                 answer[key] = f"{backend} (pushed by use_backend)"
                 break
         else:
-            if native in _ops[op].kernels:
-                answer[key] = f"{native} (C++ kernel, {isa()})"
+            if native not in _ops[op].kernels:
+                answer[key] = f"reference ({_absence(op, native or 'triton')})"
+            elif key == "CPU":
+                answer[key] = f"cpu (C++ kernel, {isa()})"
             else:
-                answer[key] = f"reference ({_absence(op, native or 'cuda')})"
+                answer[key] = f"{native} (compiled at its first call for each kind of argument)"
     return answer
 
 
 def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
         return library_error or f"the compiled library has no {name}"
-    return "no GPU kernels in this version" if backend == "cuda" else "none was registered"
+    if backend in _ops[name].kernels:
+        return "TRITON_INTERPRET is set: the Triton kernels serve CPU tensors"
+    return _ops[name].absent.get(backend, "no kernel was registered")
 
 
 # ---- the compiled library ----

@@ -2,8 +2,31 @@
 
 import os
 
+import grids
 import pytest
 import torch
+
+from gpt_kernels import dispatch
+
+if grids.BACKEND == "triton":
+    import triton_tools
+
+    triton_tools.mend_bfloat16()
+
+OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
+
+
+def pytest_generate_tests(metafunc):
+    """The op tests run on the backend under test, and their names say so; for the CPU backend there is nothing to push."""
+    if grids.BACKEND != "cpu" and metafunc.module.__name__ in [f"test_{op}" for op in OPS]:
+        metafunc.fixturenames.append("backend")
+        metafunc.parametrize("backend", [grids.BACKEND], indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    with dispatch.use_backend(request.param, *(op for op in dispatch.ops() if request.param in dispatch._ops[op].kernels)):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,21 @@
-"""What the op tests iterate over, in one place: dtypes, instruction sets that this CPU has, boundary sizes."""
+"""What the op tests iterate over, in one place: the backend under test, dtypes, instruction sets, boundary sizes.
+
+The tests are the same for every backend. CPU kernels run them in full; with TRITON_INTERPRET=1 in the environment the Triton
+kernels do, in an interpreter some thousand times slower, on fewer sizes.
+"""
 
 import torch
 
 from gpt_kernels import dispatch
+from gpt_kernels.triton import INTERPRETED
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ISAS = tuple(dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(dispatch.best_isa()) + 1]) if dispatch.library else ()
+BACKEND = "triton" if INTERPRETED else "cpu"
 ROWS = (0, 1, 2, 17)
-COLUMNS = (1, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 4096)
+if BACKEND == "cpu":
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ISAS = tuple(dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(dispatch.best_isa()) + 1]) if dispatch.library else ()
+    COLUMNS = (1, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 4096)
+else:
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    ISAS = (dispatch.best_isa(),)  # of the CPU: nothing to the kernels under test
+    COLUMNS = (1, 7, 33, 64, 127, 257, 1000, 1025, 4096)

@@ -79,7 +79,9 @@ def check_compile(fn, args, *more) -> None:
 
 
 def check_gradcheck(fn, args) -> None:
-    """Against numerical derivatives, in float64 on the kernels themselves."""
+    """Against numerical derivatives, in float64 on the kernels themselves; nothing for a backend without float64."""
+    if torch.float64 not in DTYPES:
+        return
     assert torch.autograd.gradcheck(fn, tuple(leaves(args, torch.float64)), eps=1e-6, atol=1e-6, rtol=1e-4)
 
 

@@ -331,7 +331,7 @@ def test_bad_inputs():
         ),
         (lambda: cross_entropy(x, t.int()), RuntimeError, "cross_entropy_fwd: target must be int64, got int32"),
         (lambda: cross_entropy(x, x), RuntimeError, "target must be int64, got float32"),
-        (lambda: cross_entropy(x.long(), t), RuntimeError, "logits must be float32, float64, bfloat16 or float16, got int64"),
+        (lambda: cross_entropy(x.long(), t), RuntimeError, "logits must be float32, (float64, )?bfloat16 or float16, got int64"),
         (
             lambda: cross_entropy(x, t[:4]),
             RuntimeError,

@@ -1,0 +1,81 @@
+"""GPU kernels in Triton, one file per op: kernels above, the launchers that the dispatcher calls below.
+
+A launcher has the op's name and the schema's arguments. It lives in the CUDA slot (NVIDIA and AMD), and with
+TRITON_INTERPRET=1 it serves CPU tensors, so that tests execute the kernels where there is no GPU. Nothing of Triton is
+imported before an op's first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+from .. import dispatch
+
+SUPPORTED = ((3, 6), (3, 9))  # first and last Triton whose machine code and interpreter the tests know
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+OPS = {
+    "attention_fwd": "attention",
+    "attention_bwd": "attention",
+    "cross_entropy_fwd": "cross_entropy",
+    "cross_entropy_bwd": "cross_entropy",
+    "cross_entropy_bwd_out": "cross_entropy",
+    "dropout_fwd": "dropout",
+    "gelu_fwd": "gelu",
+    "gelu_bwd": "gelu",
+    "layer_norm_fwd": "layer_norm",
+    "layer_norm_bwd": "layer_norm",
+    "rms_norm_fwd": "rms_norm",
+    "rms_norm_bwd": "rms_norm",
+    "softmax_fwd": "softmax",
+    "softmax_bwd": "softmax",
+}  # op -> the module here that has its launcher
+
+
+def version() -> str | None:
+    """Triton's version without importing it (it takes a while, and a broken one must not break us); None if not installed."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^__version__ *= *['\"](.+?)['\"]", pathlib.Path(spec.origin).read_text(), re.M)
+    return found[1] if found else None
+
+
+def absence() -> str | None:
+    """Why there are no Triton kernels here; None when there are."""
+    found = version()
+    if found is None:
+        return "Triton is not installed"
+    first, last = (".".join(map(str, v)) for v in SUPPORTED)
+    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    if not SUPPORTED[0] <= numbers <= SUPPORTED[1]:
+        return f"Triton {found} is outside the supported range {first} to {last}"
+    return None
+
+
+def _launcher(op: str) -> Callable:
+    """The op's launcher, imported at its first call."""
+    found: list[Callable] = []
+
+    def call(*args):
+        if not found:
+            found.append(getattr(importlib.import_module(f"{__name__}.{OPS[op]}"), op))
+        return found[0](*args)
+
+    return call
+
+
+def register() -> None:
+    """Tell the dispatcher: the backend "triton" for every op, and the CUDA slots unless the kernels are interpreted."""
+    reason = absence()
+    for op in OPS:
+        if not importlib.util.find_spec(f"{__name__}.{OPS[op]}"):
+            continue
+        if reason is not None:
+            dispatch.explain_absence(op, "triton", reason)
+        else:
+            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default=not INTERPRETED)(_launcher(op))

@@ -1,0 +1,175 @@
+"""What the launchers share: checks with the CPU backend's messages, the GPU at hand, and the one place that launches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import INTERPRETED
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# processors of each architecture that we know, for the machine code read where there is no GPU
+PROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx90a": 104, "gfx942": 304
+}  # fmt: skip
+
+
+# ---- checks: op, argument, value, limit ----
+
+
+def fail(op: str, message: str) -> None:
+    raise RuntimeError(f"{op}: {message}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        fail(op, f"{name} must be on {like.device} like the other arguments, it is not on the expected device: {t.device}")
+
+
+def check_float(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        fail(op, f"{name} must be float32, bfloat16 or float16, got {dtype_name(t.dtype)} (Triton kernels)")
+
+
+def check_dtype(op: str, name: str, t: Tensor, want: torch.dtype) -> None:
+    if t.dtype != want:
+        fail(op, f"{name} must be {dtype_name(want)}, got {dtype_name(t.dtype)}")
+
+
+def check_contiguous(op: str, name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        fail(op, f"{name} must be contiguous, got shape {tuple(t.shape)} with other strides")
+
+
+def check_rows(op: str, name: str, t: Tensor) -> None:
+    """A contiguous floating tensor of at least one dimension: rows of its last one."""
+    check_float(op, name, t)
+    check_contiguous(op, name, t)
+    if t.dim() < 1:
+        fail(op, f"{name} must have at least 1 dimension, got a scalar")
+
+
+def check_same_shape(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.shape != like.shape:
+        fail(op, f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}")
+
+
+def check_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    """A contiguous tensor of like's shape, dtype and device, as a gradient is."""
+    check_device(op, name, t, like)
+    check_same_shape(op, name, t, like_name, like)
+    check_dtype(op, name, t, like.dtype)
+    check_contiguous(op, name, t)
+
+
+def check_column(op: str, name: str, t: Tensor, N: int, x: Tensor) -> None:
+    """A per-column parameter: weight or bias of N elements, in x's dtype or in float32 beside a 16-bit x."""
+    check_device(op, name, t, x)
+    if t.shape != (N,):
+        fail(op, f"{name} must have shape ({N},), got {tuple(t.shape)}")
+    if t.dtype not in (x.dtype, torch.float32):
+        fail(op, f"{name} must be {dtype_name(x.dtype)} like x or float32, got {dtype_name(t.dtype)}")
+    check_contiguous(op, name, t)
+
+
+# ---- the GPU at hand ----
+
+_arch_override: list[str] = []
+
+
+@functools.cache
+def _arch_of(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _processors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def arch(device: torch.device) -> str:
+    """ "sm_80", "gfx942", ... of a device; sm_80 under the interpreter; use_arch overrides."""
+    if _arch_override:
+        return _arch_override[-1]
+    return _arch_of(device.index) if device.type == "cuda" else "sm_80"
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a device. Few under the interpreter, so that small tests loop over rows."""
+    if _recording is not None:
+        return PROCESSORS[arch(device)]
+    return _processors_of(device.index) if device.type == "cuda" else 3
+
+
+@contextlib.contextmanager
+def use_arch(name: str) -> Iterator[None]:
+    """Choose launch parameters as on architecture `name` inside the block: for tests and compilation without a GPU."""
+    if name not in PROCESSORS:
+        raise ValueError(f"use_arch: unknown architecture {name!r}, expected one of {', '.join(PROCESSORS)}")
+    _arch_override.append(name)
+    try:
+        yield
+    finally:
+        _arch_override.pop()
+
+
+# ---- launch ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it would have happened: what benchmarks/static.py compiles."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    parameters: dict[str, Any]  # constexprs by name, and num_warps, num_stages
+
+
+_recording: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Collect launches instead of doing them, with the launch parameters of `architecture`; tensors may be on "meta"."""
+    global _recording
+    before, _recording = _recording, []
+    try:
+        with use_arch(architecture):
+            yield _recording
+    finally:
+        _recording = before
+
+
+def launch(kernel: Callable, grid: Sequence[int], like: Tensor, *args, **parameters) -> None:
+    """kernel[grid](*args, **parameters) on like's device and its current stream; nothing for an empty grid.
+
+    parameters: constexprs by name, num_warps, num_stages.
+    """
+    grid = tuple(grid)
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, args, parameters))
+    elif INTERPRETED or like.device.index == torch.cuda.current_device():
+        kernel[grid](*args, **parameters)
+    else:
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **parameters)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
