@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import cache, dispatch
+from . import cache, dispatch, triton
 from .version import __version__
 
 PACKAGES = ("transformers", "tokenizers", "safetensors", "triton", "numpy", "tqdm", "rich", "matplotlib")
@@ -51,6 +51,12 @@ def info() -> dict[str, Any]:
             "archs_built": [],
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
+        "triton": {
+            "version": triton.version(),
+            "problem": triton.absence(),
+            "interpreted": triton.INTERPRETED,
+            "tuned": _tuned(),
+        },
         "ops": {op: dispatch.where(op) for op in dispatch.ops()},
         "compilers": {name: _version_line(name) for name in ("g++", "nvcc")},
         "caches": {"tokenizers of the demo": _cache()},
@@ -80,6 +86,16 @@ def _version_line(name: str) -> str | None:
     return f"{lines[0].strip()} ({path})"
 
 
+def _tuned() -> str:
+    """Which measured launch parameters serve this machine's GPU (python -m gpt_kernels tune)."""
+    if triton.INTERPRETED or triton.absence() or not torch.cuda.is_available():
+        return "none: no GPU to launch on"
+    from .triton import common, tuned
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return tuned.tuned(device, common.arch(device)).status()
+
+
 def _cache() -> dict[str, Any]:
     folder = cache.directory()
     files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
@@ -99,7 +115,7 @@ def _package(name: str) -> str | None:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    library, cpu, gpu = facts["library"], facts["cpu"], facts["gpu"]
+    library, cpu, gpu, t = facts["library"], facts["cpu"], facts["gpu"], facts["triton"]
     lines = [
         ("gpt_kernels", facts["gpt_kernels"]),
         ("torch, Python", f"{facts['torch']}, {facts['python']} on {facts['platform']}"),
@@ -116,6 +132,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("GPU", ", ".join(gpu["devices"]) or "none seen by torch"),
         ("GPU archs built", ", ".join(gpu["archs_built"]) or "none in this version"),
+        ("Triton kernels", t["problem"] or f"Triton {t['version']}" + ", interpreted on CPU tensors" * t["interpreted"]),
+        ("tuned parameters", t["tuned"]),
     ]
     lines += [(name, version or "not found on the PATH") for name, version in facts["compilers"].items()]
     for name, c in facts["caches"].items():

@@ -114,6 +114,11 @@ def processors(device: torch.device) -> int:
     return _processors_of(device.index) if device.type == "cuda" else 3
 
 
+def overridden() -> bool:
+    """Inside use_arch, where launch parameters are not those of a GPU at hand."""
+    return bool(_arch_override)
+
+
 @contextlib.contextmanager
 def use_arch(name: str) -> Iterator[None]:
     """Choose launch parameters as on architecture `name` inside the block: for tests and compilation without a GPU."""
