@@ -76,14 +76,15 @@ class Tunable:
 
     def _choose(self, arch: str, at: tuple, key: dict[str, Any]) -> Parameters:
         device = gpu(arch)
-        chosen: Parameters | None = self.default(arch, **key)
+        chosen = self.default(arch, **key)
         if device is not None:
             measured = tuned(device, arch).find(self.name, key, self.offers(arch, **key))
             if measured is None and AUTOTUNE:
                 measured = self._measure_now(arch, key, device)
                 if measured is None:  # not now: the next launch may
                     return chosen
-            chosen = measured or chosen
+            if measured is not None:
+                chosen = measured
         if not common.overridden():
             self._chosen[at] = chosen
         return chosen
@@ -112,7 +113,7 @@ class Tunable:
     def offers(self, arch: str, **key) -> list[Parameters]:
         """The default, then the other candidates, each once."""
         offered = [self.default(arch, **key), *self.candidates(arch, **key)]
-        return list({text(parameters): parameters for parameters in reversed(offered)}.values())[::-1]
+        return list({text(parameters): parameters for parameters in offered}.values())
 
     def forget(self) -> None:
         """Choose anew from now on, after a measurement."""

@@ -78,10 +78,10 @@ def calls(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Itera
     yield "softmax_bwd", (scores, run("softmax_fwd", scores, None, 0.125, True), 0.125, True)
 
     logits, target = randn(M, V), torch.randint(V, (M,), device=device)
-    options = (-100, 1, 0.0, 0.0, 0.0)  # the mean over all targets
+    mean_of_all = (-100, 1, 0.0, 0.0, 0.0)  # ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap
     for with_grad in (False, True):
-        yield "cross_entropy_fwd", (logits, target, *options, with_grad)
-    lse = run("cross_entropy_fwd", logits, target, *options, False)[2]
+        yield "cross_entropy_fwd", (logits, target, *mean_of_all, with_grad)
+    lse = run("cross_entropy_fwd", logits, target, *mean_of_all, False)[2]
     dloss = torch.ones((), device=device)
-    yield "cross_entropy_bwd", (dloss, logits, target, lse, *options)
-    yield "cross_entropy_bwd_out", (dloss, logits, target, lse, *options, logits)
+    yield "cross_entropy_bwd", (dloss, logits, target, lse, *mean_of_all)
+    yield "cross_entropy_bwd_out", (dloss, logits, target, lse, *mean_of_all, logits)
