@@ -49,7 +49,7 @@ def calls(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Itera
     def run(op: str, *args):
         return getattr(getattr(torch.ops, dispatch.NAMESPACE), op).default(*args)
 
-    rng_state = torch.tensor([1, 2], dtype=torch.int64).to(device)
+    rng_state = torch.arange(1, 3, device=device)
     x, dy, weight, bias = randn(M, N), randn(M, N), randn(N), randn(N)
 
     yield "layer_norm_fwd", (x, weight, bias, 1e-5)
