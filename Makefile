@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test test-full mutants bench lint clean setup
+.PHONY: demo test test-full mutants bench gpu lint clean setup
 
 demo: setup
 	$(BIN)/python -m gpt_kernels demo $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	@# the op tests again, on the Triton kernels; 5: ARGS chose none of them
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" -k triton $(or $(ARGS),tests) || [ $$? -eq 5 ]
 
 test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
@@ -20,6 +22,10 @@ mutants: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# for a machine with a GPU; not yet executed by us on one
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

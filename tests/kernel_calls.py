@@ -6,6 +6,8 @@ from gpt_kernels import dispatch
 from gpt_kernels.triton.workload import Sizes, calls
 
 SMALL = Sizes(2, 48, 96, 2, vocab=257)
+# B, H, Hk, Tq, Tk, D, Dv: one query, grouped heads, odd head dims, the largest
+ATTENTION = ((1, 2, 2, 1, 70, 64, 64), (2, 4, 2, 33, 65, 80, 80), (1, 3, 1, 17, 17, 40, 24), (1, 1, 1, 5, 9, 256, 256))
 
 
 def op(name):
@@ -62,7 +64,7 @@ def every_call(dtype, device, sizes=SMALL):
             yield f"{M}x{V}, reduction {reduction}", "cross_entropy_bwd", (dloss, logits, target, lse, *options)
 
     rng_state = torch.arange(2, device=device)
-    for B, H, Hk, Tq, Tk, D, Dv in ((1, 2, 2, 1, 70, 64, 64), (2, 4, 2, 33, 65, 80, 80), (1, 3, 1, 17, 17, 40, 24), (1, 1, 1, 5, 9, 256, 256)):  # fmt: skip
+    for B, H, Hk, Tq, Tk, D, Dv in ATTENTION:
         q, k, v = randn(B, H, Tq, D), randn(B, Hk, Tk, D), randn(B, Hk, Tk, Dv)
         masks = {
             "plain": (None, None, 0.0, 0.0, 0, -1, -1),
