@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -221,14 +222,41 @@ def _examples() -> dict[str, tuple[Any, str, str]]:
     }
 
 
+def _in_triton() -> dict[str, list[str]]:
+    """op -> dtypes for which its Triton launchers, forward and backward, make their launches; recorded, not done."""
+    done: dict[str, list[str]] = {op: [] for op in _examples()}
+    if triton.absence():
+        return done
+    from .triton import common, workload
+
+    for dtype in DTYPES:
+        refused = {op for op in done if f"{op}_fwd" not in triton.OPS}
+        for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=32), dtype, "meta"):
+            op = re.sub("_(fwd|bwd).*", "", name)
+            try:
+                with common.recording("sm_80") as launches:
+                    workload.launcher(name)(*args)
+            except (RuntimeError, ModuleNotFoundError):
+                launches = []
+            if not launches:
+                refused.add(op)
+        for op in done.keys() - refused:
+            done[op].append(str(dtype).removeprefix("torch."))
+    return done
+
+
 def support() -> str:
-    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes."""
-    lines = ["| op | public functions | forward and backward on a CPU | takes |", "|---|---|---|---|"]
+    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes.
+
+    For the Triton kernels, the dtypes that their launchers take: whether they run well is for tests and for a GPU to tell.
+    """
+    heads = ("op", "public functions", "forward and backward on a CPU", "in Triton, for GPUs", "takes")
+    lines, in_triton = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], _in_triton()
     for op, (call, functions, takes) in _examples().items():
         done = []
         for dtype in DTYPES:
             with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
                 call(dtype).sum().backward()
                 done.append(str(dtype).removeprefix("torch."))
-        lines.append(f"| {op} | {functions} | {', '.join(done)} | {takes} |")
+        lines.append(f"| {op} | {functions} | {', '.join(done)} | {', '.join(in_triton[op])} | {takes} |")
     return "\n".join(lines)
