@@ -30,7 +30,7 @@ def test_launchers_need_no_data(arch, dtype):
         assert form(result) == form(op(name)(*args)), f"{name} {what}"
         for t in tensors(result):
             assert t.device.type == "meta"
-        if sum(t.numel() for t in tensors(result)):
+        if args[0].numel():
             assert launches, f"{name} {what}: nothing was launched"
 
 
@@ -76,5 +76,5 @@ def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
 def test_float64_is_refused_by_name():
     for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
         if "triton" in dispatch._ops[name].kernels:
-            with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name}: .* got float64"):
+            with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name.removesuffix('_out')}: .* got float64"):
                 workload.launcher(name)(*args)
