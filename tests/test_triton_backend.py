@@ -17,8 +17,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@every_dtype
-@pytest.mark.parametrize("arch", common.PROCESSORS)
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [*((arch, torch.bfloat16) for arch in common.PROCESSORS), ("sm_90", torch.float32), ("gfx942", torch.float16)],
+)
 def test_launchers_need_no_data(arch, dtype):
     """On "meta" every host read of data, and so every synchronisation and every size that depends on data, raises.
 
