@@ -1,4 +1,4 @@
-"""The interpreter's mending and its watch see what they are there for: each check is red on a kernel that is wrong on purpose."""
+"""The mended interpreter and its watch: each check is seen red on a kernel that is wrong on purpose."""
 
 import os
 import pathlib
