@@ -313,13 +313,13 @@ def large_cross_entropy(op: str) -> Callable[[], Large]:
         logits = large_rows(rows, V)[0]
         target = (torch.zeros(rows, dtype=torch.int64), torch.zeros(16, dtype=torch.int64))
         if op == "cross_entropy_fwd":
-            yield from pair_up("rows", [logits, target, -100, 0, 0.0, 0.0, 0.0, False], lambda t: t.reshape(-1)[-1:])
+            yield from pair_up("rows", [logits, target, -100, 0, 0.0, 0.0, 0.0, False], lambda t: t.reshape(-1)[-1:], 1)
             return
         dloss = large_rows(rows, dtype=torch.float32)[0]
         lse = tuple(CPU.cross_entropy_fwd(logits[1], target[1], -100, 0, 0.0, 0.0, 0.0, False)[2] for _ in range(2))
         lse = (torch.zeros(2, rows).index_copy_(1, torch.arange(rows - 16, rows), lse[0]), lse[1])
         out = [(torch.empty_like(logits[0]), torch.empty_like(logits[1]))] if op == "cross_entropy_bwd_out" else []
-        yield from pair_up("rows", [dloss, logits, target, lse, -100, 0, 0.0, 0.0, 0.0, *out])
+        yield from pair_up("rows", [dloss, logits, target, lse, -100, 0, 0.0, 0.0, 0.0, *out], programs=1)
 
     return large
 
@@ -348,24 +348,17 @@ def large_attention(backward: bool) -> Callable[[], Large]:
             ("batches far apart", (3, 1, 17, 64), (2**30 + 64, 64, 64)),
         ):
             yield from pair_up(what, given(*(strided(*shape, stride) for _ in range(3))), lambda t: t)
-        # as many heads as make the outputs large, too; the last one is computed
-        H, T, D = 2**31 // (64 * 64) + 1, 64, 64
-        last = [torch.randn(1, 1, t, D).bfloat16() for t in (T, 16, 16, T, T)]
-        tensors = []
-        for small in last:
-            t = torch.empty(1, H, *small.shape[2:], dtype=torch.bfloat16)
-            t[:, -1:] = small
-            tensors.append((t, small))
-        q, k, v, do, o = tensors
         if backward:
-            o[1][:], lse = CPU.attention_fwd(q[1], k[1], v[1], *options)
-            o[0][:, -1:] = o[1]
-            lses = torch.empty(1, H, T)
-            lses[:, -1:] = lse
-            args = [do, q, k, v, o, (lses, lse), *options, False]
-        else:
-            args = [q, k, v, *options]
-        yield from pair_up("many heads", args, lambda t: t[:, -1:] if t.dim() > 1 else t)
+            return
+        # as many heads as make the output large, too; the last one is computed
+        H, T, D = 2**31 // (64 * 64) + 1, 64, 64
+        pairs = []
+        for length in (T, 16, 16):
+            small = torch.randn(1, 1, length, D).bfloat16()
+            t = torch.empty(1, H, length, D, dtype=torch.bfloat16)
+            t[:, -1:] = small
+            pairs.append((t, small))
+        yield from pair_up("many heads", [*pairs, *options], lambda t: t[:, -1:])
 
     return large
 
