@@ -13,6 +13,7 @@ groups'. Which program that is changes nothing in the order of additions, so the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -20,7 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.common import rows_of
-from .common import arch, cdiv, check_column, check_contiguous, check_device, check_dtype, check_like, dtype_name, fail, launch, processors
+from .common import (
+    arch,
+    cdiv,
+    check_column,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_like,
+    dtype_name,
+    fail,
+    launch,
+    processors,
+)
 from .tuning import Parameters, Tunable
 
 GROUPS, GROUP_LIMIT = tl.constexpr(16), tl.constexpr(32)  # of programs, when their partial sums are added up
@@ -248,7 +261,7 @@ def norm_bwd_kernel(
     PLANES: tl.constexpr = (dweight is not None) + (dbias is not None)
     lane = tl.arange(0, BLOCK_M)[:, None]
     dw, db = zero_row(BLOCK_M, CHUNK, CHUNKS), zero_row(BLOCK_M, CHUNK, CHUNKS)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK_M
+    step = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + lane
     if PREFETCH:
         ahead = load_operands(dy, x, weight, mean, rstd, row, lane, M, N, CHUNK, CHUNKS)
@@ -306,8 +319,9 @@ def norm_bwd_long_kernel(
     lane = tl.arange(0, BLOCK_M)[:, None]
     blocks, programs = tl.cdiv(M, BLOCK_M), tl.num_programs(0)
     means = partials + programs.to(tl.int64) * (PLANES * N)
-    for block in range(tl.program_id(0), blocks, programs):
-        row = block.to(tl.int64) * BLOCK_M + lane
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M + lane
+    row = first
+    for _ in range(tl.program_id(0), blocks, programs):
         sum_gx, sum_g = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
         for start in range(0, N, CHUNK):
             _, x_hat, g, scale = load_gradient(dy, x, weight, mean, rstd, row, lane, M, start, N, CHUNK)
@@ -316,16 +330,18 @@ def norm_bwd_long_kernel(
         c1, c2 = row_means(sum_gx, sum_g, mean, scale, N)
         tl.store(means + row, c1, row < M)
         tl.store(means + M + row, c2, row < M)
+        row += programs * BLOCK_M
     tl.debug_barrier()  # other threads of this program read them
     for start in range(0, N, CHUNK):
         dw, db = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
-        for block in range(tl.program_id(0), blocks, programs):
-            row = block.to(tl.int64) * BLOCK_M + lane
+        row = first
+        for _ in range(tl.program_id(0), blocks, programs):
             d, x_hat, g, scale = load_gradient(dy, x, weight, mean, rstd, row, lane, M, start, N, CHUNK)
             dw += d * x_hat
             db += d
             c1, c2 = tl.load(means + row, row < M, 0.0), tl.load(means + M + row, row < M, 0.0)
             store_chunk(dx + row * N, row < M, start, g * scale - (c2 + x_hat * c1), N, CHUNK)
+            row += programs * BLOCK_M
         store_partials(dweight, dbias, partials, start, dw, db, N, PLANES, CHUNK)
     if PLANES > 0:
         add_partials(dweight, dbias, partials, arrivals, N, PLANES, SPAN)
@@ -354,60 +370,58 @@ def _row(N: int, lanes: int, chunks: int, num_warps: int) -> Parameters:
     return {"BLOCK_M": num_warps // warps, "CHUNK": warps * lanes, "CHUNKS": cdiv(N, warps * lanes), "num_warps": num_warps}
 
 
-def _fwd_default(arch: str, N: int, dtype) -> Parameters:
-    return _row(N, _lanes(arch, dtype), chunks=7, num_warps=4)
+def _fwd(arch: str, N: int, dtype, chunks: int = 5, num_warps: int = 4) -> Parameters:
+    return _row(N, _lanes(arch, dtype), chunks, num_warps)
 
 
-def _fwd_candidates(arch: str, N: int, dtype) -> list[Parameters]:
-    rows = [_row(N, _lanes(arch, dtype), chunks, warps) for chunks in (7, 4, 2) for warps in (4, 8)]
-    return [p for i, p in enumerate(rows) if p not in rows[:i]]
-
-
-# 16 warps per processor with 128 registers each: two chunks of a row and of the next one beside the partial sums, or three
-# chunks without the next row
-def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int) -> Parameters:
+# 16 warps per processor: two chunks of a row and of the next one, or three chunks without the next row, beside the partial sums,
+# of which RMS norm has half as many
+def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int, registers: int) -> Parameters:
     p = _row(N, _lanes(arch, dtype), chunks, num_warps)
     if "CHUNKS" in p:
         p["PREFETCH"] = p["CHUNKS"] < 3
     if arch.startswith("sm_"):
-        p["maxnreg"] = 65536 // (16 * 32)
+        p["maxnreg"] = registers
     return p | {"SPAN": 32 * p["num_warps"]}
 
 
-def _bwd_default(arch: str, N: int, dtype) -> Parameters:
-    return _bwd(arch, N, dtype, chunks=3, num_warps=8)
+def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 8) -> Parameters:
+    return _bwd(arch, N, dtype, chunks, num_warps, registers=128)
 
 
-def _bwd_candidates(arch: str, N: int, dtype) -> list[Parameters]:
-    rows = [_bwd(arch, N, dtype, chunks, warps) for chunks in (3, 2) for warps in (8, 4, 16)]
-    return [p for i, p in enumerate(rows) if p not in rows[:i]]
+def _rms_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 4) -> Parameters:
+    return _bwd(arch, N, dtype, chunks, num_warps, registers=112)
 
 
-def _fwd_problem(op: str):
+def _candidates(default: Callable[..., Parameters], chunks: tuple[int, ...], num_warps: tuple[int, ...]):
+    def candidates(arch: str, N: int, dtype) -> list[Parameters]:
+        found = [default(arch, N, dtype), *(default(arch, N, dtype, c, w) for c in chunks for w in num_warps)]
+        return [p for i, p in enumerate(found) if p not in found[:i]]
+
+    return candidates
+
+
+def _problem(op: str):
+    centre, fwd = op.startswith("layer_norm"), op.endswith("fwd")
+
     def problem(device, N: int, dtype):
         x, weight = torch.randn(max(1, 2**24 // N), N, device=device, dtype=dtype), torch.ones(N, device=device, dtype=dtype)
-        return lambda: forward(op, x, weight, weight if op == "layer_norm_fwd" else None, 1e-5)
-
-    return problem
-
-
-def _bwd_problem(op: str):
-    def problem(device, N: int, dtype):
-        x, weight = torch.randn(max(1, 2**24 // N), N, device=device, dtype=dtype), torch.ones(N, device=device, dtype=dtype)
-        stat = torch.ones(x.shape[0], device=device)
-        centre = op == "layer_norm_bwd"
-        return lambda: backward(op, x, x, weight, stat if centre else None, stat, centre)
+        rstd = torch.ones(x.shape[0], device=device)
+        if fwd:
+            return lambda: forward(op, x, weight, weight if centre else None, 1e-5)
+        return lambda: backward(op, x, x, weight, rstd if centre else None, rstd, centre)
 
     return problem
 
 
 TUNABLES = {
-    op: Tunable(op, default, candidates, problem(op))
-    for kind, default, candidates, problem in (
-        ("fwd", _fwd_default, _fwd_candidates, _fwd_problem),
-        ("bwd", _bwd_default, _bwd_candidates, _bwd_problem),
+    op: Tunable(op, default, _candidates(default, *choices), _problem(op))
+    for op, default, choices in (
+        ("layer_norm_fwd", _fwd, ((5, 3, 2), (4, 8))),
+        ("layer_norm_bwd", _layer_norm_bwd, ((3, 2), (8, 4, 16))),
+        ("rms_norm_fwd", _fwd, ((5, 3, 2), (4, 8))),
+        ("rms_norm_bwd", _rms_norm_bwd, ((3, 2), (8, 4, 16))),
     )
-    for op in (f"layer_norm_{kind}", f"rms_norm_{kind}")
 }
 
 
