@@ -86,7 +86,7 @@ def test_missing_parameters(op, shape, missing, programs):
         pytest.skip("RMS norm has none")
     fn, _, _ = OPS[op]
     x, *parameters = arguments(op, 7, 40)
-    given = [None if missing in (name, "both") else p for name, p in zip(("weight", "bias"), parameters)]
+    given = [None if missing in (name, "both") else p for name, p in zip(("weight", "bias"), parameters, strict=False)]
     neutral = [p if p is not None else torch.ones(40) if i == 0 else torch.zeros(40) for i, p in enumerate(given)]
     dy = torch.randn(7, 40)
     programs(3)
@@ -129,7 +129,7 @@ def test_arrival_order(op, shape, count, programs, monkeypatch):
     for result in results[1:]:
         assert_same(result, results[0], "arrival order")
     expected = forward_backward(OPS[op][1], args, dy, torch.float64)
-    for gradient, truth in zip(results[0][2:], expected[2:]):
+    for gradient, truth in zip(results[0][2:], expected[2:], strict=True):
         torch.testing.assert_close(gradient, truth.float(), rtol=1e-5, atol=1e-5)
 
 

@@ -10,6 +10,9 @@ sums in float32 registers, and whoever arrives last adds them up: the last of a 
 groups'. Which program that is changes nothing in the order of additions, so the bits are always the same.
 """
 
+# mypy: disable-error-code=assignment
+# (a kernel's tuples grow)
+
 from __future__ import annotations
 
 import math
@@ -106,7 +109,7 @@ def rms_statistics(squares, eps, N: tl.constexpr):
 
 @triton.jit
 def scaled(v, mu, scale, weight, bias, lane, start, N: tl.constexpr, CHUNK: tl.constexpr):
-    """(v - mu) scale weight + bias. The parameters are loaded by every row, from L1, in x's layout: no exchange of registers."""
+    """(v - mu) scale weight + bias. Every row loads the parameters, from L1, in x's layout: no exchange between threads."""
     v = (v.to(tl.float32) - mu) * scale
     if weight is not None:
         v *= load_chunk(weight + lane * 0, lane >= 0, start, N, CHUNK).to(tl.float32)
@@ -374,8 +377,8 @@ def _fwd(arch: str, N: int, dtype, chunks: int = 5, num_warps: int = 4) -> Param
     return _row(N, _lanes(arch, dtype), chunks, num_warps)
 
 
-# 16 warps per processor: two chunks of a row and of the next one, or three chunks without the next row, beside the partial sums,
-# of which RMS norm has half as many
+# 16 warps per processor: two chunks of a row and of the next one, or three chunks without the next row, beside the partial
+# sums, of which RMS norm has half as many
 def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int, registers: int) -> Parameters:
     p = _row(N, _lanes(arch, dtype), chunks, num_warps)
     if "CHUNKS" in p:
@@ -497,8 +500,7 @@ def backward(
     programs = min(cdiv(M, p["BLOCK_M"]), processors(x.device) * (16 // p["num_warps"]), GROUPS.value * GROUP_LIMIT.value)
     partials = x.new_empty(programs * (has_weight + has_bias) * N + 2 * M * long, dtype=torch.float32)
     launch(
-        norm_bwd_long_kernel if long else norm_bwd_kernel, (programs,), x,
-        dx, dweight if has_weight else None, dbias if has_bias else None, partials, arrivals_for(x), dy, x, weight, mean, rstd, M,
-        N=N, **p,
+        norm_bwd_long_kernel if long else norm_bwd_kernel, (programs,), x, dx, dweight if has_weight else None,
+        dbias if has_bias else None, partials, arrivals_for(x), dy, x, weight, mean, rstd, M, N=N, **p,
     )  # fmt: skip
     return dx, dweight, dbias
