@@ -326,8 +326,9 @@ def norm_bwd_long_kernel(
     row = first
     for _ in range(tl.program_id(0), blocks, programs):
         sum_gx, sum_g = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
+        scale = tl.load(rstd + row, row < M, 0.0)
         for start in range(0, N, CHUNK):
-            _, x_hat, g, scale = load_gradient(dy, x, weight, mean, rstd, row, lane, M, start, N, CHUNK)
+            d, x_hat, g, scale = load_gradient(dy, x, weight, mean, rstd, row, lane, M, start, N, CHUNK)
             sum_gx += g * x_hat
             sum_g += g
         c1, c2 = row_means(sum_gx, sum_g, mean, scale, N)
