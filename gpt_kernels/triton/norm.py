@@ -394,7 +394,7 @@ def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 
 
 
 def _rms_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 4) -> Parameters:
-    return _bwd(arch, N, dtype, chunks, num_warps, registers=112)
+    return _bwd(arch, N, dtype, chunks, num_warps, registers=102)
 
 
 def _candidates(default: Callable[..., Parameters], chunks: tuple[int, ...], num_warps: tuple[int, ...]):
