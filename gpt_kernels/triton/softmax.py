@@ -1,0 +1,336 @@
+"""softmax: forward reads x (and mask) and writes y, backward reads dy and y and writes dx.
+
+A short row stays in registers, several of them to a program. A long one is read twice by the same program within
+microseconds, the second time from L2: once for maximum and sum, then for the values. Where long rows are too few for the
+GPU each is split over several programs, in two launches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.common import rows_of
+from .aligned import (
+    LOG2E, LOWEST, edge_columns, floor_to, is_body, is_head, is_tail, joined, offset_of, online, unturned, vector, window
+)  # fmt: skip
+from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch, processors
+from .tuning import Parameters, Tunable
+
+
+@triton.jit
+def visible_of(t, T, N, CAUSAL: tl.constexpr):
+    """Columns that row t of a (T, N) matrix sees: all, or bottom-right causal 0 ... t + N - T."""
+    visible = tl.zeros_like(t).to(tl.int32) + N
+    if CAUSAL:
+        visible = tl.minimum(tl.maximum(t + N - T + 1, 0), N).to(tl.int32)
+    return visible
+
+
+@triton.jit
+def scores(x, mask, inside, scale):
+    """z = scale x + mask where inside, else -inf"""
+    z = tl.load(x, inside, 0.0).to(tl.float32) * scale
+    if mask is not None:
+        if mask.dtype.element_ty == tl.int1:
+            inside &= tl.load(mask, inside, 0)
+        else:
+            z += tl.load(mask, inside, 0.0).to(tl.float32)
+    return tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def mask_at(mask, column, STEP: tl.constexpr):
+    """Pointers to the mask's elements, or to the one that serves the whole row."""
+    if mask is not None:
+        mask += column * STEP
+    return mask
+
+
+# ---- short rows: a tile of them in registers ----
+
+
+@triton.jit
+def softmax_fwd_kernel(
+    y, x, mask, T, N, scale, mask_t, mask_sizes, mask_strides,
+    STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_M)
+    outer, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    t = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    if ALIGNED:
+        N = floor_to(N, VEC)
+    at = (outer.to(tl.int64) * T + t) * N + column
+    if mask is not None:
+        mask += offset_of(outer, mask_sizes, mask_strides) + t * mask_t
+    visible, inside = visible_of(t, T, N, CAUSAL), (t < T) & (column < N)
+    # whole groups are read up to the last visible column, so that accesses stay wide
+    read = inside
+    if CAUSAL:
+        read &= column < floor_to(visible + VEC - 1, VEC)
+    z = scores(x + at, mask_at(mask, column, STEP), read, scale)
+    if CAUSAL:
+        z = tl.where(column < visible, z, float("-inf"))
+    top = tl.maximum(tl.max(z, 1, keep_dims=True), LOWEST)
+    e = tl.exp2((z - top) * LOG2E)
+    total = tl.sum(e, 1, keep_dims=True)
+    tl.store(y + at, (e * tl.where(total == 0, 0.0, 1.0 / total)).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def softmax_bwd_kernel(
+    dx, dy, y, T, N, scale,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_M)
+    outer, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    t = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    if ALIGNED:
+        N = floor_to(N, VEC)
+    at, inside = (outer.to(tl.int64) * T + t) * N + column, (t < T) & (column < N)
+    read = inside & (column < floor_to(visible_of(t, T, N, CAUSAL) + VEC - 1, VEC))  # beyond it y is zero
+    p, g = tl.load(y + at, read, 0.0).to(tl.float32), tl.load(dy + at, read, 0.0).to(tl.float32)
+    tl.store(dx + at, (p * (g - tl.sum(p * g, 1, keep_dims=True)) * scale).to(dx.dtype.element_ty), inside)
+
+
+# ---- long rows: chunks of one row; or, with SPLIT, of a part of it: READ and WRITE are launches of their own then ----
+
+
+@triton.jit
+def part_of(T, N, span, splits, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    """(row's outer index, row's t, first element, [begin, end) in columns) of this program."""
+    row = tl.program_id(0) // splits if SPLIT else tl.program_id(0)
+    begin = tl.program_id(0) % splits * span if SPLIT else 0
+    end = begin + span if SPLIT else N + BLOCK_N
+    return row // T, row % T, row.to(tl.int64) * N, begin, end
+
+
+@triton.jit
+def softmax_fwd_long_kernel(
+    y, x, mask, partial, T, N, span, splits, scale, mask_t, mask_sizes, mask_strides,
+    STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
+    WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    outer, t, start, begin, end = part_of(T, N, span, splits, BLOCK_N, SPLIT)
+    visible, lane = visible_of(t, T, N, CAUSAL), tl.arange(0, BLOCK_N)
+    x, y = x + floor_to(start, VEC), y + floor_to(start, VEC)
+    skew, first, last = window(start, visible, VEC, ALIGNED)
+    if mask is not None:
+        mask += offset_of(outer, mask_sizes, mask_strides) + t.to(tl.int64) * mask_t - skew * STEP
+    EDGES: tl.constexpr = CAUSAL or not ALIGNED
+    if READ:
+        top, total = tl.full([BLOCK_N], LOWEST, tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        if EDGES:
+            head = is_head(lane, skew, first, visible) & (begin == 0)
+            top, total = online(top, total, scores(x + lane, mask_at(mask, lane, STEP), head, scale))
+        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+            column = chunk + lane
+            z = scores(x + column, mask_at(mask, column, STEP), is_body(column, first, last), scale)
+            top, total = online(top, total, z)
+        if EDGES:
+            column = floor_to(last, BLOCK_N) + lane
+            tail = is_tail(column, skew, first, last, visible) & (column >= begin) & (column < end)
+            top, total = online(top, total, scores(x + column, mask_at(mask, column, STEP), tail, scale))
+        row_top = tl.max(top, 0)
+        row_total = tl.sum(unturned(total * tl.exp2((top - row_top) * LOG2E), skew, BLOCK_N, ALIGNED), 0)
+        if SPLIT:
+            tl.store(partial + tl.program_id(0) * 2, row_top)
+            tl.store(partial + tl.program_id(0) * 2 + 1, row_total)
+    if WRITE:
+        if SPLIT:
+            s = tl.arange(0, MAX_SPLITS)
+            at = partial + (tl.program_id(0) // splits * splits + s) * 2
+            tops, totals = tl.load(at, s < splits, LOWEST), tl.load(at + 1, s < splits, 0.0)
+            row_top = tl.max(tops, 0)
+            row_total = tl.sum(totals * tl.exp2((tops - row_top) * LOG2E), 0)
+        inverse = tl.where(row_total == 0, 0.0, 1.0 / row_total)
+        seen = floor_to(skew + visible + VEC - 1, VEC)
+        skew, first, last = window(start, N, VEC, ALIGNED)
+        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+            column = chunk + lane
+            body = is_body(column, first, last)
+            z = scores(x + column, mask_at(mask, column, STEP), body & (column < seen), scale)
+            if CAUSAL:
+                z = tl.where(column < skew + visible, z, float("-inf"))
+            tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), body)
+        if not ALIGNED:
+            column, edge = edge_columns(skew, first, last, N, VEC)
+            edge &= begin == 0
+            z = scores(x + column, mask_at(mask, column, STEP), edge & (column < skew + visible), scale)
+            tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), edge)
+
+
+@triton.jit
+def softmax_bwd_long_kernel(
+    dx, dy, y, partial, T, N, span, splits, scale,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    outer, t, start, begin, end = part_of(T, N, span, splits, BLOCK_N, SPLIT)
+    lane, base = tl.arange(0, BLOCK_N), floor_to(start, VEC)
+    dx, dy, y = dx + base, dy + base, y + base
+    skew, first, last = window(start, N, VEC, ALIGNED)
+    seen = floor_to(skew + visible_of(t, T, N, CAUSAL) + VEC - 1, VEC)  # beyond it y is zero
+    if READ:
+        dot = tl.zeros([BLOCK_N], tl.float32)
+        if not ALIGNED:
+            head = is_head(lane, skew, first, N) & (begin == 0)
+            dot += tl.load(dy + lane, head, 0.0).to(tl.float32) * tl.load(y + lane, head, 0.0).to(tl.float32)
+        for chunk in tl.range(begin, tl.minimum(end, tl.minimum(last, seen)), BLOCK_N, num_stages=STAGES):
+            column = chunk + lane
+            body = is_body(column, first, last) & (column < seen)
+            dot += tl.load(dy + column, body, 0.0).to(tl.float32) * tl.load(y + column, body, 0.0).to(tl.float32)
+        if not ALIGNED:
+            column = floor_to(last, BLOCK_N) + lane
+            tail = is_tail(column, skew, first, last, N) & (column >= begin) & (column < end)
+            dot += tl.load(dy + column, tail, 0.0).to(tl.float32) * tl.load(y + column, tail, 0.0).to(tl.float32)
+        row_dot = tl.sum(unturned(dot, skew, BLOCK_N, ALIGNED), 0)
+        if SPLIT:
+            tl.store(partial + tl.program_id(0), row_dot)
+    if WRITE:
+        if SPLIT:
+            s = tl.arange(0, MAX_SPLITS)
+            row_dot = tl.sum(tl.load(partial + tl.program_id(0) // splits * splits + s, s < splits, 0.0), 0)
+        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+            column = chunk + lane
+            body = is_body(column, first, last)
+            p = tl.load(y + column, body & (column < seen), 0.0).to(tl.float32)
+            g = tl.load(dy + column, body & (column < seen), 0.0).to(tl.float32)
+            tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), body)
+        if not ALIGNED:
+            column, edge = edge_columns(skew, first, last, N, VEC)
+            edge &= begin == 0
+            p, g = tl.load(y + column, edge, 0.0).to(tl.float32), tl.load(dy + column, edge, 0.0).to(tl.float32)
+            tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), edge)
+
+
+# ---- launch parameters ----
+
+SHORT = 8192  # the longest row that stays in registers
+
+
+def _default(arch: str, N: int, dtype: torch.dtype) -> Parameters:
+    """BLOCK_M == 0: a long row, in chunks of BLOCK_N."""
+    if N > SHORT:
+        return {"BLOCK_M": 0, "BLOCK_N": 4096, "STAGES": 4, "num_warps": 16}
+    block_n = max(16, triton.next_power_of_2(N))
+    block_m = max(1, 2048 // block_n)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(4, block_m * block_n // 512)}
+
+
+def _candidates(arch: str, N: int, dtype: torch.dtype) -> list[Parameters]:
+    if N > SHORT:
+        return [{"BLOCK_M": 0, "BLOCK_N": w * 256, "STAGES": s, "num_warps": w} for w in (8, 16, 32) for s in (2, 3, 4)]
+    best = _default(arch, N, dtype)
+    return [{**best, "BLOCK_M": m, "num_warps": w} for m in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if 128 * w <= m * best["BLOCK_N"] <= 1024 * w]
+
+
+def _problem(backward: bool):
+    def problem(device, N: int, dtype: torch.dtype):
+        x = torch.randn(max(1, 2**25 // N), N, device=device, dtype=dtype)
+        return lambda: softmax_bwd(x, x, 1.0, False) if backward else softmax_fwd(x, None, 1.0, False)
+
+    return problem
+
+
+SOFTMAX_FWD = Tunable("softmax_fwd", _default, _candidates, _problem(False))
+SOFTMAX_BWD = Tunable("softmax_bwd", _default, _candidates, _problem(True))
+
+
+def split_rows(M: int, N: int, block_n: int, x: Tensor) -> tuple[int, int]:
+    """(splits, span): parts of a row of N, each of span columns, so that M rows keep every processor busy; 1: whole rows."""
+    chunks = cdiv(N + vector(x), block_n)
+    wanted = 2 * processors(x.device) // max(M, 1)
+    span = cdiv(chunks, max(1, min(wanted, chunks, 64)))
+    return cdiv(chunks, span), span * block_n
+
+
+# ---- launchers ----
+
+
+def launch_long(kernel, M: int, N: int, x: Tensor, tensors: tuple, numbers: int, T: int, rest: tuple, options, p) -> None:
+    """A whole row per program; or parts of rows in two launches, `numbers` floats of each part between them."""
+    splits, span = split_rows(M, N, p["BLOCK_N"], x)
+    partial = x.new_empty((M, splits, numbers), dtype=torch.float32) if splits > 1 else None
+    for read, write in ((True, False), (False, True)) if splits > 1 else ((True, True),):
+        launch(
+            kernel, (M * splits,), x, *tensors, partial, T, N, span, splits, *rest,
+            **options, **p, SPLIT=splits > 1, READ=read, WRITE=write, MAX_SPLITS=triton.next_power_of_2(splits),
+        )  # fmt: skip
+
+
+def _check(op: str, name: str, x: Tensor, causal: bool) -> None:
+    check_rows(op, name, x)
+    if causal and x.dim() < 2:
+        fail(op, f"causal needs x with at least 2 dimensions (rows, columns), got {tuple(x.shape)}")
+
+
+def _mask_rows(op: str, mask: Tensor | None, x: Tensor, causal: bool):
+    """(T, mask_t, sizes, strides, step): x as matrices of T rows; the mask moves by mask_t from row to row of a matrix, by
+    strides over the joined dimensions of the matrices, whose sizes stand beside, and by step from column to column."""
+    if mask is None:
+        return x.shape[-2] if causal else x.shape[:-1].numel(), 0, (), (), 0
+    check_device(op, "mask", mask, x)
+    if mask.dtype not in (torch.bool, x.dtype, torch.float32):
+        fail(op, f"mask must be bool, {dtype_name(x.dtype)} like x or float32, got {dtype_name(mask.dtype)}")
+    if x.dim() > 16:
+        fail(op, f"x must have at most 16 dimensions with a mask, got {x.dim()}")
+    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)):
+        fail(op, f"mask must broadcast to x {tuple(x.shape)}, got {tuple(mask.shape)}")
+    missing = x.dim() - mask.dim()
+    *steps, step = [0] * missing + [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    if step not in (0, 1):
+        fail(op, f"mask must be contiguous in its last dimension, got stride {step}")
+    if causal:
+        sizes, (strides,) = joined(x.shape[:-2], steps[:-1])
+        return x.shape[-2], steps[-1], tuple(sizes), tuple(strides), step
+    sizes, (strides,) = joined(x.shape[:-1], steps)
+    return sizes[0], strides[0], tuple(sizes[1:]), tuple(strides[1:]), step
+
+
+def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    op = "softmax_fwd"
+    _check(op, "x", x, causal)
+    if not math.isfinite(scale):
+        fail(op, f"scale must be finite, got {scale:g}")
+    T, mask_t, sizes, strides, step = _mask_rows(op, mask, x, causal)
+    y = x.new_empty(x.shape)
+    (M, N), VEC = rows_of(x).shape, vector(x)
+    p = dict(SOFTMAX_FWD(arch(x.device), N=N, dtype=x.dtype))
+    options = {"STEP": step, "CAUSAL": causal, "ALIGNED": N % VEC == 0, "VEC": VEC}
+    masked = (scale, mask_t, sizes, strides)
+    if x.numel() == 0:
+        return y
+    if p["BLOCK_M"]:
+        grid = (M // T * cdiv(T, p["BLOCK_M"]),)
+        launch(softmax_fwd_kernel, grid, x, y, x, mask, T, N, *masked, **options, **p)
+        return y
+    del p["BLOCK_M"]
+    launch_long(softmax_fwd_long_kernel, M, N, x, (y, x, mask), 2, T, masked, options, p)
+    return y
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
+    op = "softmax_bwd"
+    _check(op, "y", y, causal)
+    check_like(op, "dy", dy, "y", y)
+    dx = y.new_empty(y.shape)
+    (M, N), VEC = rows_of(y).shape, vector(y)
+    T = y.shape[-2] if causal else M
+    p = dict(SOFTMAX_BWD(arch(y.device), N=N, dtype=y.dtype))
+    options = {"CAUSAL": causal, "ALIGNED": N % VEC == 0, "VEC": VEC}
+    if y.numel() == 0:
+        return dx
+    if p["BLOCK_M"]:
+        grid = (M // T * cdiv(T, p["BLOCK_M"]),)
+        launch(softmax_bwd_kernel, grid, y, dx, dy, y, T, N, scale, **options, **p)
+        return dx
+    del p["BLOCK_M"]
+    launch_long(softmax_bwd_long_kernel, M, N, y, (dx, dy, y), 1, T, (scale,), options, p)
+    return dx
