@@ -127,7 +127,7 @@ def softmax_fwd_long_kernel(
     if READ:
         top, total = tl.full([BLOCK_N], LOWEST, tl.float32), tl.zeros([BLOCK_N], tl.float32)
         if EDGES:
-            head = is_head(lane, skew, first, visible) & (begin == 0)
+            head = is_head(lane, skew, first, visible) & (lane >= begin)
             top, total = online(top, total, scores(x + lane, mask_at(mask, lane, STEP), head, scale))
         for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
             column = chunk + lane
@@ -155,13 +155,16 @@ def softmax_fwd_long_kernel(
         for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
             column = chunk + lane
             body = is_body(column, first, last)
-            z = scores(x + column, mask_at(mask, column, STEP), body & (column < seen), scale)
+            inside = body
+            if CAUSAL:
+                inside &= column < seen
+            z = scores(x + column, mask_at(mask, column, STEP), inside, scale)
             if CAUSAL:
                 z = tl.where(column < skew + visible, z, float("-inf"))
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), body)
         if not ALIGNED:
             column, edge = edge_columns(skew, first, last, N, VEC)
-            edge &= begin == 0
+            edge &= (column >= begin) & (column < end)
             z = scores(x + column, mask_at(mask, column, STEP), edge & (column < skew + visible), scale)
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), edge)
 
@@ -180,7 +183,7 @@ def softmax_bwd_long_kernel(
     if READ:
         dot = tl.zeros([BLOCK_N], tl.float32)
         if not ALIGNED:
-            head = is_head(lane, skew, first, N) & (begin == 0)
+            head = is_head(lane, skew, first, N) & (lane >= begin)
             dot += tl.load(dy + lane, head, 0.0).to(tl.float32) * tl.load(y + lane, head, 0.0).to(tl.float32)
         for chunk in tl.range(begin, tl.minimum(end, tl.minimum(last, seen)), BLOCK_N, num_stages=STAGES):
             column = chunk + lane
@@ -205,30 +208,44 @@ def softmax_bwd_long_kernel(
             tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), body)
         if not ALIGNED:
             column, edge = edge_columns(skew, first, last, N, VEC)
-            edge &= begin == 0
+            edge &= (column >= begin) & (column < end)
             p, g = tl.load(y + column, edge, 0.0).to(tl.float32), tl.load(dy + column, edge, 0.0).to(tl.float32)
             tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), edge)
 
 
 # ---- launch parameters ----
 
-SHORT = 8192  # the longest row that stays in registers
+def _table(short: int):
+    """Launch parameters of a kernel whose rows stay in registers up to `short` columns; BLOCK_M == 0: a long row, in chunks.
 
+    Two programs on a processor read while the other one reduces or writes, which the machine code needs for full bandwidth;
+    from 128 KB a row on only one, or the rows under way would not stay in L2 until their second reading.
+    """
 
-def _default(arch: str, N: int, dtype: torch.dtype) -> Parameters:
-    """BLOCK_M == 0: a long row, in chunks of BLOCK_N."""
-    if N > SHORT:
-        return {"BLOCK_M": 0, "BLOCK_N": 4096, "STAGES": 4, "num_warps": 16}
-    block_n = max(16, triton.next_power_of_2(N))
-    block_m = max(1, 2048 // block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(4, block_m * block_n // 512)}
+    def default(arch: str, N: int, dtype: torch.dtype) -> Parameters:
+        wave = 64 if arch.startswith("gfx") else 32
+        if N > short:
+            warps = (1024 if N * dtype.itemsize > 2**17 else 512) // wave
+            return {"BLOCK_M": 0, "BLOCK_N": warps * wave * 16 // dtype.itemsize, "STAGES": 4, "num_warps": warps}
+        block_n = max(16, triton.next_power_of_2(N))
+        block_m = max(1, 2048 // block_n)
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(128 // wave, block_m * block_n // (16 * wave))}
 
+    def candidates(arch: str, N: int, dtype: torch.dtype) -> list[Parameters]:
+        best, more = default(arch, N, dtype), []
+        if N > short:
+            more = [
+                {**best, "BLOCK_N": best["BLOCK_N"] // best["num_warps"] * warps, "STAGES": stages, "num_warps": warps}
+                for warps in (4, 8, 16, 32) for stages in (2, 3, 4, 5) if warps * 32 <= 1024
+            ]  # fmt: skip
+        else:
+            more = [
+                {**best, "BLOCK_M": m, "num_warps": warps}
+                for m in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16, 32) if 4 <= m * best["BLOCK_N"] // (32 * warps) <= 32
+            ]  # fmt: skip
+        return [best, *(p for p in more if p != best)]
 
-def _candidates(arch: str, N: int, dtype: torch.dtype) -> list[Parameters]:
-    if N > SHORT:
-        return [{"BLOCK_M": 0, "BLOCK_N": w * 256, "STAGES": s, "num_warps": w} for w in (8, 16, 32) for s in (2, 3, 4)]
-    best = _default(arch, N, dtype)
-    return [{**best, "BLOCK_M": m, "num_warps": w} for m in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if 128 * w <= m * best["BLOCK_N"] <= 1024 * w]
+    return default, candidates
 
 
 def _problem(backward: bool):
@@ -239,8 +256,8 @@ def _problem(backward: bool):
     return problem
 
 
-SOFTMAX_FWD = Tunable("softmax_fwd", _default, _candidates, _problem(False))
-SOFTMAX_BWD = Tunable("softmax_bwd", _default, _candidates, _problem(True))
+SOFTMAX_FWD = Tunable("softmax_fwd", *_table(16384), _problem(False))
+SOFTMAX_BWD = Tunable("softmax_bwd", *_table(8192), _problem(True))
 
 
 def split_rows(M: int, N: int, block_n: int, x: Tensor) -> tuple[int, int]:
