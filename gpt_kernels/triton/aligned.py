@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv, processors
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; a maximum to begin with, from which -inf can be subtracted
 
@@ -60,6 +62,14 @@ def edge_columns(skew, first, last, n, VEC: tl.constexpr):
 
 
 @triton.jit
+def part_of(N, span, splits, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    """(row, [begin, end) in columns) of this program: a whole row, or with SPLIT a part of one."""
+    row = tl.program_id(0) // splits if SPLIT else tl.program_id(0)
+    begin = tl.program_id(0) % splits * span if SPLIT else row * 0
+    return row, begin, begin + span if SPLIT else N + BLOCK_N
+
+
+@triton.jit
 def unturned(lanes, skew, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
     if not ALIGNED:
         lanes = tl.gather(lanes, (tl.arange(0, BLOCK_N) + skew) % BLOCK_N, 0)
@@ -79,7 +89,8 @@ def offset_of(index, sizes, strides):
     """Where a row begins: its index taken apart over joined dimensions, innermost first."""
     offset = tl.zeros([], tl.int64)
     for d in tl.static_range(len(sizes)):
-        offset += (index % sizes[d]).to(tl.int64) * strides[d]
+        within = index % sizes[d] if d + 1 < len(sizes) else index
+        offset += within.to(tl.int64) * strides[d]
         index = index // sizes[d]
     return offset
 
@@ -103,3 +114,11 @@ def joined(sizes, *strides) -> tuple[list[int], list[list[int]]]:
 def vector(t: Tensor) -> int:
     """Elements in 16 bytes."""
     return 16 // t.element_size()
+
+
+def split_rows(M: int, N: int, block_n: int, x: Tensor) -> tuple[int, int]:
+    """(splits, span): parts of a row of N, each of span columns, so that M rows keep every processor busy; 1: whole rows."""
+    chunks = cdiv(N + vector(x), block_n)
+    wanted = 2 * processors(x.device) // max(M, 1)
+    span = cdiv(chunks, max(1, min(wanted, chunks, 64)))
+    return cdiv(chunks, span), span * block_n

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..ops.common import rows_of
 from .aligned import (
-    LOG2E, LOWEST, edge_columns, floor_to, is_body, is_head, is_tail, joined, offset_of, online, unturned, vector, window
+    LOG2E, LOWEST, edge_columns, floor_to, is_body, is_head, is_tail, joined, offset_of, online, part_of,
+    split_rows, unturned, vector, window
 )  # fmt: skip
-from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch, processors
+from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch
 from .tuning import Parameters, Tunable
 
 
@@ -103,22 +104,14 @@ def softmax_bwd_kernel(
 
 
 @triton.jit
-def part_of(T, N, span, splits, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
-    """(row's outer index, row's t, first element, [begin, end) in columns) of this program."""
-    row = tl.program_id(0) // splits if SPLIT else tl.program_id(0)
-    begin = tl.program_id(0) % splits * span if SPLIT else 0
-    end = begin + span if SPLIT else N + BLOCK_N
-    return row // T, row % T, row.to(tl.int64) * N, begin, end
-
-
-@triton.jit
 def softmax_fwd_long_kernel(
     y, x, mask, partial, T, N, span, splits, scale, mask_t, mask_sizes, mask_strides,
     STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
     WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    outer, t, start, begin, end = part_of(T, N, span, splits, BLOCK_N, SPLIT)
-    visible, lane = visible_of(t, T, N, CAUSAL), tl.arange(0, BLOCK_N)
+    row, begin, end = part_of(N, span, splits, BLOCK_N, SPLIT)
+    outer, t, start, lane = row // T, row % T, row.to(tl.int64) * N, tl.arange(0, BLOCK_N)
+    visible = visible_of(t, T, N, CAUSAL)
     x, y = x + floor_to(start, VEC), y + floor_to(start, VEC)
     skew, first, last = window(start, visible, VEC, ALIGNED)
     if mask is not None:
@@ -175,8 +168,9 @@ def softmax_bwd_long_kernel(
     CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
     MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    outer, t, start, begin, end = part_of(T, N, span, splits, BLOCK_N, SPLIT)
-    lane, base = tl.arange(0, BLOCK_N), floor_to(start, VEC)
+    row, begin, end = part_of(N, span, splits, BLOCK_N, SPLIT)
+    t, start, lane = row % T, row.to(tl.int64) * N, tl.arange(0, BLOCK_N)
+    base = floor_to(start, VEC)
     dx, dy, y = dx + base, dy + base, y + base
     skew, first, last = window(start, N, VEC, ALIGNED)
     seen = floor_to(skew + visible_of(t, T, N, CAUSAL) + VEC - 1, VEC)  # beyond it y is zero
@@ -258,14 +252,6 @@ def _problem(backward: bool):
 
 SOFTMAX_FWD = Tunable("softmax_fwd", *_table(16384), _problem(False))
 SOFTMAX_BWD = Tunable("softmax_bwd", *_table(8192), _problem(True))
-
-
-def split_rows(M: int, N: int, block_n: int, x: Tensor) -> tuple[int, int]:
-    """(splits, span): parts of a row of N, each of span columns, so that M rows keep every processor busy; 1: whole rows."""
-    chunks = cdiv(N + vector(x), block_n)
-    wanted = 2 * processors(x.device) // max(M, 1)
-    span = cdiv(chunks, max(1, min(wanted, chunks, 64)))
-    return cdiv(chunks, span), span * block_n
 
 
 # ---- launchers ----
