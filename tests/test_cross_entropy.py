@@ -152,9 +152,8 @@ def test_long_rows_in_small(M):
     with kernels.CROSS_ENTROPY_FWD.override(small), kernels.CROSS_ENTROPY_BWD.override(small):
         for i, V in enumerate((1, 5, 8, 71, 128, 515)):
             check(inputs(M, V, dtype=(torch.float32, torch.bfloat16)[i % 2]), **OPTIONS[i])
-        check_layouts(lambda x, t=inputs(M, 133)[1]: cross_entropy(x, t, label_smoothing=0.1), inputs(M, 133)[:1])
         if M == 3:
-            return
+            return check_layouts(lambda x, t=inputs(M, 133)[1]: cross_entropy(x, t, label_smoothing=0.1), inputs(M, 133)[:1])
         wide, target = torch.randn(9, 136), inputs(9, 133)[1]
         for logits in (wide[:, :133], wide[:, 3:]):  # aligned rows of odd length, their gradient contiguous; skewed ones
             check((logits, target), label_smoothing=0.1)

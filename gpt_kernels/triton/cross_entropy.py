@@ -166,7 +166,7 @@ def write_gradient(
     first, last = floor_to(skew + VEC - 1, VEC), floor_to(skew + n, VEC)
     seen = tl.where(counted, last + VEC, 0)  # an ignored row is not read
     for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
-        column = chunk + tl.arange(0, BLOCK_N)
+        column = floor_to(last - 1, BLOCK_N) - chunk + tl.arange(0, BLOCK_N)  # backwards, as in softmax
         body = is_body(column, first, last)
         z = load_capped(x + column, body & (column < seen), softcap, SOFTCAP)
         d = gradient(z, column == t, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP)
@@ -308,19 +308,19 @@ def reduce_kernel(loss, z_loss, losses, z_losses, target, M, ignore_index, MEAN:
 SHORT = 4096  # the longest row that stays in registers
 
 
-def _default(arch: str, V: int, dtype: torch.dtype) -> Parameters:
-    """BLOCK_M == 0: a long row, in chunks of BLOCK_N; as in softmax.py."""
+def _default(arch: str, V: int, dtype: torch.dtype, plain: bool) -> Parameters:
+    """BLOCK_M == 0: a long row, in chunks of BLOCK_N; as in softmax.py. plain: neither smoothing nor a cap, which take registers."""
     wave = 64 if arch.startswith("gfx") else 32
     if V > SHORT:
-        warps = (1024 if V * dtype.itemsize > 2**17 else 512) // wave
+        warps = (512 if plain else 256) // wave
         return {"BLOCK_M": 0, "BLOCK_N": warps * wave * 16 // dtype.itemsize, "STAGES": 4, "num_warps": warps}
     block_n = max(16, triton.next_power_of_2(V))
     block_m = max(1, 2048 // block_n)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(128 // wave, block_m * block_n // (16 * wave))}
 
 
-def _candidates(arch: str, V: int, dtype: torch.dtype) -> list[Parameters]:
-    best = _default(arch, V, dtype)
+def _candidates(arch: str, V: int, dtype: torch.dtype, plain: bool) -> list[Parameters]:
+    best = _default(arch, V, dtype, plain)
     if V <= SHORT:
         more = [{**best, "num_warps": warps} for warps in (1, 2, 4, 8, 16)]
     else:
@@ -332,22 +332,20 @@ def _candidates(arch: str, V: int, dtype: torch.dtype) -> list[Parameters]:
     return [best, *(p for p in more if p != best)]
 
 
-def _problem(device, V: int, dtype: torch.dtype):
-    M = max(1, 2**27 // V)
-    logits, target = torch.randn(M, V, device=device, dtype=dtype), torch.randint(V, (M,), device=device)
-    return lambda: cross_entropy_fwd(logits, target, -100, 1, 0.0, 0.0, 0.0, True)
+def _problem(backward: bool):
+    def problem(device, V: int, dtype: torch.dtype, plain: bool):
+        M, options = max(1, 2**27 // V), (-100, 1, 0.0 if plain else 0.1, 0.0, 0.0 if plain else 30.0)
+        logits, target = torch.randn(M, V, device=device, dtype=dtype), torch.randint(V, (M,), device=device)
+        loss, _, lse, _ = cross_entropy_fwd(logits, target, *options, False)
+        if backward:
+            return lambda: cross_entropy_bwd(loss, logits, target, lse, *options)
+        return lambda: cross_entropy_fwd(logits, target, *options, True)
+
+    return problem
 
 
-def _problem_bwd(device, V: int, dtype: torch.dtype):
-    M = max(1, 2**27 // V)
-    logits, target = torch.randn(M, V, device=device, dtype=dtype), torch.randint(V, (M,), device=device)
-    options = (-100, 1, 0.0, 0.0, 0.0)
-    loss, _, lse, _ = cross_entropy_fwd(logits, target, *options, False)
-    return lambda: cross_entropy_bwd(loss, logits, target, lse, *options)
-
-
-CROSS_ENTROPY_FWD = Tunable("cross_entropy_fwd", _default, _candidates, _problem)
-CROSS_ENTROPY_BWD = Tunable("cross_entropy_bwd", _default, _candidates, _problem_bwd)
+CROSS_ENTROPY_FWD = Tunable("cross_entropy_fwd", _default, _candidates, _problem(False))
+CROSS_ENTROPY_BWD = Tunable("cross_entropy_bwd", _default, _candidates, _problem(True))
 
 
 # ---- launchers ----
@@ -418,7 +416,8 @@ def cross_entropy_fwd(
     dlogits = logits.new_empty(logits.shape) if with_grad and reduction else None
     count = _count(target, ignore_index) if dlogits is not None and reduction == 1 else None
     rows, a = _rows(logits, dlogits)
-    p = dict(CROSS_ENTROPY_FWD(arch(logits.device), V=V, dtype=logits.dtype))
+    plain = not (label_smoothing or logit_softcap)
+    p = dict(CROSS_ENTROPY_FWD(arch(logits.device), V=V, dtype=logits.dtype, plain=plain))
     numbers = (ignore_index, label_smoothing, lse_square_scale, logit_softcap)
     options = {"SMOOTHING": label_smoothing > 0, "SOFTCAP": logit_softcap > 0}
     if p["BLOCK_M"]:
@@ -471,7 +470,7 @@ def cross_entropy_bwd_out(
         fail(op, "dlogits must have a contiguous last dimension and rows that do not overlap in memory")
     count = _count(target, ignore_index) if reduction == 1 else None
     rows, a = _rows(logits, dlogits)
-    p = dict(CROSS_ENTROPY_BWD(arch(logits.device), V=V, dtype=logits.dtype))
+    p = dict(CROSS_ENTROPY_BWD(arch(logits.device), V=V, dtype=logits.dtype, plain=not logit_softcap))
     numbers = (ignore_index, label_smoothing, lse_square_scale, logit_softcap)
     options = {"EACH": int(reduction == 0), "SOFTCAP": logit_softcap > 0}
     if p["BLOCK_M"]:

@@ -1,8 +1,8 @@
 """softmax: forward reads x (and mask) and writes y, backward reads dy and y and writes dx.
 
 A short row stays in registers, several of them to a program. A long one is read twice by the same program within
-microseconds, the second time from L2: once for maximum and sum, then for the values. Where long rows are too few for the
-GPU each is split over several programs, in two launches.
+microseconds, the second time backwards from L2: once for maximum and sum, then for the values. Where long rows are too few
+for the GPU each is split over several programs, in two launches.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def softmax_fwd_long_kernel(
         seen = floor_to(skew + visible + VEC - 1, VEC)
         skew, first, last = window(start, n, VEC, ALIGNED)
         for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
-            column = chunk + lane
+            column = floor_to(last - 1, BLOCK_N) - chunk + lane  # backwards: what was read last is the likeliest to be in L2
             body = is_body(column, first, last)
             inside = body
             if CAUSAL:
@@ -193,7 +193,7 @@ def softmax_bwd_long_kernel(
             s = tl.arange(0, MAX_SPLITS)
             row_dot = tl.sum(tl.load(partial + row * splits + s, s < splits, 0.0), 0)
         for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
-            column = chunk + lane
+            column = floor_to(last - 1, BLOCK_N) - chunk + lane  # backwards: what was read last is the likeliest to be in L2
             body = is_body(column, first, last)
             inside = body
             if CAUSAL:
@@ -211,14 +211,14 @@ def softmax_bwd_long_kernel(
 def _table(short: int):
     """Launch parameters of a kernel whose rows stay in registers up to `short` columns; BLOCK_M == 0: a long row, in chunks.
 
-    Two programs on a processor read while the other one reduces or writes, which the machine code needs for full bandwidth;
-    from 128 KB a row on only one, or the rows under way would not stay in L2 until their second reading.
+    Two programs share a processor, one reads while the other reduces. More would not be good for long rows: those under way
+    have to stay in L2 until their second reading.
     """
 
     def default(arch: str, N: int, dtype: torch.dtype) -> Parameters:
         wave = 64 if arch.startswith("gfx") else 32
         if N > short:
-            warps = (1024 if N * dtype.itemsize > 2**17 else 512) // wave
+            warps = 512 // wave
             return {"BLOCK_M": 0, "BLOCK_N": warps * wave * 16 // dtype.itemsize, "STAGES": 4, "num_warps": warps}
         block_n = max(16, triton.next_power_of_2(N))
         block_m = max(1, 2048 // block_n)
