@@ -16,12 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .aligned import (
-    LOG2E, LOWEST, edge_columns, floor_to, is_body, is_head, is_tail, joined, offset_of, online, part_of, split_rows, unturned,
-    vector, window,
-)  # fmt: skip
-from .common import (
-    arch, cdiv, check_contiguous, check_device, check_dtype, check_float, check_same_shape, dtype_name, fail, launch
-)  # fmt: skip
+    LOG2E,
+    LOWEST,
+    edge_columns,
+    floor_to,
+    is_body,
+    is_head,
+    is_tail,
+    joined,
+    offset_of,
+    online,
+    part_of,
+    split_rows,
+    unturned,
+    vector,
+    window,
+)
+from .common import arch, cdiv, check_contiguous, check_device, check_dtype, check_float, check_same_shape, fail, launch
 from .tuning import Parameters, Tunable
 
 # ---- a row's mathematics; formulas: ops/cross_entropy.py ----
@@ -61,7 +72,8 @@ def load_target(target, row, live, ignore_index, V):
 
 @triton.jit
 def store_loss(
-    loss, z_loss, lse, row, M, live, counted, bad, top, log_sum, x_target, distance, smoothing, square_scale, SMOOTHING: tl.constexpr
+    loss, z_loss, lse, row, M, live, counted, bad, top, log_sum, x_target, distance, smoothing, square_scale,
+    SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """distance: mean of x - top"""
     z = square_scale * (top + log_sum) * (top + log_sum)
@@ -76,7 +88,7 @@ def store_loss(
 
 @triton.jit
 def scale_of(dloss, count, row, live, bad):
-    """What dloss multiplies this row's gradient with: its own, or the one of the sum or mean; count and dloss may be missing."""
+    """The factor of a row's gradient: dloss, its own or the sum's, over the count of a mean; either may be missing."""
     scale = tl.where(bad, float("nan"), 1.0)
     if dloss is not None:
         scale *= tl.load(dloss + row, live, 0.0)
@@ -87,7 +99,7 @@ def scale_of(dloss, count, row, live, bad):
 
 @triton.jit
 def gradient(z, at_target, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP: tl.constexpr):
-    """(p (1 + slope) - smoothing / V - (1 - smoothing) [v == target]) scale, the target's p - 1 as expm1: 1 - p keeps its digits"""
+    """(p (1 + slope) - smoothing / V - (1 - smoothing) [v == target]) scale; the target's p - 1 is an expm1"""
     slope, uniform = 2 * square_scale * (top + log_sum), smoothing / V
     here = expm1(x_target - top - log_sum) * (1 + slope) + slope + (smoothing - uniform)
     d = tl.exp2((z - top - log_sum) * LOG2E) * (1 + slope) - uniform
@@ -115,7 +127,8 @@ def tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED: tl.constexpr, 
 @triton.jit
 def cross_entropy_fwd_kernel(
     loss, z_loss, lse, dx, x, target, count, M, V, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale, softcap,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, live, x, dx = tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
     t, counted, bad = load_target(target, row, live, ignore_index, V)
@@ -128,7 +141,9 @@ def cross_entropy_fwd_kernel(
     away = z - tl.maximum(top, LOWEST)
     log_sum = tl.log(tl.sum(tl.exp2(away * LOG2E), 1, keep_dims=True))
     distance = tl.sum(tl.where(inside, away, 0.0), 1, keep_dims=True) / V
-    store_loss(loss, z_loss, lse, row, M, live, counted, bad, top, log_sum, x_target, distance, smoothing, square_scale, SMOOTHING)
+    store_loss(
+        loss, z_loss, lse, row, M, live, counted, bad, top, log_sum, x_target, distance, smoothing, square_scale, SMOOTHING
+    )  # fmt: skip
     if dx is not None:
         scale = scale_of(None, count, row, live, bad)
         d = gradient(z, column == t, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP)
@@ -138,7 +153,8 @@ def cross_entropy_fwd_kernel(
 @triton.jit
 def cross_entropy_bwd_kernel(
     dx, dloss, x, target, lse, count, M, V, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale, softcap,
-    EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, live, x, dx = tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
     t, counted, bad = load_target(target, row, live, ignore_index, V)
@@ -193,8 +209,8 @@ def cross_entropy_fwd_long_kernel(
     loss, z_loss, lse, dx, partial, x, target, count, M, V, span, splits, sizes, x_strides, dx_strides, ignore_index, smoothing,
     square_scale, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr,
-    VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
@@ -246,22 +262,23 @@ def cross_entropy_fwd_long_kernel(
         log_sum, row_distance = tl.log(row_total), row_distance / V + (anchor - row_top)
         x_target = load_capped(x + skew - begin + t, t >= 0, softcap, SOFTCAP)
         store_loss(
-            loss, z_loss, lse, row, M, begin == 0, counted, bad, row_top, log_sum, x_target, row_distance, smoothing, square_scale,
-            SMOOTHING,
+            loss, z_loss, lse, row, M, begin == 0, counted, bad, row_top, log_sum, x_target, row_distance, smoothing,
+            square_scale, SMOOTHING,
         )  # fmt: skip
         if dx is not None:
             scale = scale_of(None, count, row, row < M, bad)
             write_gradient(
-                dx, x, tl.where(t >= 0, t - begin + skew, -1), counted, row_top, log_sum, x_target, scale, skew, n, V, smoothing,
-                square_scale, softcap, SOFTCAP, EDGES, VEC, BLOCK_N, STAGES,
+                dx, x, tl.where(t >= 0, t - begin + skew, -1), counted, row_top, log_sum, x_target, scale, skew, n, V,
+                smoothing, square_scale, softcap, SOFTCAP, EDGES, VEC, BLOCK_N, STAGES,
             )  # fmt: skip
 
 
 @triton.jit
 def cross_entropy_bwd_long_kernel(
-    dx, dloss, x, target, lse, count, M, V, span, splits, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale, softcap,
-    EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr, VEC: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    dx, dloss, x, target, lse, count, M, V, span, splits, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale,
+    softcap,
+    EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr,
+    VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
@@ -309,7 +326,7 @@ SHORT = 4096  # the longest row that stays in registers
 
 
 def _default(arch: str, V: int, dtype: torch.dtype, plain: bool) -> Parameters:
-    """BLOCK_M == 0: a long row, in chunks of BLOCK_N; as in softmax.py. plain: neither smoothing nor a cap, which take registers."""
+    """BLOCK_M == 0: a long row, in chunks; as in softmax.py. plain: neither smoothing nor a cap, which take registers."""
     wave = 64 if arch.startswith("gfx") else 32
     if V > SHORT:
         warps = (512 if plain else 256) // wave
@@ -351,7 +368,7 @@ CROSS_ENTROPY_BWD = Tunable("cross_entropy_bwd", _default, _candidates, _problem
 # ---- launchers ----
 
 
-def _check(op: str, logits: Tensor, target: Tensor, reduction: int, smoothing: float, square_scale: float, softcap: float) -> None:
+def _check(op: str, logits: Tensor, target: Tensor, reduction: int, smoothing: float, square_scale: float, softcap: float):
     check_float(op, "logits", logits)
     if logits.dim() < 1:
         fail(op, "logits must have at least 1 dimension, got a scalar")
@@ -422,8 +439,8 @@ def cross_entropy_fwd(
     options = {"SMOOTHING": label_smoothing > 0, "SOFTCAP": logit_softcap > 0}
     if p["BLOCK_M"]:
         launch(
-            cross_entropy_fwd_kernel, (cdiv(M, p["BLOCK_M"]),), logits, losses, z_losses, lse, dlogits, logits, target, count, M, V,
-            *rows, *numbers, **options, **_short_options(a), **p,
+            cross_entropy_fwd_kernel, (cdiv(M, p["BLOCK_M"]),), logits, losses, z_losses, lse, dlogits, logits, target, count,
+            M, V, *rows, *numbers, **options, **_short_options(a), **p,
         )  # fmt: skip
     else:
         del p["BLOCK_M"]
@@ -431,8 +448,8 @@ def cross_entropy_fwd(
         partial = logits.new_empty((M, splits, 3), dtype=torch.float32) if splits > 1 else None
         for read, write in ((True, False), (False, True)) if splits > 1 else ((True, True),):
             launch(
-                cross_entropy_fwd_long_kernel, (M * splits,), logits, losses, z_losses, lse, dlogits, partial, logits, target, count,
-                M, V, span, splits, *rows, *numbers, **options, **_long_options(a), **p,
+                cross_entropy_fwd_long_kernel, (M * splits,), logits, losses, z_losses, lse, dlogits, partial, logits, target,
+                count, M, V, span, splits, *rows, *numbers, **options, **_long_options(a), **p,
                 SPLIT=splits > 1, READ=read, WRITE=write, MAX_SPLITS=triton.next_power_of_2(splits),
             )  # fmt: skip
     empty = logits.new_empty(0) if dlogits is None else dlogits

@@ -16,9 +16,22 @@ from torch import Tensor
 
 from ..ops.common import rows_of
 from .aligned import (
-    LOG2E, LOWEST, edge_columns, floor_to, is_body, is_head, is_tail, joined, offset_of, online, part_of,
-    split_rows, unturned, vector, window
-)  # fmt: skip
+    LOG2E,
+    LOWEST,
+    edge_columns,
+    floor_to,
+    is_body,
+    is_head,
+    is_tail,
+    joined,
+    offset_of,
+    online,
+    part_of,
+    split_rows,
+    unturned,
+    vector,
+    window,
+)
 from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch
 from .tuning import Parameters, Tunable
 
@@ -58,7 +71,8 @@ def mask_at(mask, column, STEP: tl.constexpr):
 @triton.jit
 def softmax_fwd_kernel(
     y, x, mask, T, N, scale, mask_t, mask_sizes, mask_strides,
-    STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
     outer, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -164,8 +178,8 @@ def softmax_fwd_long_kernel(
 @triton.jit
 def softmax_bwd_long_kernel(
     dx, dy, y, partial, T, N, span, splits, scale,
-    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
+    WRITE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, begin, n = part_of(N, span, splits, SPLIT)
     start, lane = row.to(tl.int64) * N + begin, tl.arange(0, BLOCK_N)
@@ -207,6 +221,7 @@ def softmax_bwd_long_kernel(
 
 
 # ---- launch parameters ----
+
 
 def _table(short: int):
     """Launch parameters of a kernel whose rows stay in registers up to `short` columns; BLOCK_M == 0: a long row, in chunks.
