@@ -1,0 +1,388 @@
+"""attention: what ops/attention.py says, in tiles. This file has the score steps, the forward pass and the checks that it shares
+with attention_bwd.py.
+
+A program owns BLOCK_M query rows of one head and visits the key blocks that they can see: first those that the window's left
+edge crosses, then those that every row sees whole (no mask at all), then those on the diagonal or over the end of the keys.
+The exponent is base 2: exp(scale s - max) = exp2(rate s - rate max) with rate = scale log2 e, one multiply-add per score.
+A head dimension that is no power of two is two products, of D0 and D1 columns (80 = 64 + 16), not one with 48 of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.attention import MAX_HEAD_DIM, _empty_as
+from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
+from .philox import check_dropout, philox_uint16
+from .tuning import Parameters, Tunable
+
+LOG2E = 1.0 / math.log(2.0)
+
+
+class Steps(NamedTuple):
+    """The score steps of a call, one kernel argument. None is known at compile time: an absent step leaves no code."""
+
+    rate: float  # exp(score) = exp2(rate score); log2 e, or scale log2 e where no other step needs the scaled score
+    scale: float | None
+    softcap: float | None
+    slopes: Tensor | None  # ALiBi
+    slopes_strides: tuple  # batch, head
+    diagonal: int  # ALiBi's distance is |row + diagonal - column|
+    bias: Tensor | None
+    bias_strides: tuple  # batch, head, row, column
+    first: int | None  # row i sees columns i + first ... i + last
+    last: int | None
+    rng_state: Tensor | None
+    threshold: int
+    keep_scale: float
+
+
+# ---- what the kernels share ----
+
+
+@triton.jit
+def load_rows(base, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows` on."""
+    row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
+    at = base + row.to(tl.int64) * stride + column
+    if FIRST + WIDTH > D:
+        return tl.load(at, (row < rows) & (column < D), 0.0) if TAIL else tl.load(at, column < D, 0.0)
+    else:
+        return tl.load(at, row < rows, 0.0) if TAIL else tl.load(at)
+
+
+@triton.jit
+def store_rows(base, stride, rows, x, D: tl.constexpr, FIRST: tl.constexpr):
+    row, column = tl.arange(0, x.shape[0])[:, None], FIRST + tl.arange(0, x.shape[1])[None, :]
+    tl.store(base + row.to(tl.int64) * stride + column, x.to(base.dtype.element_ty), (row < rows) & (column < D))
+
+
+@triton.jit
+def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the one or two parts of the head dimension."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if SPLIT:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def slope_of(steps, b, h):
+    slope = 0.0
+    if steps.slopes is not None:
+        slope = tl.load(steps.slopes + b.to(tl.int64) * steps.slopes_strides[0] + h.to(tl.int64) * steps.slopes_strides[1])
+    return slope
+
+
+@triton.jit
+def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr):
+    """Products q k^T as scores for exp_of, and tanh of softcap's argument for its derivative.
+
+    row and column broadcast to s, either way round. MASKED: some of the tile may be hidden or lie beyond the last column.
+    """
+    capped = s
+    if steps.scale is not None:
+        s = s * steps.scale
+    if steps.softcap is not None:
+        capped = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634 / steps.softcap)))  # tanh, right at +-inf too
+        s = steps.softcap * capped
+    if steps.slopes is not None:
+        s = s - slope * tl.abs(row + steps.diagonal - column).to(tl.float32)
+    if steps.bias is not None:
+        at = steps.bias + (b.to(tl.int64) * steps.bias_strides[0] + h.to(tl.int64) * steps.bias_strides[1])
+        at += row.to(tl.int64) * steps.bias_strides[2] + column.to(tl.int64) * steps.bias_strides[3]
+        bias = tl.load(at, (row < Tq) & (column < Tk), 0)
+        if steps.bias.dtype.element_ty == tl.int1:
+            s = tl.where(bias, s, float("-inf"))
+        else:
+            s = s + bias.to(tl.float32)
+    if MASKED:
+        visible = column < Tk
+        if steps.first is not None:
+            visible = visible & (column >= row + steps.first)
+        if steps.last is not None:
+            visible = visible & (column <= row + steps.last)
+        s = tl.where(visible, s, float("-inf"))
+    return s, capped
+
+
+@triton.jit
+def exp_of(s, base, steps):
+    """exp(score - base) for base in the score's unit."""
+    if steps.bias is not None and steps.bias.dtype.element_ty != tl.int1:
+        p = tl.exp2((s - base) * steps.rate)  # a bias of the lowest float is no infinity, rate times it would be
+    else:
+        p = tl.exp2(s * steps.rate - base * steps.rate)
+    return p
+
+
+@triton.jit
+def kept(i0, j0, head, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout's mask of a tile of rows from i0 and columns from j0, a multiple of 8."""
+    group = j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+    return philox_uint16(steps.rng_state, group, i0 + tl.arange(0, BLOCK_M)[:, None], head) >= steps.threshold
+
+
+@triton.jit
+def tile_of(pid, blocks, heads, SECTION):
+    """(block, head) of a program. All blocks of SECTION heads, whose keys and values fit the L2 cache together, before the
+    next section's; in a section block by block, so that a causal launch ends with short programs."""
+    section = pid // (blocks * SECTION)
+    within = pid - section * blocks * SECTION
+    here = tl.minimum(SECTION, heads - section * SECTION)
+    return within // here, section * SECTION + within % here
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def key_ranges(i0, steps, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """begin <= full_begin <= full_end <= end in blocks' columns: the keys that rows i0 ... see, and those all of them see."""
+    begin, full_begin, full_end, end = 0, 0, Tk, Tk
+    if steps.first is not None:
+        begin = clamp(i0 + steps.first, 0, Tk) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(clamp(i0 + BLOCK_M - 1 + steps.first, 0, Tk), BLOCK_N) * BLOCK_N
+    if steps.last is not None:
+        full_end = clamp(i0 + steps.last + 1, 0, Tk)
+        end = clamp(i0 + BLOCK_M + steps.last, 0, Tk)
+    full_end = tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin)
+    return begin, full_begin, full_end, end
+
+
+# ---- forward ----
+
+
+@triton.jit
+def fwd_stage(
+    o0, o1, l, m, q0, q1, k, v, k_stride, v_stride, i0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key blocks of [begin, end): o, l, m are its unnormalised output, sum and maximum."""
+    row = i0 + tl.arange(0, BLOCK_M)[:, None]
+    for j in range(begin, end, BLOCK_N):
+        j = tl.multiple_of(j, BLOCK_N)
+        kj, vj, left = k + j.to(tl.int64) * k_stride, v + j.to(tl.int64) * v_stride, Tk - j
+        k0 = load_rows(kj, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
+        k1 = load_rows(kj, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
+        s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = m_new
+        if MASKED or steps.bias is not None:
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
+        p = exp_of(s, base[:, None], steps)
+        alpha = tl.exp2((m - base) * steps.rate)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        if steps.rng_state is not None:
+            p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
+        p = p.to(v.dtype.element_ty)
+        v0 = load_rows(vj, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
+        o0 = tl.dot(p, v0, o0 * alpha[:, None], input_precision=PRECISION)
+        if V1:
+            v1 = load_rows(vj, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED)
+            o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
+    return o0, o1, l, m
+
+
+@triton.jit
+def attention_fwd_kernel(
+    o, lse, q, k, v, o_strides, q_strides, k_strides, v_strides, steps, H, GROUP, Tq, Tk, blocks, heads, SECTION,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, head = tile_of(tl.program_id(0), blocks, heads, SECTION)
+    i0 = (blocks - 1 - block) * BLOCK_M  # the rows that see most keys first
+    b, h = head // H, head % H
+    at_b, at_h, at_k, at_i = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64), i0.to(tl.int64)
+    q += at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
+    k += at_b * k_strides[0] + at_k * k_strides[1]
+    v += at_b * v_strides[0] + at_k * v_strides[1]
+    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
+    slope = slope_of(steps, b, h)
+
+    q0 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
+    q1 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    o1 = tl.zeros([BLOCK_M, V1], tl.float32) if V1 else o0
+    begin, full_begin, full_end, end = key_ranges(i0, steps, Tk, BLOCK_M, BLOCK_N)
+    if steps.first is not None:
+        o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
+                                 begin, tl.minimum(full_begin, end), D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
+                             full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
+                             full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+
+    row = i0 + tl.arange(0, BLOCK_M)
+    log_sum = m * steps.rate * 0.6931471805599453 + tl.log(l)
+    tl.store(lse + head.to(tl.int64) * Tq + row, tl.where(l == 0.0, float("-inf"), log_sum), row < Tq)
+    inverse = tl.where(l == 0.0, 0.0, steps.keep_scale / l)[:, None]
+    store_rows(o, o_strides[2], Tq - i0, o0 * inverse, Dv, 0)
+    if V1:
+        store_rows(o, o_strides[2], Tq - i0, o1 * inverse, Dv, V0)
+
+
+# ---- launcher ----
+
+
+def parts(D: int) -> tuple[int, int]:
+    """The head dimension as one power of two or the sum of two, whichever pads less; at least 16 each."""
+    whole = triton.next_power_of_2(max(D, 16))
+    half = whole // 2
+    rest = triton.next_power_of_2(max(D - half, 16))
+    return (half, rest) if D > 16 and rest < half else (whole, 0)
+
+
+def check_heads(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    check_device(op, name, t, like)
+    check_dtype(op, name, t, like.dtype)
+    if t.dim() != 4:
+        fail(op, f"{name} must be 4-dimensional (batch, heads, tokens, head_dim), got shape {tuple(t.shape)}")
+    if t.stride(3) != 1 and t.shape[3] > 1:
+        fail(op, f"{name} must be contiguous in its last dimension, its stride there is {t.stride(3)}")
+    if t.shape[3] > MAX_HEAD_DIM:
+        fail(op, f"{name} has head_dim {t.shape[3]}, the limit is {MAX_HEAD_DIM}")
+
+
+def check_bias(op: str, bias: Tensor, full: tuple[int, ...], q: Tensor) -> tuple[int, ...]:
+    """Strides of the bias, 0 along dimensions that it broadcasts."""
+    check_device(op, "bias", bias, q)
+    if bias.dtype not in (torch.bool, q.dtype, torch.float32):
+        fail(op, f"bias must be bool, {dtype_name(q.dtype)} like q or float32, got {dtype_name(bias.dtype)}")
+    if bias.dim() != 4:
+        fail(op, f"bias must be 4-dimensional (batch, heads, q tokens, k tokens), got shape {tuple(bias.shape)}")
+    if any(n not in (1, want) for n, want in zip(bias.shape, full, strict=True)):
+        fail(op, f"bias of shape {tuple(bias.shape)} does not broadcast to {full}")
+    return tuple(0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride(), strict=True))
+
+
+def check_slopes(op: str, slopes: Tensor, B: int, H: int, q: Tensor) -> tuple[int, int]:
+    check_device(op, "alibi_slopes", slopes, q)
+    check_dtype(op, "alibi_slopes", slopes, torch.float32)
+    if slopes.shape not in ((H,), (B, H)):
+        fail(op, f"alibi_slopes must have shape ({H},) or ({B}, {H}), got {tuple(slopes.shape)}")
+    return (slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: its sizes, and the kernel arguments that every pass takes."""
+
+    B: int
+    H: int
+    Hk: int
+    Tq: int
+    Tk: int
+    steps: Steps
+    widths: dict[str, Any]  # constexprs
+
+    @property
+    def causal(self) -> bool:
+        return self.steps.last is not None
+
+
+def check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right) -> Call:
+    check_float(op, "q", q)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_heads(op, name, t, q)
+    (B, H, Tq, D), (Hk, Tk), Dv = q.shape, k.shape[1:3], v.shape[3]
+    if not k.shape[0] == v.shape[0] == B:
+        fail(op, f"q has batch {B}, k {k.shape[0]} and v {v.shape[0]}")
+    if k.shape[3] != D:
+        fail(op, f"k must have q's head_dim {D}, got {k.shape[3]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        fail(op, f"v must have k's heads and tokens {(Hk, Tk)}, got {tuple(v.shape[1:3])}")
+    if H and (Hk == 0 or H % Hk):
+        fail(op, f"q's {H} heads must be a multiple of k's {Hk} heads")
+    if Tq + Tk + 1024 >= 2**31 or B * H >= 2**31:  # rows, columns and their sums are 32 bits in the kernels
+        fail(op, f"at most 2147482623 tokens of q and k and 2147483647 batch * heads, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if not math.isfinite(scale):
+        fail(op, f"scale must be finite, got {scale:g}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        fail(op, f"softcap must be finite and not negative, got {softcap:g}")
+    if not -(2**40) < causal_offset < 2**40 or max(window_left, window_right) >= 2**40:
+        fail(op, f"causal_offset, window_left and window_right must be below 2^40, got {causal_offset}, {window_left}, {window_right}")
+    bias_strides = () if bias is None else check_bias(op, bias, (B, H, Tq, Tk), q)
+    slopes_strides = () if alibi_slopes is None else check_slopes(op, alibi_slopes, B, H, q)
+    threshold, keep_scale = check_dropout(op, rng_state, dropout_p, q)
+
+    # the mask commutes with a positive scale, and the maximum too: with no step between, the scale waits for the exponent
+    additive = bias is not None and bias.dtype != torch.bool
+    plain = scale > 1e-30 and softcap == 0 and alibi_slopes is None and not additive
+    # a limit that hides nothing is none; one that hides everything needs no more than the end
+    first, last = causal_offset - window_left, causal_offset + window_right
+    steps = Steps(
+        rate=scale * LOG2E if plain else LOG2E,
+        scale=None if plain else scale,
+        softcap=softcap or None,
+        slopes=alibi_slopes,
+        slopes_strides=slopes_strides,
+        diagonal=causal_offset,
+        bias=bias,
+        bias_strides=bias_strides,
+        first=min(first, Tk) if window_left >= 0 and first + Tq - 1 > 0 else None,
+        last=max(last, -Tq) if window_right >= 0 and last < Tk - 1 else None,
+        rng_state=rng_state if threshold else None,
+        threshold=threshold,
+        keep_scale=keep_scale,
+    )
+    (D0, D1), (V0, V1) = parts(D), parts(Dv)
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION="tf32" if allow_tf32 else "ieee")
+    return Call(B, H, Hk, Tq, Tk, steps, widths)
+
+
+def section(call: Call, *streamed: Tensor) -> int:
+    """How many heads' streamed tensors (keys and values, or queries and output gradients) take half of a 40 MB L2 cache."""
+    return max(1, 20 * 2**20 // max(1, sum(t.shape[2] * t.shape[3] * t.element_size() for t in streamed)))
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    return t.stride()[:3]
+
+
+def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _fwd_candidates(arch: str, D: int, dtype, Tq: int) -> list[Parameters]:
+    return [_fwd_default(arch, D, dtype, Tq)]
+
+
+def _fwd_problem(device, D: int, dtype, Tq: int):
+    q, k, v = (torch.randn(4, 16, 2048, D, device=device, dtype=dtype) for _ in range(3))
+    return lambda: attention_fwd(q, k, v, None, None, None, D**-0.5, 0.0, 0.0, 0, -1, 0)
+
+
+ATTENTION_FWD = Tunable("attention_fwd", _fwd_default, _fwd_candidates, _fwd_problem)
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, rng_state: Tensor | None, scale: float,
+    softcap: float, dropout_p: float, causal_offset: int, window_left: int, window_right: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = check_call("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
+                      window_left, window_right)  # fmt: skip
+    o = _empty_as(q, (call.B, call.H, call.Tq, v.shape[3]))
+    lse = q.new_empty(call.B, call.H, call.Tq, dtype=torch.float32)
+    p = ATTENTION_FWD(arch(q.device), D=max(q.shape[3], v.shape[3]), dtype=q.dtype, Tq=min(call.Tq, 128))
+    blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
+    launch(
+        attention_fwd_kernel, (blocks * heads,), q, o, lse, q, k, v, strides(o), strides(q), strides(k), strides(v), call.steps,
+        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(call, k, v), **call.widths, **p,
+    )  # fmt: skip
+    return o, lse
