@@ -37,6 +37,7 @@ class Steps(NamedTuple):
     diagonal: int  # ALiBi's distance is |row + diagonal - column|
     bias: Tensor | None
     bias_strides: tuple  # batch, head, row, column
+    additive: tl.constexpr  # the bias is of floats
     first: int | None  # row i sees columns i + first ... i + last
     last: int | None
     rng_state: Tensor | None
@@ -99,10 +100,7 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
         at = steps.bias + (b.to(tl.int64) * steps.bias_strides[0] + h.to(tl.int64) * steps.bias_strides[1])
         at += row.to(tl.int64) * steps.bias_strides[2] + column.to(tl.int64) * steps.bias_strides[3]
         bias = tl.load(at, (row < Tq) & (column < Tk), 0)
-        if steps.bias.dtype.element_ty == tl.int1:
-            s = tl.where(bias, s, float("-inf"))
-        else:
-            s = s + bias.to(tl.float32)
+        s = s + bias.to(tl.float32) if steps.additive else tl.where(bias, s, float("-inf"))
     if MASKED:
         visible = column < Tk
         if steps.first is not None:
@@ -115,12 +113,18 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
 
 @triton.jit
 def exp_of(s, base, steps):
-    """exp(score - base) for base in the score's unit."""
-    if steps.bias is not None and steps.bias.dtype.element_ty != tl.int1:
-        p = tl.exp2((s - base) * steps.rate)  # a bias of the lowest float is no infinity, rate times it would be
+    """exp(score - base), base from exponent_of."""
+    if steps.additive:
+        p = tl.exp2((s - base) * steps.rate)
     else:
-        p = tl.exp2(s * steps.rate - base * steps.rate)
+        p = tl.exp2(s * steps.rate - base)
     return p
+
+
+@triton.jit
+def exponent_of(base, steps):
+    """What exp_of subtracts; the base itself beside a float bias, whose lowest float times rate would be infinite."""
+    return base if steps.additive else base * steps.rate
 
 
 @triton.jit
@@ -146,17 +150,18 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def key_ranges(i0, steps, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """begin <= full_begin <= full_end <= end in blocks' columns: the keys that rows i0 ... see, and those all of them see."""
-    begin, full_begin, full_end, end = 0, 0, Tk, Tk
-    if steps.first is not None:
-        begin = clamp(i0 + steps.first, 0, Tk) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(clamp(i0 + BLOCK_M - 1 + steps.first, 0, Tk), BLOCK_N) * BLOCK_N
-    if steps.last is not None:
-        full_end = clamp(i0 + steps.last + 1, 0, Tk)
-        end = clamp(i0 + BLOCK_M + steps.last, 0, Tk)
-    full_end = tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin)
-    return begin, full_begin, full_end, end
+def ranges(x0, first, last, T, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """x sees the y in [0, T) with x + first <= y <= x + last (None: no limit). begin <= full_begin <= full_end, multiples of
+    BLOCK_Y, and end: x0 ... x0 + BLOCK_X - 1 see nothing outside [begin, end) and everything in [full_begin, full_end)."""
+    begin, full_begin, full_end, end = 0, 0, T, T
+    if first is not None:
+        begin = clamp(x0 + first, 0, T) // BLOCK_Y * BLOCK_Y
+        full_begin = tl.cdiv(clamp(x0 + BLOCK_X - 1 + first, 0, T), BLOCK_Y) * BLOCK_Y
+    if last is not None:
+        full_end = clamp(x0 + last + 1, 0, T)
+        end = clamp(x0 + BLOCK_X + last, 0, T)
+    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_Y) * BLOCK_Y)
+    return begin, full_begin, tl.maximum(full_end // BLOCK_Y * BLOCK_Y, full_begin), end
 
 
 # ---- forward ----
@@ -181,7 +186,7 @@ def fwd_stage(
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        p = exp_of(s, base[:, None], steps)
+        p = exp_of(s, exponent_of(base, steps)[:, None], steps)
         alpha = tl.exp2((m - base) * steps.rate)
         l = l * alpha + tl.sum(p, 1)
         m = m_new
@@ -218,10 +223,10 @@ def attention_fwd_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     o0 = tl.zeros([BLOCK_M, V0], tl.float32)
     o1 = tl.zeros([BLOCK_M, V1], tl.float32) if V1 else o0
-    begin, full_begin, full_end, end = key_ranges(i0, steps, Tk, BLOCK_M, BLOCK_N)
+    begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
     if steps.first is not None:
         o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
-                                 begin, tl.minimum(full_begin, end), D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+                                 begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
     o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
                              full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False)  # fmt: skip
     o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
@@ -334,6 +339,7 @@ def check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropo
         diagonal=causal_offset,
         bias=bias,
         bias_strides=bias_strides,
+        additive=tl.constexpr(additive),
         first=min(first, Tk) if window_left >= 0 and first + Tq - 1 > 0 else None,
         last=max(last, -Tq) if window_right >= 0 and last < Tk - 1 else None,
         rng_state=rng_state if threshold else None,

@@ -1,0 +1,368 @@
+"""attention's backward pass, deterministic without atomics: every element of a gradient is summed by one program in one order.
+
+delta = rowsum(do o) first; then dk and dv by key blocks (the products s, dp, dv, dk per tile) and dq by query blocks (s, dp, dq):
+seven products where five would do if dq could be added to from many programs. The key blocks' program walks all query heads of
+its key head, so that grouped heads need no sum afterwards. A bias's gradient is a pass of its own, only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.attention import _empty_as
+from .attention import (
+    check_call, check_heads, exp_of, kept, load_rows, product, ranges, score_steps, section, slope_of, store_rows, strides, tile_of,
+)  # fmt: skip
+from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
+from .tuning import Parameters, Tunable
+
+ROWS = 128  # lse and delta are padded to a multiple of it: tiles of up to ROWS rows load them without a mask
+
+
+@triton.jit
+def attention_bwd_delta_kernel(
+    base, delta, lse, do, o, do_strides, o_strides, steps, H, Tq, padded, Dv: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta, and lse as the base of the exponent: +inf where there is no row or it saw no key, so that p = 0 there."""
+    i0, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    at_b, at_h, at_i = (head // H).to(tl.int64), (head % H).to(tl.int64), i0.to(tl.int64)
+    do += at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
+    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
+    total = tl.zeros([BLOCK_M], tl.float32)
+    a = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32)
+    total += tl.sum(a * load_rows(o, o_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32), 1)
+    if V1:
+        a = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True).to(tl.float32)
+        total += tl.sum(a * load_rows(o, o_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True).to(tl.float32), 1)
+    row = i0 + tl.arange(0, BLOCK_M)
+    x = tl.load(lse + head.to(tl.int64) * Tq + row, row < Tq, float("-inf"))
+    at = head.to(tl.int64) * padded + row
+    if not steps.additive:
+        x = x * 1.4426950408889634  # exp_of's unit
+    tl.store(base + at, tl.where(x == float("-inf"), float("inf"), x))
+    tl.store(delta + at, total)
+
+
+@triton.jit
+def score_gradient(s, dp, base, delta, i0, j0, row, column, b, h, head, slope, steps, Tq, Tk, MASKED: tl.constexpr, BIASED: tl.constexpr,
+                   TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Weights as they met v but for 1 / (1 - dropout_p), and the gradient of the score before softcap, or after it if BIASED."""
+    s, capped = score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED)
+    p = exp_of(s, base, steps)
+    weights = p
+    if steps.rng_state is not None:
+        keep = kept(i0, j0, head, steps, BLOCK_M, BLOCK_N)
+        keep = tl.trans(keep) if TRANSPOSED else keep
+        weights = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * steps.keep_scale, 0.0)
+    ds = p * (dp - delta)
+    if steps.softcap is not None and not BIASED:
+        ds = ds * (1.0 - capped * capped)
+    return weights, ds
+
+
+# ---- dk, dv ----
+
+
+@triton.jit
+def dkv_stage(
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_stride, do_stride, base, delta, j0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds what the query rows [begin, end) give, in tiles of (key, query), so that both sums take them as they are."""
+    column = j0 + tl.arange(0, BLOCK_N)[:, None]
+    for i in range(begin, end, BLOCK_M):
+        i = tl.multiple_of(i, BLOCK_M)
+        qi, doi, left = q + i.to(tl.int64) * q_stride, do + i.to(tl.int64) * do_stride, Tq - i
+        row = i + tl.arange(0, BLOCK_M)
+        q0 = load_rows(qi, q_stride, left, D, BLOCK_M, 0, D0, MASKED)
+        q1 = load_rows(qi, q_stride, left, D, BLOCK_M, D0, D1, MASKED) if D1 else q0
+        s = product(k0, k1, q0, q1, D1 > 0, PRECISION)
+        do0 = load_rows(doi, do_stride, left, Dv, BLOCK_M, 0, V0, MASKED)
+        do1 = load_rows(doi, do_stride, left, Dv, BLOCK_M, V0, V1, MASKED) if V1 else do0
+        dp = product(v0, v1, do0, do1, V1 > 0, PRECISION)
+        p, ds = score_gradient(
+            s, dp, tl.load(base + row)[None, :], tl.load(delta + row)[None, :], i, j0, row[None, :], column, b, h, head, slope,
+            steps, Tq, Tk, MASKED, False, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        p, ds = p.to(do0.dtype), ds.to(q0.dtype)
+        dv0 = tl.dot(p, do0, dv0, input_precision=PRECISION)
+        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+        if V1:
+            dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
+        if D1:
+            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def attention_bwd_dkv_kernel(
+    dk, dv, do, q, k, v, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, Hk, GROUP,
+    Tq, Tk, padded, blocks, heads, SECTION,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, key_head = tile_of(tl.program_id(0), blocks, heads, SECTION)  # the first keys are those that most rows see
+    j0 = block * BLOCK_N
+    b, hk = key_head // Hk, key_head % Hk
+    at_b, at_k, at_j = b.to(tl.int64), hk.to(tl.int64), j0.to(tl.int64)
+    k += at_b * k_strides[0] + at_k * k_strides[1] + at_j * k_strides[2]
+    v += at_b * v_strides[0] + at_k * v_strides[1] + at_j * v_strides[2]
+    dk += at_b * dk_strides[0] + at_k * dk_strides[1] + at_j * dk_strides[2]
+    dv += at_b * dv_strides[0] + at_k * dv_strides[1] + at_j * dv_strides[2]
+
+    k0 = load_rows(k, k_strides[2], Tk - j0, D, BLOCK_N, 0, D0, True)
+    k1 = load_rows(k, k_strides[2], Tk - j0, D, BLOCK_N, D0, D1, True) if D1 else k0
+    v0 = load_rows(v, v_strides[2], Tk - j0, Dv, BLOCK_N, 0, V0, True)
+    v1 = load_rows(v, v_strides[2], Tk - j0, Dv, BLOCK_N, V0, V1, True) if V1 else v0
+    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    dk1 = tl.zeros([BLOCK_N, D1], tl.float32) if D1 else dk0
+    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, V1], tl.float32) if V1 else dv0
+    first, last = -steps.last if steps.last is not None else None, -steps.first if steps.first is not None else None
+    begin, full_begin, full_end, end = ranges(j0, first, last, Tq, BLOCK_N, BLOCK_M)
+    for g in range(GROUP):
+        h = hk * GROUP + g
+        head = key_head * GROUP + g
+        qh = q + at_b * q_strides[0] + h.to(tl.int64) * q_strides[1]
+        doh = do + at_b * do_strides[0] + h.to(tl.int64) * do_strides[1]
+        base_h, delta_h = base + head.to(tl.int64) * padded, delta + head.to(tl.int64) * padded
+        slope = slope_of(steps, b, h)
+        if first is not None:
+            dk0, dk1, dv0, dv1 = dkv_stage(
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
+                steps, Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        dk0, dk1, dv0, dv1 = dkv_stage(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
+            steps, Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+        dk0, dk1, dv0, dv1 = dkv_stage(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
+            steps, Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    store_rows(dk, dk_strides[2], Tk - j0, dk0 * scale, D, 0)
+    store_rows(dv, dv_strides[2], Tk - j0, dv0 * steps.keep_scale, Dv, 0)
+    if D1:
+        store_rows(dk, dk_strides[2], Tk - j0, dk1 * scale, D, D0)
+    if V1:
+        store_rows(dv, dv_strides[2], Tk - j0, dv1 * steps.keep_scale, Dv, V0)
+
+
+# ---- dq ----
+
+
+@triton.jit
+def dq_stage(
+    dq0, dq1, q0, q1, do0, do1, k, v, k_stride, v_stride, base, delta, i0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = i0 + tl.arange(0, BLOCK_M)[:, None]
+    for j in range(begin, end, BLOCK_N):
+        j = tl.multiple_of(j, BLOCK_N)
+        kj, vj, left = k + j.to(tl.int64) * k_stride, v + j.to(tl.int64) * v_stride, Tk - j
+        k0 = load_rows(kj, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
+        k1 = load_rows(kj, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
+        v0 = load_rows(vj, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
+        v1 = load_rows(vj, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED) if V1 else v0
+        dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
+        _, ds = score_gradient(
+            s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq, Tk,
+            MASKED, False, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        ds = ds.to(k0.dtype)
+        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        if D1:
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    return dq0, dq1
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    dq, do, q, k, v, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, H, GROUP, Tq, Tk, padded,
+    blocks, heads, SECTION,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, head = tile_of(tl.program_id(0), blocks, heads, SECTION)
+    i0 = (blocks - 1 - block) * BLOCK_M  # the rows that see most keys first
+    b, h = head // H, head % H
+    at_b, at_h, at_k, at_i = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64), i0.to(tl.int64)
+    q += at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
+    k += at_b * k_strides[0] + at_k * k_strides[1]
+    v += at_b * v_strides[0] + at_k * v_strides[1]
+    do += at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
+    dq += at_b * dq_strides[0] + at_h * dq_strides[1] + at_i * dq_strides[2]
+    slope = slope_of(steps, b, h)
+
+    row = i0 + tl.arange(0, BLOCK_M)
+    base, delta = tl.load(base + head.to(tl.int64) * padded + row), tl.load(delta + head.to(tl.int64) * padded + row)
+    q0 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
+    q1 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
+    do0 = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True)
+    do1 = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True) if V1 else do0
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1], tl.float32) if D1 else dq0
+    begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
+    if steps.first is not None:
+        dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
+                            Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
+                        Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
+                        Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    store_rows(dq, dq_strides[2], Tq - i0, dq0 * scale, D, 0)
+    if D1:
+        store_rows(dq, dq_strides[2], Tq - i0, dq1 * scale, D, D0)
+
+
+# ---- dbias ----
+
+
+@triton.jit
+def attention_bwd_dbias_kernel(
+    dbias, do, q, k, v, base, delta, dbias_strides, do_strides, q_strides, k_strides, v_strides, steps, B, H, GROUP, Tq, Tk, padded,
+    bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of ds, summed over the batches and heads that share the bias, and over its own rows or columns where they do:
+    the launcher sums the tiles' sums."""
+    pid = tl.program_id(0)
+    row_block, column_block = pid % row_blocks, pid // row_blocks % column_blocks
+    bias_head = pid // row_blocks // column_blocks
+    bb, bh = bias_head // bias_heads, bias_head % bias_heads
+    i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
+    at_i, at_j = i0.to(tl.int64), j0.to(tl.int64)
+    row, column = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    begin, _, _, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
+    turns = (B if SUM_BATCH else 1) * (H if SUM_HEADS else 1)
+    for n in range(tl.where((j0 < end) & (j0 + BLOCK_N > begin), turns, 0)):
+        b, h = bb, bh  # 0 where summed
+        if SUM_HEADS:
+            h += n % H
+        if SUM_BATCH:
+            b += n // H if SUM_HEADS else n
+        head = b * H + h
+        at_b, at_h, at_k = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
+        qh = q + at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
+        doh = do + at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
+        kh = k + at_b * k_strides[0] + at_k * k_strides[1] + at_j * k_strides[2]
+        vh = v + at_b * v_strides[0] + at_k * v_strides[1] + at_j * v_strides[2]
+        q0 = load_rows(qh, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
+        q1 = load_rows(qh, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
+        k0 = load_rows(kh, k_strides[2], Tk - j0, D, BLOCK_N, 0, D0, True)
+        k1 = load_rows(kh, k_strides[2], Tk - j0, D, BLOCK_N, D0, D1, True) if D1 else k0
+        do0 = load_rows(doh, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True)
+        do1 = load_rows(doh, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True) if V1 else do0
+        v0 = load_rows(vh, v_strides[2], Tk - j0, Dv, BLOCK_N, 0, V0, True)
+        v1 = load_rows(vh, v_strides[2], Tk - j0, Dv, BLOCK_N, V0, V1, True) if V1 else v0
+        at = head.to(tl.int64) * padded + row
+        _, ds = score_gradient(
+            product(q0, q1, k0, k1, D1 > 0, PRECISION), product(do0, do1, v0, v1, V1 > 0, PRECISION),
+            tl.load(base + at)[:, None], tl.load(delta + at)[:, None], i0, j0, row[:, None], column[None, :], b, h, head,
+            slope_of(steps, b, h), steps, Tq, Tk, True, True, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        total += ds
+    out_row, out_column, rows, columns = row[:, None], column[None, :], Tq, Tk
+    if SUM_ROWS:
+        total = tl.sum(total, 0, keep_dims=True)
+        out_row, rows = row_block + tl.zeros([1, 1], tl.int32), row_blocks
+    if SUM_COLUMNS:
+        total = tl.sum(total, 1, keep_dims=True)
+        out_column, columns = column_block + tl.zeros([1, 1], tl.int32), column_blocks
+    dbias += bb.to(tl.int64) * dbias_strides[0] + bh.to(tl.int64) * dbias_strides[1]
+    at = out_row.to(tl.int64) * dbias_strides[2] + out_column.to(tl.int64) * dbias_strides[3]
+    tl.store(dbias + at, total.to(dbias.dtype.element_ty), (out_row < rows) & (out_column < columns))
+
+
+# ---- launcher ----
+
+
+def _dkv_default(arch: str, D: int, dtype) -> Parameters:
+    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+
+
+def _dq_default(arch: str, D: int, dtype) -> Parameters:
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _problem(device, D: int, dtype):
+    q, k, v = (torch.randn(4, 16, 2048, D, device=device, dtype=dtype) for _ in range(3))
+    lse, options = torch.zeros(4, 16, 2048, device=device), (None, None, None, D**-0.5, 0.0, 0.0, 0, -1, 0, False)
+    return lambda: attention_bwd(q, q, k, v, q, lse, *options)
+
+
+def _candidates(default):
+    return lambda arch, D, dtype: [default(arch, D, dtype)]
+
+
+ATTENTION_BWD_DKV = Tunable("attention_bwd_dkv", _dkv_default, _candidates(_dkv_default), _problem)
+ATTENTION_BWD_DQ = Tunable("attention_bwd_dq", _dq_default, _candidates(_dq_default), _problem)
+
+
+def attention_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None,
+    rng_state: Tensor | None, scale: float, softcap: float, dropout_p: float, causal_offset: int, window_left: int,
+    window_right: int, need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "attention_bwd"
+    call = check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right)
+    B, H, Hk, Tq, Tk, steps = call.B, call.H, call.Hk, call.Tq, call.Tk, call.steps
+    for name, t in (("do", do), ("o", o)):
+        check_heads(op, name, t, q)
+        if t.shape != (B, H, Tq, v.shape[3]):
+            fail(op, f"{name} must have shape {(B, H, Tq, v.shape[3])}, got {tuple(t.shape)}")
+    check_device(op, "lse", lse, q)
+    check_dtype(op, "lse", lse, torch.float32)
+    check_contiguous(op, "lse", lse)
+    if lse.numel() != B * H * Tq:
+        fail(op, f"lse must have shape {(B, H, Tq)}, got {tuple(lse.shape)}")
+    if need_dbias and (bias is None or bias.dtype == torch.bool):
+        fail(op, "need_dbias without an additive bias")
+
+    dq, dk, dv = (_empty_as(t, t.shape) for t in (q, k, v))
+    padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
+    base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
+    launch(
+        attention_bwd_delta_kernel, (padded // 64, B * H), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq, padded,
+        **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
+    )  # fmt: skip
+    inputs = strides(do), strides(q), strides(k), strides(v), steps
+    key = dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype)
+    p = ATTENTION_BWD_DKV(arch(q.device), **key)
+    blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
+    launch(
+        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, do, q, k, v, base, delta, strides(dk), strides(dv), *inputs, scale,
+        Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, **p,
+    )  # fmt: skip
+    p = ATTENTION_BWD_DQ(arch(q.device), **key)
+    blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
+    launch(
+        attention_bwd_dq_kernel, (blocks * heads,), q, dq, do, q, k, v, base, delta, strides(dq), *inputs, scale,
+        H, group, Tq, Tk, padded, blocks, heads, section(k, v), **call.widths, **p,
+    )  # fmt: skip
+    if not need_dbias:
+        return dq, dk, dv, q.new_empty(0)
+
+    row_blocks, column_blocks = cdiv(Tq, p["BLOCK_M"]), cdiv(Tk, p["BLOCK_N"])
+    shared = [n == 1 and n != whole for n, whole in zip(bias.shape, (B, H, Tq, Tk), strict=True)]
+    shape = (*bias.shape[:2], row_blocks if shared[2] else Tq, column_blocks if shared[3] else Tk)
+    partial = bias.new_empty(shape, dtype=torch.float32 if shared[2] or shared[3] else bias.dtype)
+    launch(
+        attention_bwd_dbias_kernel, (shape[0] * shape[1] * row_blocks * column_blocks,), q, partial, do, q, k, v, base, delta,
+        partial.stride(), *inputs, B, H, group, Tq, Tk, padded, shape[1], row_blocks, column_blocks, *shared,
+        **call.widths, BLOCK_M=p["BLOCK_M"], BLOCK_N=p["BLOCK_N"], num_warps=p["num_warps"], num_stages=1,
+    )  # fmt: skip
+    if shared[2] or shared[3]:
+        partial = partial.sum([d for d in (2, 3) if shared[d]], keepdim=True).to(bias.dtype)
+    return dq, dk, dv, partial
