@@ -358,7 +358,7 @@ def section(call: Call, *streamed: Tensor) -> int:
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
-    return t.stride()[:3]
+    return *t.stride()[:2], tl.constexpr(t.stride(2))
 
 
 def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
