@@ -102,11 +102,10 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
         bias = tl.load(at, (row < Tq) & (column < Tk), 0)
         s = s + bias.to(tl.float32) if steps.additive else tl.where(bias, s, float("-inf"))
     if MASKED:
-        visible = column < Tk
+        end = Tk - 1 if steps.last is None else tl.minimum(row + steps.last, Tk - 1)
+        visible = column <= end
         if steps.first is not None:
             visible = visible & (column >= row + steps.first)
-        if steps.last is not None:
-            visible = visible & (column <= row + steps.last)
         s = tl.where(visible, s, float("-inf"))
     return s, capped
 
@@ -175,11 +174,13 @@ def fwd_stage(
 ):  # fmt: skip
     """Online softmax over the key blocks of [begin, end): o, l, m are its unnormalised output, sum and maximum."""
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
+    k += tl.cast(begin, tl.int64) * k_stride
+    v += tl.cast(begin, tl.int64) * v_stride
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        kj, vj, left = k + j.to(tl.int64) * k_stride, v + j.to(tl.int64) * v_stride, Tk - j
-        k0 = load_rows(kj, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
-        k1 = load_rows(kj, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        left = Tk - j
+        k0 = load_rows(k, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
+        k1 = load_rows(k, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -193,11 +194,13 @@ def fwd_stage(
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
         p = p.to(v.dtype.element_ty)
-        v0 = load_rows(vj, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
+        v0 = load_rows(v, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
         o0 = tl.dot(p, v0, o0 * alpha[:, None], input_precision=PRECISION)
         if V1:
-            v1 = load_rows(vj, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED)
+            v1 = load_rows(v, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED)
             o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
+        k += BLOCK_N * k_stride
+        v += BLOCK_N * v_stride
     return o0, o1, l, m
 
 
@@ -214,7 +217,6 @@ def attention_fwd_kernel(
     q += at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
     k += at_b * k_strides[0] + at_k * k_strides[1]
     v += at_b * v_strides[0] + at_k * v_strides[1]
-    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
     slope = slope_of(steps, b, h)
 
     q0 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
@@ -236,6 +238,7 @@ def attention_fwd_kernel(
     log_sum = m * steps.rate * 0.6931471805599453 + tl.log(l)
     tl.store(lse + head.to(tl.int64) * Tq + row, tl.where(l == 0.0, float("-inf"), log_sum), row < Tq)
     inverse = tl.where(l == 0.0, 0.0, steps.keep_scale / l)[:, None]
+    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
     store_rows(o, o_strides[2], Tq - i0, o0 * inverse, Dv, 0)
     if V1:
         store_rows(o, o_strides[2], Tq - i0, o1 * inverse, Dv, V0)
