@@ -76,15 +76,17 @@ def dkv_stage(
 ):  # fmt: skip
     """Adds what the query rows [begin, end) give, in tiles of (key, query), so that both sums take them as they are."""
     column = j0 + tl.arange(0, BLOCK_N)[:, None]
+    q += tl.cast(begin, tl.int64) * q_stride
+    do += tl.cast(begin, tl.int64) * do_stride
     for i in range(begin, end, BLOCK_M):
         i = tl.multiple_of(i, BLOCK_M)
-        qi, doi, left = q + i.to(tl.int64) * q_stride, do + i.to(tl.int64) * do_stride, Tq - i
+        left = Tq - i
         row = i + tl.arange(0, BLOCK_M)
-        q0 = load_rows(qi, q_stride, left, D, BLOCK_M, 0, D0, MASKED)
-        q1 = load_rows(qi, q_stride, left, D, BLOCK_M, D0, D1, MASKED) if D1 else q0
+        q0 = load_rows(q, q_stride, left, D, BLOCK_M, 0, D0, MASKED)
+        q1 = load_rows(q, q_stride, left, D, BLOCK_M, D0, D1, MASKED) if D1 else q0
         s = product(k0, k1, q0, q1, D1 > 0, PRECISION)
-        do0 = load_rows(doi, do_stride, left, Dv, BLOCK_M, 0, V0, MASKED)
-        do1 = load_rows(doi, do_stride, left, Dv, BLOCK_M, V0, V1, MASKED) if V1 else do0
+        do0 = load_rows(do, do_stride, left, Dv, BLOCK_M, 0, V0, MASKED)
+        do1 = load_rows(do, do_stride, left, Dv, BLOCK_M, V0, V1, MASKED) if V1 else do0
         dp = product(v0, v1, do0, do1, V1 > 0, PRECISION)
         p, ds = score_gradient(
             s, dp, tl.load(base + row)[None, :], tl.load(delta + row)[None, :], i, j0, row[None, :], column, b, h, head, slope,
@@ -97,6 +99,8 @@ def dkv_stage(
             dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         if D1:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        q += BLOCK_M * q_stride
+        do += BLOCK_M * do_stride
     return dk0, dk1, dv0, dv1
 
 
@@ -164,14 +168,16 @@ def dq_stage(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
+    k += tl.cast(begin, tl.int64) * k_stride
+    v += tl.cast(begin, tl.int64) * v_stride
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        kj, vj, left = k + j.to(tl.int64) * k_stride, v + j.to(tl.int64) * v_stride, Tk - j
-        k0 = load_rows(kj, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
-        k1 = load_rows(kj, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        left = Tk - j
+        k0 = load_rows(k, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
+        k1 = load_rows(k, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
-        v0 = load_rows(vj, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
-        v1 = load_rows(vj, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED) if V1 else v0
+        v0 = load_rows(v, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
+        v1 = load_rows(v, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED) if V1 else v0
         dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
         _, ds = score_gradient(
             s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq, Tk,
@@ -181,6 +187,8 @@ def dq_stage(
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        k += BLOCK_N * k_stride
+        v += BLOCK_N * v_stride
     return dq0, dq1
 
 
