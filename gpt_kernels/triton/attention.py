@@ -17,12 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.attention import MAX_HEAD_DIM, _empty_as
 from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
 from .philox import check_dropout, philox_uint16
 from .tuning import Parameters, Tunable
 
+TMA_ARCHS = ("sm_90", "sm_100", "sm_120")
 LOG2E = 1.0 / math.log(2.0)
 
 
@@ -49,7 +51,9 @@ class Steps(NamedTuple):
 
 
 @triton.jit
-def load_rows(base, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def load_rows(
+    base, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr
+):
     """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows` on."""
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
     at = base + row.to(tl.int64) * stride + column
@@ -57,6 +61,25 @@ def load_rows(base, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: t
         return tl.load(at, (row < rows) & (column < D), 0.0) if TAIL else tl.load(at, column < D, 0.0)
     else:
         return tl.load(at, row < rows, 0.0) if TAIL else tl.load(at)
+
+
+@triton.jit
+def head_of(x, strides, b, h, i, TMA: tl.constexpr):
+    """Pointer to row i of a head; a tensor descriptor stays what it is and takes the place with each load."""
+    if TMA:
+        return x
+    else:
+        return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + tl.cast(i, tl.int64) * strides[2]
+
+
+@triton.jit
+def load_block(x, stride, b, h, i, T, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+               TAIL: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Rows i ... of a head, of which T exist, x from head_of."""
+    if TMA:
+        return tl.reshape(x.load([b, h, i, FIRST]), [BLOCK, WIDTH])
+    else:
+        return load_rows(x, stride, T - i, D, BLOCK, FIRST, WIDTH, TAIL)
 
 
 @triton.jit
@@ -168,19 +191,17 @@ def ranges(x0, first, last, T, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
 
 @triton.jit
 def fwd_stage(
-    o0, o1, l, m, q0, q1, k, v, k_stride, v_stride, i0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk, begin, end,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key blocks of [begin, end): o, l, m are its unnormalised output, sum and maximum."""
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
-    k += tl.cast(begin, tl.int64) * k_stride
-    v += tl.cast(begin, tl.int64) * v_stride
+    k, v = head_of(k, k_strides, b, hk, begin, TMA), head_of(v, v_strides, b, hk, begin, TMA)
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        left = Tk - j
-        k0 = load_rows(k, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
-        k1 = load_rows(k, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        k0 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
+        k1 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -193,14 +214,15 @@ def fwd_stage(
         m = m_new
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
-        p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
+        p = p.to(q0.dtype)
+        v0 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
         o0 = tl.dot(p, v0, o0 * alpha[:, None], input_precision=PRECISION)
         if V1:
-            v1 = load_rows(v, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED)
+            v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA)
             o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
-        k += BLOCK_N * k_stride
-        v += BLOCK_N * v_stride
+        if not TMA:
+            k += BLOCK_N * k_strides[2]
+            v += BLOCK_N * v_strides[2]
     return o0, o1, l, m
 
 
@@ -208,37 +230,35 @@ def fwd_stage(
 def attention_fwd_kernel(
     o, lse, q, k, v, o_strides, q_strides, k_strides, v_strides, steps, H, GROUP, Tq, Tk, blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, head = tile_of(tl.program_id(0), blocks, heads, SECTION)
     i0 = (blocks - 1 - block) * BLOCK_M  # the rows that see most keys first
     b, h = head // H, head % H
-    at_b, at_h, at_k, at_i = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64), i0.to(tl.int64)
-    q += at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
-    k += at_b * k_strides[0] + at_k * k_strides[1]
-    v += at_b * v_strides[0] + at_k * v_strides[1]
+    hk = h // GROUP
     slope = slope_of(steps, b, h)
 
-    q0 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
-    q1 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
+    q = head_of(q, q_strides, b, h, i0, TMA)
+    q0 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
+    q1 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     o0 = tl.zeros([BLOCK_M, V0], tl.float32)
     o1 = tl.zeros([BLOCK_M, V1], tl.float32) if V1 else o0
     begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
     if steps.first is not None:
-        o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
-                                 begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
-    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
-                             full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides[2], v_strides[2], i0, b, h, head, slope, steps, Tq, Tk,
-                             full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
+                                 begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
+                             full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
+                             full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = m * steps.rate * 0.6931471805599453 + tl.log(l)
+    log_sum = (m if steps.additive else m * (steps.rate * 0.6931471805599453)) + tl.log(l)
     tl.store(lse + head.to(tl.int64) * Tq + row, tl.where(l == 0.0, float("-inf"), log_sum), row < Tq)
     inverse = tl.where(l == 0.0, 0.0, steps.keep_scale / l)[:, None]
-    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
+    o = head_of(o, o_strides, b, h, i0, False)
     store_rows(o, o_strides[2], Tq - i0, o0 * inverse, Dv, 0)
     if V1:
         store_rows(o, o_strides[2], Tq - i0, o1 * inverse, Dv, V0)
@@ -303,7 +323,9 @@ class Call:
         return self.steps.last is not None
 
 
-def check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right) -> Call:
+def check_call(
+    op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right
+) -> Call:
     check_float(op, "q", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_heads(op, name, t, q)
@@ -317,13 +339,18 @@ def check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropo
     if H and (Hk == 0 or H % Hk):
         fail(op, f"q's {H} heads must be a multiple of k's {Hk} heads")
     if Tq + Tk + 1024 >= 2**31 or B * H >= 2**31:  # rows, columns and their sums are 32 bits in the kernels
-        fail(op, f"at most 2147482623 tokens of q and k and 2147483647 batch * heads, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+        fail(
+            op, f"at most 2147482623 tokens of q and k and 2147483647 batch * heads, got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
     if not math.isfinite(scale):
         fail(op, f"scale must be finite, got {scale:g}")
     if not (math.isfinite(softcap) and softcap >= 0):
         fail(op, f"softcap must be finite and not negative, got {softcap:g}")
     if not -(2**40) < causal_offset < 2**40 or max(window_left, window_right) >= 2**40:
-        fail(op, f"causal_offset, window_left and window_right must be below 2^40, got {causal_offset}, {window_left}, {window_right}")
+        fail(
+            op,
+            f"causal_offset, window_left and window_right must be below 2^40, got {causal_offset}, {window_left}, {window_right}",
+        )
     bias_strides = () if bias is None else check_bias(op, bias, (B, H, Tq, Tk), q)
     slopes_strides = () if alibi_slopes is None else check_slopes(op, alibi_slopes, B, H, q)
     threshold, keep_scale = check_dropout(op, rng_state, dropout_p, q)
@@ -355,9 +382,23 @@ def check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropo
     return Call(B, H, Hk, Tq, Tk, steps, widths)
 
 
-def section(call: Call, *streamed: Tensor) -> int:
+def section(*streamed: Tensor) -> int:
     """How many heads' streamed tensors (keys and values, or queries and output gradients) take half of a 40 MB L2 cache."""
     return max(1, 20 * 2**20 // max(1, sum(t.shape[2] * t.shape[3] * t.element_size() for t in streamed)))
+
+
+def descriptors(arch: str, call: Call, **blocks: tuple[Tensor, int]) -> tuple[bool, list]:
+    """Whether the tensors can be read by TMA, and what the kernel takes for each: a descriptor of (1, 1, rows, head_dim) blocks."""
+    tma = arch in TMA_ARCHS and call.widths["D1"] == call.widths["V1"] == 0
+    for t, _ in blocks.values():
+        tma = tma and t.element_size() == 2 and t.numel() > 0 and t.data_ptr() % 16 == 0
+        tma = tma and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
+    if not tma:
+        return False, [t for t, _ in blocks.values()]
+    widths = {"q": "D0", "k": "D0", "v": "V0", "do": "V0"}
+    return True, [
+        TensorDescriptor(t, t.shape, t.stride(), [1, 1, rows, call.widths[widths[name]]]) for name, (t, rows) in blocks.items()
+    ]
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
@@ -390,8 +431,9 @@ def attention_fwd(
     lse = q.new_empty(call.B, call.H, call.Tq, dtype=torch.float32)
     p = ATTENTION_FWD(arch(q.device), D=max(q.shape[3], v.shape[3]), dtype=q.dtype, Tq=min(call.Tq, 128))
     blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
+    tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
     launch(
-        attention_fwd_kernel, (blocks * heads,), q, o, lse, q, k, v, strides(o), strides(q), strides(k), strides(v), call.steps,
-        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(call, k, v), **call.widths, **p,
+        attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v), call.steps,
+        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(k, v), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     return o, lse

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops.attention import _empty_as
 from .attention import (
-    check_call, check_heads, exp_of, kept, load_rows, product, ranges, score_steps, section, slope_of, store_rows, strides, tile_of,
+    check_call, check_heads, descriptors, exp_of, head_of, kept, load_block, load_rows, product, ranges, score_steps, section, slope_of, store_rows, strides, tile_of,
 )  # fmt: skip
 from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
 from .tuning import Parameters, Tunable
@@ -29,9 +29,8 @@ def attention_bwd_delta_kernel(
 ):  # fmt: skip
     """delta, and lse as the base of the exponent: +inf where there is no row or it saw no key, so that p = 0 there."""
     i0, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    at_b, at_h, at_i = (head // H).to(tl.int64), (head % H).to(tl.int64), i0.to(tl.int64)
-    do += at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
-    o += at_b * o_strides[0] + at_h * o_strides[1] + at_i * o_strides[2]
+    b, h = head // H, head % H
+    do, o = head_of(do, do_strides, b, h, i0, False), head_of(o, o_strides, b, h, i0, False)
     total = tl.zeros([BLOCK_M], tl.float32)
     a = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32)
     total += tl.sum(a * load_rows(o, o_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32), 1)
@@ -70,23 +69,21 @@ def score_gradient(s, dp, base, delta, i0, j0, row, column, b, h, head, slope, s
 
 @triton.jit
 def dkv_stage(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_stride, do_stride, base, delta, j0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, j0, b, h, head, slope, steps, Tq, Tk, begin, end,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows [begin, end) give, in tiles of (key, query), so that both sums take them as they are."""
     column = j0 + tl.arange(0, BLOCK_N)[:, None]
-    q += tl.cast(begin, tl.int64) * q_stride
-    do += tl.cast(begin, tl.int64) * do_stride
+    q, do = head_of(q, q_strides, b, h, begin, TMA), head_of(do, do_strides, b, h, begin, TMA)
     for i in range(begin, end, BLOCK_M):
         i = tl.multiple_of(i, BLOCK_M)
-        left = Tq - i
         row = i + tl.arange(0, BLOCK_M)
-        q0 = load_rows(q, q_stride, left, D, BLOCK_M, 0, D0, MASKED)
-        q1 = load_rows(q, q_stride, left, D, BLOCK_M, D0, D1, MASKED) if D1 else q0
+        q0 = load_block(q, q_strides[2], b, h, i, Tq, D, BLOCK_M, 0, D0, MASKED, TMA)
+        q1 = load_block(q, q_strides[2], b, h, i, Tq, D, BLOCK_M, D0, D1, MASKED, TMA) if D1 else q0
         s = product(k0, k1, q0, q1, D1 > 0, PRECISION)
-        do0 = load_rows(do, do_stride, left, Dv, BLOCK_M, 0, V0, MASKED)
-        do1 = load_rows(do, do_stride, left, Dv, BLOCK_M, V0, V1, MASKED) if V1 else do0
+        do0 = load_block(do, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, 0, V0, MASKED, TMA)
+        do1 = load_block(do, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, V0, V1, MASKED, TMA) if V1 else do0
         dp = product(v0, v1, do0, do1, V1 > 0, PRECISION)
         p, ds = score_gradient(
             s, dp, tl.load(base + row)[None, :], tl.load(delta + row)[None, :], i, j0, row[None, :], column, b, h, head, slope,
@@ -99,8 +96,9 @@ def dkv_stage(
             dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         if D1:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-        q += BLOCK_M * q_stride
-        do += BLOCK_M * do_stride
+        if not TMA:
+            q += BLOCK_M * q_strides[2]
+            do += BLOCK_M * do_strides[2]
     return dk0, dk1, dv0, dv1
 
 
@@ -109,21 +107,16 @@ def attention_bwd_dkv_kernel(
     dk, dv, do, q, k, v, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, Hk, GROUP,
     Tq, Tk, padded, blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, key_head = tile_of(tl.program_id(0), blocks, heads, SECTION)  # the first keys are those that most rows see
     j0 = block * BLOCK_N
     b, hk = key_head // Hk, key_head % Hk
-    at_b, at_k, at_j = b.to(tl.int64), hk.to(tl.int64), j0.to(tl.int64)
-    k += at_b * k_strides[0] + at_k * k_strides[1] + at_j * k_strides[2]
-    v += at_b * v_strides[0] + at_k * v_strides[1] + at_j * v_strides[2]
-    dk += at_b * dk_strides[0] + at_k * dk_strides[1] + at_j * dk_strides[2]
-    dv += at_b * dv_strides[0] + at_k * dv_strides[1] + at_j * dv_strides[2]
-
-    k0 = load_rows(k, k_strides[2], Tk - j0, D, BLOCK_N, 0, D0, True)
-    k1 = load_rows(k, k_strides[2], Tk - j0, D, BLOCK_N, D0, D1, True) if D1 else k0
-    v0 = load_rows(v, v_strides[2], Tk - j0, Dv, BLOCK_N, 0, V0, True)
-    v1 = load_rows(v, v_strides[2], Tk - j0, Dv, BLOCK_N, V0, V1, True) if V1 else v0
+    k, v = head_of(k, k_strides, b, hk, j0, TMA), head_of(v, v_strides, b, hk, j0, TMA)
+    k0 = load_block(k, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, 0, D0, True, TMA)
+    k1 = load_block(k, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, D0, D1, True, TMA) if D1 else k0
+    v0 = load_block(v, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, 0, V0, True, TMA)
+    v1 = load_block(v, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, V0, V1, True, TMA) if V1 else v0
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32) if D1 else dk0
     dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
@@ -133,23 +126,22 @@ def attention_bwd_dkv_kernel(
     for g in range(GROUP):
         h = hk * GROUP + g
         head = key_head * GROUP + g
-        qh = q + at_b * q_strides[0] + h.to(tl.int64) * q_strides[1]
-        doh = do + at_b * do_strides[0] + h.to(tl.int64) * do_strides[1]
         base_h, delta_h = base + head.to(tl.int64) * padded, delta + head.to(tl.int64) * padded
         slope = slope_of(steps, b, h)
         if first is not None:
             dk0, dk1, dv0, dv1 = dkv_stage(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
-                steps, Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
+                steps, Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         dk0, dk1, dv0, dv1 = dkv_stage(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
-            steps, Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
+            steps, Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         dk0, dk1, dv0, dv1 = dkv_stage(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, doh, q_strides[2], do_strides[2], base_h, delta_h, j0, b, h, head, slope,
-            steps, Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
+            steps, Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
+    dk, dv = head_of(dk, dk_strides, b, hk, j0, False), head_of(dv, dv_strides, b, hk, j0, False)
     store_rows(dk, dk_strides[2], Tk - j0, dk0 * scale, D, 0)
     store_rows(dv, dv_strides[2], Tk - j0, dv0 * steps.keep_scale, Dv, 0)
     if D1:
@@ -163,21 +155,19 @@ def attention_bwd_dkv_kernel(
 
 @triton.jit
 def dq_stage(
-    dq0, dq1, q0, q1, do0, do1, k, v, k_stride, v_stride, base, delta, i0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps, Tq, Tk, begin, end,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
-    k += tl.cast(begin, tl.int64) * k_stride
-    v += tl.cast(begin, tl.int64) * v_stride
+    k, v = head_of(k, k_strides, b, hk, begin, TMA), head_of(v, v_strides, b, hk, begin, TMA)
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        left = Tk - j
-        k0 = load_rows(k, k_stride, left, D, BLOCK_N, 0, D0, MASKED)
-        k1 = load_rows(k, k_stride, left, D, BLOCK_N, D0, D1, MASKED) if D1 else k0
+        k0 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
+        k1 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
-        v0 = load_rows(v, v_stride, left, Dv, BLOCK_N, 0, V0, MASKED)
-        v1 = load_rows(v, v_stride, left, Dv, BLOCK_N, V0, V1, MASKED) if V1 else v0
+        v0 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
+        v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA) if V1 else v0
         dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
         _, ds = score_gradient(
             s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq, Tk,
@@ -187,8 +177,9 @@ def dq_stage(
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        k += BLOCK_N * k_stride
-        v += BLOCK_N * v_stride
+        if not TMA:
+            k += BLOCK_N * k_strides[2]
+            v += BLOCK_N * v_strides[2]
     return dq0, dq1
 
 
@@ -197,35 +188,32 @@ def attention_bwd_dq_kernel(
     dq, do, q, k, v, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, H, GROUP, Tq, Tk, padded,
     blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, head = tile_of(tl.program_id(0), blocks, heads, SECTION)
     i0 = (blocks - 1 - block) * BLOCK_M  # the rows that see most keys first
     b, h = head // H, head % H
-    at_b, at_h, at_k, at_i = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64), i0.to(tl.int64)
-    q += at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
-    k += at_b * k_strides[0] + at_k * k_strides[1]
-    v += at_b * v_strides[0] + at_k * v_strides[1]
-    do += at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
-    dq += at_b * dq_strides[0] + at_h * dq_strides[1] + at_i * dq_strides[2]
+    hk = h // GROUP
     slope = slope_of(steps, b, h)
 
     row = i0 + tl.arange(0, BLOCK_M)
     base, delta = tl.load(base + head.to(tl.int64) * padded + row), tl.load(delta + head.to(tl.int64) * padded + row)
-    q0 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
-    q1 = load_rows(q, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
-    do0 = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True)
-    do1 = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True) if V1 else do0
+    q, do = head_of(q, q_strides, b, h, i0, TMA), head_of(do, do_strides, b, h, i0, TMA)
+    q0 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
+    q1 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
+    do0 = load_block(do, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, 0, V0, True, TMA)
+    do1 = load_block(do, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, V0, V1, True, TMA) if V1 else do0
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32) if D1 else dq0
     begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
     if steps.first is not None:
-        dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
-                            Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
-    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
-                        Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides[2], v_strides[2], base, delta, i0, b, h, head, slope, steps,
-                        Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
+                            Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
+                        Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
+                        Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    dq = head_of(dq, dq_strides, b, h, i0, False)
     store_rows(dq, dq_strides[2], Tq - i0, dq0 * scale, D, 0)
     if D1:
         store_rows(dq, dq_strides[2], Tq - i0, dq1 * scale, D, D0)
@@ -240,7 +228,7 @@ def attention_bwd_dbias_kernel(
     bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of ds, summed over the batches and heads that share the bias, and over its own rows or columns where they do:
     the launcher sums the tiles' sums."""
@@ -249,7 +237,6 @@ def attention_bwd_dbias_kernel(
     bias_head = pid // row_blocks // column_blocks
     bb, bh = bias_head // bias_heads, bias_head % bias_heads
     i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
-    at_i, at_j = i0.to(tl.int64), j0.to(tl.int64)
     row, column = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     begin, _, _, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
@@ -261,19 +248,17 @@ def attention_bwd_dbias_kernel(
         if SUM_BATCH:
             b += n // H if SUM_HEADS else n
         head = b * H + h
-        at_b, at_h, at_k = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
-        qh = q + at_b * q_strides[0] + at_h * q_strides[1] + at_i * q_strides[2]
-        doh = do + at_b * do_strides[0] + at_h * do_strides[1] + at_i * do_strides[2]
-        kh = k + at_b * k_strides[0] + at_k * k_strides[1] + at_j * k_strides[2]
-        vh = v + at_b * v_strides[0] + at_k * v_strides[1] + at_j * v_strides[2]
-        q0 = load_rows(qh, q_strides[2], Tq - i0, D, BLOCK_M, 0, D0, True)
-        q1 = load_rows(qh, q_strides[2], Tq - i0, D, BLOCK_M, D0, D1, True) if D1 else q0
-        k0 = load_rows(kh, k_strides[2], Tk - j0, D, BLOCK_N, 0, D0, True)
-        k1 = load_rows(kh, k_strides[2], Tk - j0, D, BLOCK_N, D0, D1, True) if D1 else k0
-        do0 = load_rows(doh, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True)
-        do1 = load_rows(doh, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True) if V1 else do0
-        v0 = load_rows(vh, v_strides[2], Tk - j0, Dv, BLOCK_N, 0, V0, True)
-        v1 = load_rows(vh, v_strides[2], Tk - j0, Dv, BLOCK_N, V0, V1, True) if V1 else v0
+        hk = h // GROUP
+        qh, doh = head_of(q, q_strides, b, h, i0, TMA), head_of(do, do_strides, b, h, i0, TMA)
+        kh, vh = head_of(k, k_strides, b, hk, j0, TMA), head_of(v, v_strides, b, hk, j0, TMA)
+        q0 = load_block(qh, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
+        q1 = load_block(qh, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
+        k0 = load_block(kh, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, 0, D0, True, TMA)
+        k1 = load_block(kh, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, D0, D1, True, TMA) if D1 else k0
+        do0 = load_block(doh, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, 0, V0, True, TMA)
+        do1 = load_block(doh, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, V0, V1, True, TMA) if V1 else do0
+        v0 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, 0, V0, True, TMA)
+        v1 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, V0, V1, True, TMA) if V1 else v0
         at = head.to(tl.int64) * padded + row
         _, ds = score_gradient(
             product(q0, q1, k0, k1, D1 > 0, PRECISION), product(do0, do1, v0, v1, V1 > 0, PRECISION),
@@ -324,7 +309,9 @@ def attention_bwd(
     window_right: int, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     op = "attention_bwd"
-    call = check_call(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right)
+    call = check_call(
+        op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right
+    )
     B, H, Hk, Tq, Tk, steps = call.B, call.H, call.Hk, call.Tq, call.Tk, call.steps
     for name, t in (("do", do), ("o", o)):
         check_heads(op, name, t, q)
@@ -345,19 +332,26 @@ def attention_bwd(
         attention_bwd_delta_kernel, (padded // 64, B * H), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq, padded,
         **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
     )  # fmt: skip
-    inputs = strides(do), strides(q), strides(k), strides(v), steps
+    all_strides = strides(do), strides(q), strides(k), strides(v)
+
+    def tiles(p: Parameters):
+        rows, columns = p["BLOCK_M"], p["BLOCK_N"]
+        return descriptors(arch(q.device), call, do=(do, rows), q=(q, rows), k=(k, columns), v=(v, columns))
+
     key = dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype)
     p = ATTENTION_BWD_DKV(arch(q.device), **key)
+    tma, inputs = tiles(p)
     blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
     launch(
-        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, do, q, k, v, base, delta, strides(dk), strides(dv), *inputs, scale,
-        Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, **p,
+        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides, steps,
+        scale, Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     p = ATTENTION_BWD_DQ(arch(q.device), **key)
+    tma, inputs = tiles(p)
     blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
     launch(
-        attention_bwd_dq_kernel, (blocks * heads,), q, dq, do, q, k, v, base, delta, strides(dq), *inputs, scale,
-        H, group, Tq, Tk, padded, blocks, heads, section(k, v), **call.widths, **p,
+        attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
+        H, group, Tq, Tk, padded, blocks, heads, section(k, v), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     if not need_dbias:
         return dq, dk, dv, q.new_empty(0)
@@ -367,9 +361,9 @@ def attention_bwd(
     shape = (*bias.shape[:2], row_blocks if shared[2] else Tq, column_blocks if shared[3] else Tk)
     partial = bias.new_empty(shape, dtype=torch.float32 if shared[2] or shared[3] else bias.dtype)
     launch(
-        attention_bwd_dbias_kernel, (shape[0] * shape[1] * row_blocks * column_blocks,), q, partial, do, q, k, v, base, delta,
-        partial.stride(), *inputs, B, H, group, Tq, Tk, padded, shape[1], row_blocks, column_blocks, *shared,
-        **call.widths, BLOCK_M=p["BLOCK_M"], BLOCK_N=p["BLOCK_N"], num_warps=p["num_warps"], num_stages=1,
+        attention_bwd_dbias_kernel, (shape[0] * shape[1] * row_blocks * column_blocks,), q, partial, *inputs, base, delta,
+        partial.stride(), *all_strides, steps, B, H, group, Tq, Tk, padded, shape[1], row_blocks, column_blocks, *shared,
+        **call.widths, TMA=tma, BLOCK_M=p["BLOCK_M"], BLOCK_N=p["BLOCK_N"], num_warps=p["num_warps"], num_stages=1,
     )  # fmt: skip
     if shared[2] or shared[3]:
         partial = partial.sum([d for d in (2, 3) if shared[d]], keepdim=True).to(bias.dtype)
