@@ -1,5 +1,5 @@
-"""attention: what ops/attention.py says, in tiles. This file has the score steps, the forward pass and the checks that it shares
-with attention_bwd.py.
+"""attention: what ops/attention.py says, in tiles. Here are the score steps, the forward pass and the checks; the backward pass
+is attention_bwd.py.
 
 A program owns BLOCK_M query rows of one head and visits the key blocks that they can see: first those that the window's left
 edge crosses, then those that every row sees whole (no mask at all), then those on the diagonal or over the end of the keys.
@@ -54,7 +54,7 @@ class Steps(NamedTuple):
 def load_rows(
     base, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr
 ):
-    """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows` on."""
+    """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows`."""
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
     at = base + row.to(tl.int64) * stride + column
     if FIRST + WIDTH > D:
@@ -191,11 +191,11 @@ def ranges(x0, first, last, T, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
 
 @triton.jit
 def fwd_stage(
-    o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk, begin, end,
+    o0, o1, l_i, m_i, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk, begin, end,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks of [begin, end): o, l, m are its unnormalised output, sum and maximum."""
+    """Online softmax over the key blocks of [begin, end): o, l_i, m_i are its unnormalised output, sum and maximum."""
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
     k, v = head_of(k, k_strides, b, hk, begin, TMA), head_of(v, v_strides, b, hk, begin, TMA)
     for j in range(begin, end, BLOCK_N):
@@ -204,14 +204,14 @@ def fwd_stage(
         k1 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
         p = exp_of(s, exponent_of(base, steps)[:, None], steps)
-        alpha = tl.exp2((m - base) * steps.rate)
-        l = l * alpha + tl.sum(p, 1)
-        m = m_new
+        alpha = tl.exp2((m_i - base) * steps.rate)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
         p = p.to(q0.dtype)
@@ -223,7 +223,7 @@ def fwd_stage(
         if not TMA:
             k += BLOCK_N * k_strides[2]
             v += BLOCK_N * v_strides[2]
-    return o0, o1, l, m
+    return o0, o1, l_i, m_i
 
 
 @triton.jit
@@ -241,23 +241,21 @@ def attention_fwd_kernel(
     q = head_of(q, q_strides, b, h, i0, TMA)
     q0 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
     q1 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     o0 = tl.zeros([BLOCK_M, V0], tl.float32)
     o1 = tl.zeros([BLOCK_M, V1], tl.float32) if V1 else o0
-    begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
-    if steps.first is not None:
-        o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
-                                 begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
-    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
-                             full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    o0, o1, l, m = fwd_stage(o0, o1, l, m, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk,
-                             full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    edges = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
+    for stage in tl.static_range(1 if steps.first is None else 0, 3):
+        o0, o1, l_i, m_i = fwd_stage(
+            o0, o1, l_i, m_i, q0, q1, k, v, k_strides, v_strides, i0, b, h, hk, head, slope, steps, Tq, Tk, edges[stage],
+            edges[stage + 1], D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
+        )  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = (m if steps.additive else m * (steps.rate * 0.6931471805599453)) + tl.log(l)
-    tl.store(lse + head.to(tl.int64) * Tq + row, tl.where(l == 0.0, float("-inf"), log_sum), row < Tq)
-    inverse = tl.where(l == 0.0, 0.0, steps.keep_scale / l)[:, None]
+    log_sum = (m_i if steps.additive else m_i * (steps.rate * 0.6931471805599453)) + tl.log(l_i)
+    tl.store(lse + head.to(tl.int64) * Tq + row, log_sum, row < Tq)  # -inf for a row that saw nothing
+    inverse = tl.where(l_i == 0.0, 0.0, steps.keep_scale / l_i)[:, None]
     o = head_of(o, o_strides, b, h, i0, False)
     store_rows(o, o_strides[2], Tq - i0, o0 * inverse, Dv, 0)
     if V1:
@@ -347,10 +345,8 @@ def check_call(
     if not (math.isfinite(softcap) and softcap >= 0):
         fail(op, f"softcap must be finite and not negative, got {softcap:g}")
     if not -(2**40) < causal_offset < 2**40 or max(window_left, window_right) >= 2**40:
-        fail(
-            op,
-            f"causal_offset, window_left and window_right must be below 2^40, got {causal_offset}, {window_left}, {window_right}",
-        )
+        got = f"{causal_offset}, {window_left}, {window_right}"
+        fail(op, f"causal_offset, window_left and window_right must be below 2^40, got {got}")
     bias_strides = () if bias is None else check_bias(op, bias, (B, H, Tq, Tk), q)
     slopes_strides = () if alibi_slopes is None else check_slopes(op, alibi_slopes, B, H, q)
     threshold, keep_scale = check_dropout(op, rng_state, dropout_p, q)
@@ -388,7 +384,7 @@ def section(*streamed: Tensor) -> int:
 
 
 def descriptors(arch: str, call: Call, **blocks: tuple[Tensor, int]) -> tuple[bool, list]:
-    """Whether the tensors can be read by TMA, and what the kernel takes for each: a descriptor of (1, 1, rows, head_dim) blocks."""
+    """Whether TMA can read the tensors, and what the kernel takes for each: a descriptor of (1, 1, rows, head_dim) blocks."""
     tma = arch in TMA_ARCHS and call.widths["D1"] == call.widths["V1"] == 0
     for t, _ in blocks.values():
         tma = tma and t.element_size() == 2 and t.numel() > 0 and t.data_ptr() % 16 == 0
@@ -405,12 +401,34 @@ def strides(t: Tensor) -> tuple[int, ...]:
     return *t.stride()[:2], tl.constexpr(t.stride(2))
 
 
+def chosen(table: dict[str, dict[int, tuple[int, ...]]], arch: str, D: int, dtype: torch.dtype) -> Parameters:
+    row = table["fp32" if dtype == torch.float32 else arch]
+    values = next(values for width, values in row.items() if D <= width)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve: what spills nothing and, of that, issues
+# the least for its tensor work
+FWD: dict[str, dict[int, tuple[int, ...]]] = {
+    "fp32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 4, 2)},
+    "sm_90": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "gfx942": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+}
+FWD |= {"sm_86": FWD["sm_80"], "sm_89": FWD["sm_80"], "sm_120": FWD["sm_80"], "sm_100": FWD["sm_90"], "gfx90a": FWD["gfx942"]}
+
+
 def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    p = chosen(FWD, arch, D, dtype)
+    if Tq < p["BLOCK_M"]:
+        p |= {"BLOCK_M": max(16, triton.next_power_of_2(Tq)), "num_warps": 4}
+    return p
 
 
 def _fwd_candidates(arch: str, D: int, dtype, Tq: int) -> list[Parameters]:
-    return [_fwd_default(arch, D, dtype, Tq)]
+    p = _fwd_default(arch, D, dtype, Tq)
+    others = [p | {"BLOCK_N": n} for n in (32, 64, 128)] + [p | {"num_stages": n} for n in (1, 2, 3, 4)]
+    return [p, *(other for other in others if other != p)]
 
 
 def _fwd_problem(device, D: int, dtype, Tq: int):

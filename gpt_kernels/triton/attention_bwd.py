@@ -1,8 +1,8 @@
 """attention's backward pass, deterministic without atomics: every element of a gradient is summed by one program in one order.
 
-delta = rowsum(do o) first; then dk and dv by key blocks (the products s, dp, dv, dk per tile) and dq by query blocks (s, dp, dq):
-seven products where five would do if dq could be added to from many programs. The key blocks' program walks all query heads of
-its key head, so that grouped heads need no sum afterwards. A bias's gradient is a pass of its own, only where it is asked for.
+delta = rowsum(do o) first; then dk and dv by key blocks (the products s, dp, dv, dk of a tile) and dq by query blocks (s, dp,
+dq): seven products where five would do if many programs could add to one dq. A key block's program walks all query heads of its
+key head, so that grouped heads need no sum afterwards. A bias's gradient is a pass of its own, only where it is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ from torch import Tensor
 
 from ..ops.attention import _empty_as
 from .attention import (
-    check_call, check_heads, descriptors, exp_of, head_of, kept, load_block, load_rows, product, ranges, score_steps, section, slope_of, store_rows, strides, tile_of,
+    check_call,
+    check_heads,
+    descriptors,
+    exp_of,
+    head_of,
+    kept,
+    load_block,
+    load_rows,
+    product,
+    ranges,
+    score_steps,
+    section,
+    slope_of,
+    store_rows,
+    strides,
+    tile_of,
 )  # fmt: skip
 from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
 from .tuning import Parameters, Tunable
@@ -47,9 +62,11 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
-def score_gradient(s, dp, base, delta, i0, j0, row, column, b, h, head, slope, steps, Tq, Tk, MASKED: tl.constexpr, BIASED: tl.constexpr,
-                   TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Weights as they met v but for 1 / (1 - dropout_p), and the gradient of the score before softcap, or after it if BIASED."""
+def score_gradient(
+    s, dp, base, delta, i0, j0, row, column, b, h, head, slope, steps, Tq, Tk, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What met v, but for 1 / (1 - dropout_p), and the gradient of the score before softcap, or after it if BIASED."""
     s, capped = score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED)
     p = exp_of(s, base, steps)
     weights = p
@@ -69,7 +86,8 @@ def score_gradient(s, dp, base, delta, i0, j0, row, column, b, h, head, slope, s
 
 @triton.jit
 def dkv_stage(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, j0, b, h, head, slope, steps, Tq, Tk, begin, end,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, j0, b, h, head, slope, steps, Tq, Tk,
+    begin, end,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +122,8 @@ def dkv_stage(
 
 @triton.jit
 def attention_bwd_dkv_kernel(
-    dk, dv, do, q, k, v, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, Hk, GROUP,
-    Tq, Tk, padded, blocks, heads, SECTION,
+    dk, dv, do, q, k, v, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, Hk,
+    GROUP, Tq, Tk, padded, blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -122,25 +140,17 @@ def attention_bwd_dkv_kernel(
     dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
     dv1 = tl.zeros([BLOCK_N, V1], tl.float32) if V1 else dv0
     first, last = -steps.last if steps.last is not None else None, -steps.first if steps.first is not None else None
-    begin, full_begin, full_end, end = ranges(j0, first, last, Tq, BLOCK_N, BLOCK_M)
+    edges = ranges(j0, first, last, Tq, BLOCK_N, BLOCK_M)
     for g in range(GROUP):
         h = hk * GROUP + g
         head = key_head * GROUP + g
         base_h, delta_h = base + head.to(tl.int64) * padded, delta + head.to(tl.int64) * padded
         slope = slope_of(steps, b, h)
-        if first is not None:
+        for stage in tl.static_range(1 if first is None else 0, 3):
             dk0, dk1, dv0, dv1 = dkv_stage(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
-                steps, Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope, steps,
+                Tq, Tk, edges[stage], edges[stage + 1], D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
             )  # fmt: skip
-        dk0, dk1, dv0, dv1 = dkv_stage(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
-            steps, Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
-        dk0, dk1, dv0, dv1 = dkv_stage(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope,
-            steps, Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
     dk, dv = head_of(dk, dk_strides, b, hk, j0, False), head_of(dv, dv_strides, b, hk, j0, False)
     store_rows(dk, dk_strides[2], Tk - j0, dk0 * scale, D, 0)
     store_rows(dv, dv_strides[2], Tk - j0, dv0 * steps.keep_scale, Dv, 0)
@@ -170,8 +180,8 @@ def dq_stage(
         v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA) if V1 else v0
         dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
         _, ds = score_gradient(
-            s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq, Tk,
-            MASKED, False, False, BLOCK_M, BLOCK_N,
+            s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq,
+            Tk, MASKED, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         ds = ds.to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
@@ -185,8 +195,8 @@ def dq_stage(
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    dq, do, q, k, v, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, H, GROUP, Tq, Tk, padded,
-    blocks, heads, SECTION,
+    dq, do, q, k, v, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, H, GROUP, Tq, Tk,
+    padded, blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -205,14 +215,12 @@ def attention_bwd_dq_kernel(
     do1 = load_block(do, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, V0, V1, True, TMA) if V1 else do0
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32) if D1 else dq0
-    begin, full_begin, full_end, end = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
-    if steps.first is not None:
-        dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
-                            Tq, Tk, begin, full_begin, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
-    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
-                        Tq, Tk, full_begin, full_end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    dq0, dq1 = dq_stage(dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps,
-                        Tq, Tk, full_end, end, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    edges = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
+    for stage in tl.static_range(1 if steps.first is None else 0, 3):
+        dq0, dq1 = dq_stage(
+            dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps, Tq, Tk,
+            edges[stage], edges[stage + 1], D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
+        )  # fmt: skip
     dq = head_of(dq, dq_strides, b, h, i0, False)
     store_rows(dq, dq_strides[2], Tq - i0, dq0 * scale, D, 0)
     if D1:
@@ -224,8 +232,8 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dbias_kernel(
-    dbias, do, q, k, v, base, delta, dbias_strides, do_strides, q_strides, k_strides, v_strides, steps, B, H, GROUP, Tq, Tk, padded,
-    bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr,
+    dbias, do, q, k, v, base, delta, dbias_strides, do_strides, q_strides, k_strides, v_strides, steps, B, H, GROUP, Tq, Tk,
+    padded, bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -329,8 +337,8 @@ def attention_bwd(
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
     launch(
-        attention_bwd_delta_kernel, (padded // 64, B * H), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq, padded,
-        **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
+        attention_bwd_delta_kernel, (padded // 64, B * H), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
+        padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
     )  # fmt: skip
     all_strides = strides(do), strides(q), strides(k), strides(v)
 
@@ -343,8 +351,8 @@ def attention_bwd(
     tma, inputs = tiles(p)
     blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
     launch(
-        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides, steps,
-        scale, Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, TMA=tma, **p,
+        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides,
+        steps, scale, Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     p = ATTENTION_BWD_DQ(arch(q.device), **key)
     tma, inputs = tiles(p)
