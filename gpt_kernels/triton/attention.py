@@ -208,15 +208,16 @@ def fwd_stage(
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        p = exp_of(s, exponent_of(base, steps)[:, None], steps)
         alpha = tl.exp2((m_i - base) * steps.rate)
-        l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
+        o0 = o0 * alpha[:, None]
+        p = exp_of(s, exponent_of(base, steps)[:, None], steps)
+        l_i = l_i * alpha + tl.sum(p, 1)
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
         p = p.to(q0.dtype)
         v0 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
-        o0 = tl.dot(p, v0, o0 * alpha[:, None], input_precision=PRECISION)
+        o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
         if V1:
             v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA)
             o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
