@@ -408,15 +408,21 @@ def chosen(table: dict[str, dict[int, tuple[int, ...]]], arch: str, D: int, dtyp
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve: what spills nothing and, of that, issues
-# the least for its tensor work
+# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve, read from machine code: of what keeps its
+# loops out of local memory the least instructions for the tensor work. "fp32" is multiply-adds, on every architecture.
 FWD: dict[str, dict[int, tuple[int, ...]]] = {
     "fp32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 4, 2)},
-    "sm_90": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "gfx942": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+    "sm_80": {64: (128, 64, 4, 3), 96: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
+    "sm_90": {64: (128, 128, 4, 2), 96: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
+    "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
 }
 FWD |= {"sm_86": FWD["sm_80"], "sm_89": FWD["sm_80"], "sm_120": FWD["sm_80"], "sm_100": FWD["sm_90"], "gfx90a": FWD["gfx942"]}
+
+
+def neighbours(p: Parameters) -> list[Parameters]:
+    """What is worth measuring beside p."""
+    others = [p | {"BLOCK_N": n} for n in (32, 64, 128)] + [p | {"num_stages": n} for n in (1, 2, 3)]
+    return [p, *(other for other in others if other != p)]
 
 
 def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
@@ -428,8 +434,7 @@ def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
 
 def _fwd_candidates(arch: str, D: int, dtype, Tq: int) -> list[Parameters]:
     p = _fwd_default(arch, D, dtype, Tq)
-    others = [p | {"BLOCK_N": n} for n in (32, 64, 128)] + [p | {"num_stages": n} for n in (1, 2, 3, 4)]
-    return [p, *(other for other in others if other != p)]
+    return neighbours(p)
 
 
 def _fwd_problem(device, D: int, dtype, Tq: int):

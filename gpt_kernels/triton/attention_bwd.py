@@ -16,12 +16,14 @@ from ..ops.attention import _empty_as
 from .attention import (
     check_call,
     check_heads,
+    chosen,
     descriptors,
     exp_of,
     head_of,
     kept,
     load_block,
     load_rows,
+    neighbours,
     product,
     ranges,
     score_steps,
@@ -289,12 +291,30 @@ def attention_bwd_dbias_kernel(
 # ---- launcher ----
 
 
+# BLOCK_M, BLOCK_N, num_warps, num_stages, as in attention.py
+DKV: dict[str, dict[int, tuple[int, ...]]] = {
+    "fp32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "sm_80": {64: (32, 128, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    "sm_90": {128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    "gfx942": {128: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
+}
+DQ: dict[str, dict[int, tuple[int, ...]]] = {
+    "fp32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "sm_80": {96: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    "sm_90": {128: (64, 64, 4, 2), 256: (64, 32, 4, 1)},
+    "gfx942": {128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+}
+for table in (DKV, DQ):
+    ampere, hopper, cdna = table["sm_80"], table["sm_90"], table["gfx942"]
+    table |= {"sm_86": ampere, "sm_89": ampere, "sm_120": ampere, "sm_100": hopper, "gfx90a": cdna}
+
+
 def _dkv_default(arch: str, D: int, dtype) -> Parameters:
-    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return chosen(DKV, arch, D, dtype)
 
 
 def _dq_default(arch: str, D: int, dtype) -> Parameters:
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return chosen(DQ, arch, D, dtype)
 
 
 def _problem(device, D: int, dtype):
@@ -304,7 +324,7 @@ def _problem(device, D: int, dtype):
 
 
 def _candidates(default):
-    return lambda arch, D, dtype: [default(arch, D, dtype)]
+    return lambda arch, D, dtype: neighbours(default(arch, D, dtype))
 
 
 ATTENTION_BWD_DKV = Tunable("attention_bwd_dkv", _dkv_default, _candidates(_dkv_default), _problem)
