@@ -6,7 +6,7 @@
     padded()    tensors whose gaps and surroundings hold NaN
 
 The interpreter runs programs one after the other, so a race changes no result there. scan() keeps, for each element, who
-wrote and who read it last, and for each program whose accesses come before its own: by an atomic with acquire that saw another's
+wrote and who read it last, and for each program whose accesses precede its own: by an atomic with acquire that saw another's
 atomic with release, what the other did before its last debug_barrier. (A vector clock per program, as in FastTrack; of the
 programs that have read an element two are remembered, and accesses of another width to it are seen by their first byte.)
 """
