@@ -330,7 +330,7 @@ def occupancy(gpu: GPU, registers: int, threads: int, shared: int) -> tuple[int,
 def in_flight(code: list[Instruction]) -> int:
     """Most bytes of global loads of a thread that are outstanding at once: issued, and not yet waited for."""
     out, peak, groups, group = collections.Counter(), 0, [], 0
-    for i in code * 2:
+    for i in code * 8:  # the deepest pipeline takes so many passes to fill
         for board in range(6):
             if i.wait >> board & 1:
                 out[board] = 0
@@ -415,7 +415,7 @@ def replay(gpu: GPU, code: list[Instruction], warps: int, cta_warps: int, dram: 
         return t
 
     while able := [w for w in range(warps) if at[w] < total and not waiting[w]]:
-        when, w = min((earliest(w), w) for w in able)
+        when, _, w = min((earliest(w), ready[w], w) for w in able)  # of those that could go, the one that waits longest
         t = max(when, clock)
         i, pipe, cost, _, after, barrier, _ = steps[at[w] % len(steps)]
         clock, ready[w], end = t + 1, t + max(i.stall, 1), t
