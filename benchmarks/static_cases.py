@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -270,8 +270,8 @@ def _recording_liger(arch: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def matrix(subset: str) -> list[Case]:
+def matrix(subset: str, archs: Collection[str] = ()) -> list[Case]:
     """pr: main problems on four architectures in bf16. full: every problem everywhere, the main ones in every dtype."""
     if subset == "pr":
-        return [Case(p, arch, "bf16") for p in PROBLEMS if p.main for arch in PR_ARCHS]
-    return [Case(p, arch, d) for p in PROBLEMS for arch in ARCHS for d in DTYPES if p.main or d == "bf16"]
+        return [Case(p, arch, "bf16") for p in PROBLEMS if p.main for arch in archs or PR_ARCHS]
+    return [Case(p, arch, d) for p in PROBLEMS for arch in archs or ARCHS for d in DTYPES if p.main or d == "bf16"]
