@@ -45,7 +45,7 @@ MATRIX = {
 }  # of 16-bit products # fmt: skip
 # a budget's figure may grow by a tenth, or by the step in which it is handed out
 STEPS = {"registers": 8, "shared": 0, "code": 256}
-SPILLS: dict[str, str] = {}  # pattern of "case kernel" -> why its spills are tolerated
+SPILLS: dict[str, str] = {}  # pattern of "Triton's version, case, kernel" -> why its spills are tolerated
 
 
 # ---- compiling ----
@@ -99,7 +99,7 @@ class Facts:
     ctas: int  # that fit on a processor
     limit: str
     matrix: dict[str, int]
-    wide: float
+    wide: float  # share of the hot region's bytes that moves 16 or more at a time
     products: bool  # it has any, on tensor cores or off
 
 
@@ -111,7 +111,7 @@ def facts(compiled, arch: str) -> Facts:
     threads = kernel.threads or compiled.metadata.num_warps * 32
     ctas, limit = sass.occupancy(kernel.gpu, kernel.registers, threads, compiled.metadata.shared)
     return Facts(kernel.registers, kernel.spills, compiled.metadata.shared, kernel.code, threads, ctas, limit, kernel.matrix,
-                 sass.wide_share(kernel.instructions), products)  # fmt: skip
+                 sass.wide_share(sass.regions(kernel)[0]), products)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,12 +123,30 @@ def _read(cubin: bytes) -> sass.Kernel:
 _AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
 
 
+def _amd_moves(lines: list[str]) -> list[int]:
+    """Bytes of a thread per access to global memory."""
+    moves = (re.match(r"\s+(?:global|buffer)_(?:load|store)_(\w+)", line) for line in lines)
+    return [_AMD_WIDTHS.get(move[1], 2) for move in moves if move]
+
+
+def _amd_regions(text: str) -> list[list[str]]:
+    """Innermost loops, the one with most bytes first; else the whole kernel. A loop: from a label to the last branch back."""
+    lines, labels, spans = text.splitlines(), {}, {}
+    for n, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = n
+        elif (jump := re.match(r"\s+s_c?branch\w*\s+(\.LBB\w+)", line)) and jump[1] in labels:
+            spans[labels[jump[1]]] = n
+    inner = [lines[a:b] for a, b in spans.items() if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans.items())]
+    return sorted(filter(_amd_moves, inner), key=lambda loop: sum(_amd_moves(loop)), reverse=True) or [lines]
+
+
 def _amd_facts(text: str, metadata, products: bool) -> Facts:
     def note(name: str) -> int:
         return int(re.search(rf"{name}\s*[:=]\s*(\d+)", text)[1])
 
     registers, threads = note(r"\.vgpr_count"), metadata.num_warps * 64
-    moved = [_AMD_WIDTHS.get(w, 2) for w in re.findall(r"(?:global|buffer)_(?:load|store)_(\w+)", text)]
+    moved = _amd_moves(_amd_regions(text)[0])
     limits = {"waves": 8 * 4 // metadata.num_warps, "registers": 512 // (-(-registers // 8) * 8) * 4 // metadata.num_warps}
     if metadata.shared:
         limits["shared memory"] = 65536 // metadata.shared
@@ -164,12 +182,12 @@ class Row:
             found.append(f"needs {f.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]} KB")
         if not f.ctas:
             found.append(f"does not fit on a processor: {f.limit}")
-        if f.spills and not any(re.search(pattern, self.id) for pattern in SPILLS):
+        if f.spills and not any(re.search(p, f"{triton.__version__} {self.id}") for p in SPILLS):
             found.append(f"spills: {f.spills} accesses to local memory")
         want = problem.matrix if problem.matrix and arch.startswith("sm_") else MATRIX[arch]
         if f.products and self.case.dtype != "fp32" and want not in f.matrix:
             found.append(f"has products but no {want}, only {f.matrix or 'scalar ones'}")
-        if f.wide < problem.wide:
+        if problem.aligned and f.wide < problem.wide:
             found.append(f"moves {f.wide:.0%} of its bytes 16 at a time, expected {problem.wide:.0%}")
         return found
 
@@ -195,25 +213,35 @@ class Row:
         return ", ".join(f"{name} {before[name]} -> {value}" for name, value in now.items() if value != before[name])
 
 
+def _reason(e: BaseException) -> str:
+    """The last line of the innermost cause: above it Triton quotes the source around it."""
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return next((line.strip() for line in reversed(str(e).splitlines()) if line.strip(" ^")), "")
+
+
 def rows(case: Case, whose: str = "ours", figures: bool = False) -> list[Row]:
-    """Compile a case's launches, each kernel and set of launch parameters once. figures: read the hot regions, too."""
+    """Compile a case's launches, each specialisation once. figures: read the hot regions, too."""
     try:
         launches = case.launches() if whose == "ours" else case.liger_launches()
     except RuntimeError as e:
         return [Row(case, whose, "(launcher)", error=f"does not launch: {e}")]
     found: list[Row] = []
-    names: collections.Counter = collections.Counter()
+    kernels, names = [], collections.Counter()
     for launch in launches:
         try:
             compiled = compile_launch(launch, case.arch)
         except Exception as e:  # whatever the compiler throws belongs in the table, beside the kernels that do compile
             name, compiled = launch.kernel.__name__, None
-            row = Row(case, whose, name, error=f"does not compile: {type(e).__name__}: {str(e).strip().splitlines()[-1]}")
+            row = Row(case, whose, name, error=f"does not compile: {type(e).__name__}: {_reason(e)}")
         else:
             name = compiled.name
             row = Row(
                 case, whose, name, facts(compiled, case.arch), regions=_regions(launch, compiled, case) if figures else ()
             )
+        if compiled is not None and any(compiled is other for other in kernels):
+            continue  # the JIT has it already
+        kernels.append(compiled)
         names[name] += 1
         if names[name] > 1:
             row = Row(case, whose, f"{name}#{names[name]}", row.facts, row.error, row.regions)
