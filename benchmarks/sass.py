@@ -307,9 +307,11 @@ def regions(kernel: Kernel) -> list[list[Instruction]]:
 
 
 def wide_share(code: list[Instruction]) -> float:
-    """Share of the bytes to and from global memory that moves 16 or more at a time; 1 where TMA moves all."""
+    """Share of the bytes to and from global memory that moves 16 or more at a time; 1 where TMA moves the tiles."""
     moved = [i.bytes for i in code if i.kind == "global"]
-    return sum(b for b in moved if b >= 16) / sum(moved) if moved else 1.0
+    if not moved or any(i.kind == "tma" for i in code):
+        return 1.0
+    return sum(b for b in moved if b >= 16) / sum(moved)
 
 
 def occupancy(gpu: GPU, registers: int, threads: int, shared: int) -> tuple[int, str]:
