@@ -325,10 +325,13 @@ def test_matrix_on_the_oldest_triton(oldest_triton, arch):
     assert result.returncode == 0, result.stderr
 
 
+SLICE = "test_truth or test_against_float64 or test_integer_inputs_are_exact"  # values, in every op
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", sorted({p.op for p in PROBLEMS}))
 def test_interpreted_slice_on_the_oldest_triton(oldest_triton, op):
-    command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-k", "test_truth or test_against_float64"]
+    command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-k", SLICE]
     env = {**oldest_triton, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
