@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ PROCESSORS = {
 # ---- checks: op, argument, value, limit ----
 
 
-def fail(op: str, message: str) -> None:
+def fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"{op}: {message}")
 
 
@@ -159,7 +159,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         _recording = before
 
 
-def launch(kernel: Callable, grid: Sequence[int], like: Tensor, *args, **parameters) -> None:
+def launch(kernel: Any, grid: Sequence[int], like: Tensor, *args, **parameters) -> None:
     """kernel[grid](*args, **parameters) on like's device and its current stream; nothing for an empty grid.
 
     parameters: constexprs by name, num_warps, num_stages.
