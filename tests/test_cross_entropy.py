@@ -155,6 +155,7 @@ def test_long_rows_in_small(M):
         for i, V in enumerate((1, 5, 8, 71, 128, 515)):
             check(inputs(M, V, dtype=(torch.float32, torch.bfloat16)[i % 2]), **OPTIONS[i])
         logits, target = inputs(M, 133)
+        target[0], target[1] = 130, 2  # one in a row's second part, one where the second part has another element
         _, _, lse, dlogits = fwd(logits, target, *DEFAULTS, True)
         over = logits.clone()
         bwd_out(torch.ones(()), over, target, lse, *DEFAULTS, over)
