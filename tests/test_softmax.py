@@ -150,14 +150,15 @@ def test_long_rows_in_small(M):
     from gpt_kernels.triton import softmax as kernels
 
     small = {"BLOCK_M": 0, "BLOCK_N": 64, "STAGES": 2, "num_warps": 1}
+    lead = () if M == 3 else (2,)
     with kernels.SOFTMAX_FWD.override(small), kernels.SOFTMAX_BWD.override(small):
         for dtype, columns in ((torch.float32, (5, 71, 515)), (torch.bfloat16, (1, 8, 71, 128, 515))):
             for N in columns:
                 check_truth(softmax, eager, (scores(M, N, dtype=dtype), None, -0.3), name=f"{M} {N}")
-            check_truth(softmax, eager, (scores(2, M, 132, dtype=dtype), None, 0.125, True), name="causal")
+            check_truth(softmax, eager, (scores(*lead, M, 132, dtype=dtype), None, 0.125, True), name="causal")
         keep = (torch.rand(M, 71) < 0.7) | (torch.arange(71) == 0)
-        for mask, causal in ((keep, False), (keep, True), (torch.randn(2, 1, 71).bfloat16(), True)):
-            check_truth(softmax, eager, (scores(2, M, 71, dtype=torch.bfloat16), mask, 0.5, causal), name=f"mask {causal}")
+        for mask, causal in ((keep, False), (keep, True), (torch.randn(*lead, 1, 71).bfloat16(), True)):
+            check_truth(softmax, eager, (scores(*lead, M, 71, dtype=torch.bfloat16), mask, 0.5, causal), name=f"mask {causal}")
         x = scores(9, 133)  # all four skews; a row has the same bits in any of them
         y, dx = forward_backward(softmax, (x,), x)
         for row in (0, 3, 6):

@@ -8,6 +8,7 @@ for the GPU each is split over several programs, in two launches.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -223,7 +224,7 @@ def softmax_bwd_long_kernel(
 # ---- launch parameters ----
 
 
-def _table(short: int):
+def _table(short: int) -> tuple[Callable[..., Parameters], Callable[..., list[Parameters]]]:
     """Launch parameters of a kernel whose rows stay in registers up to `short` columns; BLOCK_M == 0: a long row, in chunks.
 
     Two programs share a processor, one reads while the other reduces. More would not be good for long rows: those under way
