@@ -133,7 +133,7 @@ def cross_entropy(M: int, V: int, reduction: str = "mean", smoothing: float = 0.
         loss, _, lse, _ = launcher("cross_entropy_fwd")(x, target, *settings, reduction != "none")
         launcher("cross_entropy_fwd")(x, target, *settings, False)
         launcher("cross_entropy_bwd")(loss, x, target, lse, *settings)
-        launcher("cross_entropy_bwd_out")(loss, x, target, lse, *settings, x)
+        launcher("cross_entropy_bwd_out")(loss, x, target, lse, *settings, False, x)
 
     def liger(new):
         from liger_kernel.ops.cross_entropy import cross_entropy_forward

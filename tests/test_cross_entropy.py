@@ -158,7 +158,7 @@ def test_long_rows_in_small(M):
         target[0], target[1] = 130, 2  # one in a row's second part, one where the second part has another element
         _, _, lse, dlogits = fwd(logits, target, *DEFAULTS, True)
         over = logits.clone()
-        bwd_out(torch.ones(()), over, target, lse, *DEFAULTS, over)
+        bwd_out(torch.ones(()), over, target, lse, *DEFAULTS, False, over)
         assert torch.equal(over, dlogits)
         if M == 3:
             return check_layouts(lambda x: cross_entropy(x, target, label_smoothing=0.1), (logits,))
@@ -193,7 +193,7 @@ def test_vocabulary(shape):
     check(inputs(*shape, dtype=torch.bfloat16), label_smoothing=0.1)
     logits, target = inputs(*shape, dtype=torch.bfloat16)
     _, _, lse, dlogits = fwd(logits, target, *DEFAULTS, True)
-    bwd_out(torch.ones(()), logits, target, lse, *DEFAULTS, logits)
+    bwd_out(torch.ones(()), logits, target, lse, *DEFAULTS, False, logits)
     assert torch.equal(logits, dlogits)
 
 
@@ -220,7 +220,7 @@ def test_opcheck():
                 check_opcheck(fwd, (logits, target, *options, with_grad))
             loss, _, lse, _ = fwd(logits, target, *options, False)
             check_opcheck(bwd, (torch.randn_like(loss), logits, target, lse, *options))
-            check_opcheck(bwd_out, (torch.randn_like(loss), logits, target, lse, *options, torch.empty_like(logits)))
+            check_opcheck(bwd_out, (torch.randn_like(loss), logits, target, lse, *options, False, torch.empty_like(logits)))
 
 
 def test_compile():
@@ -384,7 +384,7 @@ def test_target_out_of_range(how):
             message = f"target {bad} of row 3 is out of range, expected 0 to 39 or ignore_index -100$"
             check_raises(lambda: cross_entropy(logits, target), RuntimeError, "cross_entropy_fwd: " + message)
             out = torch.zeros(5, 40)
-            for op, more in ((bwd, ()), (bwd_out, (out,))):
+            for op, more in ((bwd, ()), (bwd_out, (False, out))):
                 args = (torch.ones(()), logits, target, lse, *DEFAULTS, *more)
                 check_raises(lambda op=op, args=args: op(*args), RuntimeError, "cross_entropy_bwd: " + message)
             assert not out.any()
@@ -441,9 +441,9 @@ def test_bad_inputs():
         (lambda: bwd(loss.double(), x, t, lse, *DEFAULTS), RuntimeError, "dloss must be float32, got float64"),
         (lambda: bwd(x[:, 0].contiguous(), x, t, lse, *DEFAULTS), RuntimeError, "dloss must have 1 elements, got 5"),
         (lambda: bwd(loss, x, t, lse[0], *DEFAULTS), RuntimeError, r"lse must have shape \(2, 5\), got \(5,\)"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, x[:4].clone()), RuntimeError, "dlogits must have the shape of logits"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, x.bfloat16()), RuntimeError, "dlogits must be float32, got bfloat16"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, x[:1].expand(5, 40)), RuntimeError, "rows that do not overlap"),
+        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x[:4].clone()), RuntimeError, "dlogits must have the shape of logits"),
+        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x.bfloat16()), RuntimeError, "dlogits must be float32, got bfloat16"),
+        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x[:1].expand(5, 40)), RuntimeError, "rows that do not overlap"),
     ):
         check_raises(call, error, message)
 

@@ -131,7 +131,7 @@ def cross_entropy_bwd() -> Cases:
 
 def cross_entropy_bwd_out() -> Cases:
     for what, args in cross_entropy_bwd():
-        yield what, (*args, args[1].clone())
+        yield what, (*args, False, args[1].clone())
 
 
 def attention_fwd() -> Cases:
@@ -318,7 +318,7 @@ def large_cross_entropy(op: str) -> Callable[[], Large]:
         dloss = large_rows(rows, dtype=torch.float32)[0]
         lse = tuple(CPU.cross_entropy_fwd(logits[1], target[1], -100, 0, 0.0, 0.0, 0.0, False)[2] for _ in range(2))
         lse = (torch.zeros(2, rows).index_copy_(1, torch.arange(rows - 16, rows), lse[0]), lse[1])
-        out = [(torch.empty_like(logits[0]), torch.empty_like(logits[1]))] if op == "cross_entropy_bwd_out" else []
+        out = [False, (torch.empty_like(logits[0]), torch.empty_like(logits[1]))] if op == "cross_entropy_bwd_out" else []
         yield from pair_up("rows", [dloss, logits, target, lse, -100, 0, 0.0, 0.0, 0.0, *out], programs=1)
 
     return large

@@ -153,9 +153,12 @@ def cross_entropy_fwd_kernel(
 @triton.jit
 def cross_entropy_bwd_kernel(
     dx, dloss, x, target, lse, count, M, V, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale, softcap,
-    EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
+    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if MADE:  # in forward, for dloss = 1
+        if tl.load(dloss) == 1:
+            return
     row, live, x, dx = tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
     t, counted, bad = load_target(target, row, live, ignore_index, V)
     column = tl.arange(0, BLOCK_N)[None, :]
@@ -277,9 +280,12 @@ def cross_entropy_fwd_long_kernel(
 def cross_entropy_bwd_long_kernel(
     dx, dloss, x, target, lse, count, M, V, span, splits, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale,
     softcap,
-    EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr,
+    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr,
     VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    if MADE:
+        if tl.load(dloss) == 1:
+            return
     row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
     x, dx, skew = long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
@@ -465,7 +471,7 @@ def cross_entropy_fwd(
 
 def cross_entropy_bwd_out(
     dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: int, label_smoothing: float,
-    lse_square_scale: float, logit_softcap: float, dlogits: Tensor,
+    lse_square_scale: float, logit_softcap: float, made: bool, dlogits: Tensor,
 ) -> None:  # fmt: skip
     op = "cross_entropy_bwd"
     _check(op, logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap)
@@ -489,7 +495,7 @@ def cross_entropy_bwd_out(
     rows, a = _rows(logits, dlogits)
     p = dict(CROSS_ENTROPY_BWD(arch(logits.device), V=V, dtype=logits.dtype, plain=not logit_softcap))
     numbers = (ignore_index, label_smoothing, lse_square_scale, logit_softcap)
-    options = {"EACH": int(reduction == 0), "SOFTCAP": logit_softcap > 0}
+    options = {"MADE": made and reduction != 0, "EACH": int(reduction == 0), "SOFTCAP": logit_softcap > 0}
     if p["BLOCK_M"]:
         launch(
             cross_entropy_bwd_kernel, (cdiv(M, p["BLOCK_M"]),), logits, dlogits, dloss, logits, target, lse, count, M, V,
@@ -510,5 +516,5 @@ def cross_entropy_bwd(
 ) -> Tensor:  # fmt: skip
     dlogits = logits.new_empty(logits.shape)
     options = (ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap)
-    cross_entropy_bwd_out(dloss, logits, target, lse, *options, dlogits)
+    cross_entropy_bwd_out(dloss, logits, target, lse, *options, False, dlogits)
     return dlogits

@@ -84,4 +84,4 @@ def calls(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Itera
     lse = run("cross_entropy_fwd", logits, target, *mean_of_all, False)[2]
     dloss = torch.ones((), device=device)
     yield "cross_entropy_bwd", (dloss, logits, target, lse, *mean_of_all)
-    yield "cross_entropy_bwd_out", (dloss, logits, target, lse, *mean_of_all, logits)
+    yield "cross_entropy_bwd_out", (dloss, logits, target, lse, *mean_of_all, False, logits)
