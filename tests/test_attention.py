@@ -119,15 +119,19 @@ SHAPES = [
     (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96), (1, 4, 2, 96, 96, 59), (1, 1, 1, 97, 97, 128),
     (1, 2, 2, 129, 33, 64), (1, 1, 1, 257, 257, 64), (1, 1, 1, 33, 31, 256),
 ]  # fmt: skip
-TOKENS = (70, 81)
+TOKENS = BIAS_TOKENS = (70, 81)
 FEW_TOKENS = [(2, 70)]
+HEADS = (2, 4, 2)
+THREAD_SHAPES = [(1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)]  # one head (its keys in chunks) and many
 if BACKEND == "triton":
     SHAPES = [
         (1, 1, 1, 1, 1, 1), (1, 2, 1, 2, 64, 40), (2, 3, 1, 7, 49, 33), (1, 1, 1, 64, 65, 80), (1, 2, 2, 33, 31, 96),
         (1, 1, 1, 5, 5, 256),
     ]  # fmt: skip
-    TOKENS = (50, 57)
+    TOKENS, BIAS_TOKENS = (50, 57), (34, 30)
     FEW_TOKENS = []
+    HEADS = (1, 2, 1)
+    THREAD_SHAPES = [(1, 2, 1, 34, 30, 16)]
 
 
 def cases(all_cases, dtype, every=3):
@@ -165,7 +169,7 @@ def test_score_steps(dtype, isa):
 
 @every_dtype
 def test_bias_and_its_gradient(dtype):
-    Tq, Tk = TOKENS
+    Tq, Tk = BIAS_TOKENS
     shapes = (2, 2, Tq, Tk), (1, 2, Tq, Tk), (2, 1, 1, Tk), (1, 1, Tq, 1), (1, 2, 1, 1)
     steps = {}, {"softcap": 2.0, "right": 0, "offset": 11}, {"dropout_p": 0.3, "rng": RNG}
     for shape, options in cases(itertools.product(shapes, steps), dtype, 4):
@@ -328,8 +332,8 @@ def test_gradcheck(isa):
 
 
 def test_opcheck():
-    q, k, v = qkv(2, 4, 2, 9, 11, 16, torch.bfloat16)
-    bias, slopes = torch.randn(2, 1, 9, 1).to(q.dtype), torch.rand(4)
+    q, k, v = qkv(*HEADS, 9, 11, 16, torch.bfloat16)
+    bias, slopes = torch.randn(HEADS[0], 1, 9, 1).to(q.dtype), torch.rand(HEADS[1])
     args = (bias, slopes, RNG, 0.25, 2.0, 0.1, 2, 5, 0)
     for q_ in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
         check_opcheck(module.fwd, (q_, k, v, *args))
@@ -346,7 +350,7 @@ def test_compile():
 
 
 def test_threads():
-    for shape in ((1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)):  # one head (its keys in chunks) and many
+    for shape in THREAD_SHAPES:
         check_threads(ours(right=0, offset=shape[4] - shape[3]), (*qkv(*shape), torch.randn(1, 1, shape[3], shape[4])))
 
 
@@ -394,7 +398,7 @@ def test_triton_descriptors_and_pointers_give_the_same_bits():
     from gpt_kernels.triton.common import recording, use_arch
 
     options = {"right": 0, "left": 30, "offset": 7, "dropout_p": 0.2, "rng": RNG}
-    args = (*qkv(2, 4, 2, *TOKENS, 24, torch.float16, Dv=40), torch.randn(1, 4, *TOKENS))
+    args = (*qkv(2, 4, 2, *TOKENS, 24, torch.float16, Dv=56), torch.randn(1, 4, *TOKENS))
     expected = forward_backward(ours(**options), args)
     with use_arch("sm_90"):
         assert_same(forward_backward(ours(**options), args), expected, "descriptors")

@@ -408,10 +408,10 @@ def chosen(table: dict[str, dict[int, tuple[int, ...]]], arch: str, D: int, dtyp
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve, read from machine code: of what keeps its
-# loops out of local memory the least instructions for the tensor work. "fp32" is multiply-adds, on every architecture.
+# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve, read from machine code: of what keeps
+# its loops out of local memory the least instructions for the tensor work. "fp32" is multiply-adds, on every architecture.
 FWD: dict[str, dict[int, tuple[int, ...]]] = {
-    "fp32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "fp32": {128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "sm_80": {64: (128, 64, 4, 3), 96: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
     "sm_90": {64: (128, 128, 4, 2), 96: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
     "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
