@@ -4,11 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-<<<<<<< HEAD
 .PHONY: demo test test-full mutants bench gpu lint clean setup
-=======
-.PHONY: demo test test-full mutants bench lint clean setup
->>>>>>> tools
 
 demo: setup
 	$(BIN)/python -m gpt_kernels demo $(ARGS)
