@@ -435,7 +435,7 @@ def test_triton_order_of_programs(monkeypatch):
     args = qkv(1, 3, 3, *TOKENS, 16)
     expected = forward_backward(ours(right=0), args)
     for each in (forward, backward):
-        monkeypatch.setattr(each, "section", lambda *streamed: 2)
+        monkeypatch.setattr(each, "section", lambda heads, *streamed: 2)
     assert_same(forward_backward(ours(right=0), args), expected, "sections")
 
 

@@ -317,10 +317,6 @@ class Call:
     steps: Steps
     widths: dict[str, Any]  # constexprs
 
-    @property
-    def causal(self) -> bool:
-        return self.steps.last is not None
-
 
 def check_call(
     op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right
@@ -374,14 +370,15 @@ def check_call(
         keep_scale=keep_scale,
     )
     (D0, D1), (V0, V1) = parts(D), parts(Dv)
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION="tf32" if allow_tf32 else "ieee")
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # allow_tf32 sets it too
+    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION=precision)
     return Call(B, H, Hk, Tq, Tk, steps, widths)
 
 
-def section(*streamed: Tensor) -> int:
+def section(heads: int, *streamed: Tensor) -> int:
     """How many heads' streamed tensors (keys and values, or queries and output gradients) take half of a 40 MB L2 cache."""
-    return max(1, 20 * 2**20 // max(1, sum(t.shape[2] * t.shape[3] * t.element_size() for t in streamed)))
+    per_head = sum(t.shape[2] * t.shape[3] * t.element_size() for t in streamed)
+    return min(max(1, 20 * 2**20 // max(1, per_head)), max(1, heads))
 
 
 def descriptors(arch: str, call: Call, **blocks: tuple[Tensor, int]) -> tuple[bool, list]:
@@ -398,7 +395,8 @@ def descriptors(arch: str, call: Call, **blocks: tuple[Tensor, int]) -> tuple[bo
     ]
 
 
-def strides(t: Tensor) -> tuple[int, ...]:
+def strides(t: Tensor) -> tuple:
+    """Batch, head and token; the token's is a constant of the kernel, so that a tile's addresses differ by constants."""
     return *t.stride()[:2], tl.constexpr(t.stride(2))
 
 
@@ -458,6 +456,6 @@ def attention_fwd(
     tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
     launch(
         attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v), call.steps,
-        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(k, v), **call.widths, TMA=tma, **p,
+        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     return o, lse

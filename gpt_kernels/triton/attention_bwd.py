@@ -45,7 +45,8 @@ def attention_bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta, and lse as the base of the exponent: +inf where there is no row or it saw no key, so that p = 0 there."""
-    i0, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    blocks = padded // BLOCK_M
+    head, i0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     b, h = head // H, head % H
     do, o = head_of(do, do_strides, b, h, i0, False), head_of(o, o_strides, b, h, i0, False)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -357,7 +358,7 @@ def attention_bwd(
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
     launch(
-        attention_bwd_delta_kernel, (padded // 64, B * H), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
+        attention_bwd_delta_kernel, (padded // 64 * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
         padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
     )  # fmt: skip
     all_strides = strides(do), strides(q), strides(k), strides(v)
@@ -372,16 +373,16 @@ def attention_bwd(
     blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
     launch(
         attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides,
-        steps, scale, Hk, group, Tq, Tk, padded, blocks, heads, section(q, do), **call.widths, TMA=tma, **p,
+        steps, scale, Hk, group, Tq, Tk, padded, blocks, heads, section(heads, q, do), **call.widths, TMA=tma, **p,
     )  # fmt: skip
     p = ATTENTION_BWD_DQ(arch(q.device), **key)
     tma, inputs = tiles(p)
     blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
     launch(
         attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
-        H, group, Tq, Tk, padded, blocks, heads, section(k, v), **call.widths, TMA=tma, **p,
+        H, group, Tq, Tk, padded, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
     )  # fmt: skip
-    if not need_dbias:
+    if bias is None or not need_dbias:
         return dq, dk, dv, q.new_empty(0)
 
     row_blocks, column_blocks = cdiv(Tq, p["BLOCK_M"]), cdiv(Tk, p["BLOCK_N"])
