@@ -253,6 +253,11 @@ def row_of_matrix(t: Tensor) -> Tensor:
     return tail(t) if t.dim() > 1 else t[:0]
 
 
+def last_row_of(columns: int) -> Callable[[Tensor], Tensor]:
+    """nothing of results that have other columns"""
+    return lambda t: t[-1] if t.shape[-1:] == (columns,) else t.reshape(-1)[:0]
+
+
 def large_rows(*shape: int, count: int = 1, dtype=torch.bfloat16) -> list[tuple[Tensor, Tensor]]:
     """count times (tensor, copy of its last rows): more than 2^31 elements, or a statistic of each row"""
     pairs = []
@@ -325,8 +330,8 @@ def large_cross_entropy(op: str) -> Callable[[], Large]:
             what, options, total = f"rows of {V}", (-100, 0, 0.0, 0.0, 0.0), (-100, 2, 0.0, 0.0, 0.0)
             if op == "cross_entropy_fwd":
                 yield from pair_up(what, [logits, target, *options, False], lambda t: t[..., -1:], programs=1)
-                gradient = [logits, target, *total, True]
-                yield from pair_up(f"{what}, gradient", gradient, lambda t, V=V: t[-1] if t.shape[-1:] == (V,) else t.view(-1)[:0], 1)
+                args = [logits, target, *total, True]
+                yield from pair_up(f"{what}, gradient", args, last_row_of(V), programs=1)
                 continue
             dloss = large_rows(rows, dtype=torch.float32)[0]
             small = CPU.cross_entropy_fwd(logits[1], target[1], *options, False)[2]
@@ -408,7 +413,8 @@ def large(op: str) -> None:
     launcher(op)
     # loops over rows would take days: as many programs as rows, of which the last few are run; and a row is one program's
     for m in modules_with("processors"):
-        m.processors = lambda device, count=1 if m.__name__.endswith("aligned") else 2**20: count
+        count = 1 if m.__name__.endswith("aligned") else 2**20
+        m.processors = lambda device, count=count: count
     for m in modules_with("MOST_PROGRAMS"):
         m.MOST_PROGRAMS = 2**20
     for what, args, small, meet, programs in LARGE[op]():

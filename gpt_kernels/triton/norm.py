@@ -39,8 +39,6 @@ from .common import (
 from .partial_sums import MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
 
-
-
 # ---- rows ----
 
 
@@ -402,6 +400,7 @@ TUNABLES = {
 
 
 # ---- launchers ----
+
 
 def check_stat(op: str, name: str, stat: Tensor, x: Tensor, M: int) -> None:
     check_device(op, name, stat, x)
