@@ -12,6 +12,10 @@ if grids.BACKEND == "triton":
     import triton_tools
 
     triton_tools.mend_bfloat16()
+elif grids.BACKEND == "cuda_sim":
+    import sim_tools
+
+    sim_tools.register()
 
 OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
 

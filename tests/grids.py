@@ -1,15 +1,18 @@
 """What the op tests iterate over, in one place: the backend under test, dtypes, instruction sets, boundary sizes.
 
 The tests are the same for every backend. CPU kernels run them in full; with TRITON_INTERPRET=1 in the environment the Triton
-kernels do, in an interpreter some thousand times slower, on fewer sizes.
+kernels do, in an interpreter some thousand times slower, on fewer sizes; with GPT_KERNELS_TEST_BACKEND=cuda_sim the CUDA
+kernels do, on the CPU model of csrc/sim.
 """
+
+import os
 
 import torch
 
 from gpt_kernels import dispatch
 from gpt_kernels.triton import INTERPRETED
 
-BACKEND = "triton" if INTERPRETED else "cpu"
+BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED else "cpu")
 ROWS = (0, 1, 2, 17)
 if BACKEND == "cpu":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
