@@ -1,13 +1,11 @@
 // What the kernels and their launchers share: 16-bit storage, 16-byte access, reductions of a warp and a block, Philox, and
 // the one way to launch. Kernels stand above the launchers in each file; both are the same code on a GPU and in csrc/sim.
 #pragma once
-#include "ptx.cuh"
+#include "launch.cuh"
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 #include <type_traits>
-#include <utility>
 
 #define GK_CUDA
 #include "../torch.h"
@@ -242,32 +240,6 @@ class Gpu {
   const cudaStream_t stream;
 #endif
 };
-
-template <class... P> struct Kernel {
-  const char* name;
-  void (*function)(P...);
-};
-template <class... P> Kernel<P...> named(const char* name, void (*function)(P...)) { return {name, function}; }
-#define GK_KERNEL(...) ::gk::named(#__VA_ARGS__, __VA_ARGS__)  // gk::launch(GK_KERNEL(softmax_fwd<T, 4>), grid, block, ...)
-
-void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, void** args);
-
-// The one way to launch. An empty grid is no launch; a refused one is an exception that names kernel, grid, block, memory.
-template <class... P, class... A>
-void launch(const Kernel<P...>& kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const A&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  std::tuple<P...> values(static_cast<P>(args)...);
-#ifdef GK_SIM
-  (void)stream;
-  auto call = [&] { std::apply(kernel.function, values); };
-  sim::launch(kernel.name, grid, block, shared, [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call);
-#else
-  std::apply([&](auto&... value) {
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-    launch_raw(kernel.name, reinterpret_cast<const void*>(kernel.function), grid, block, shared, stream, pointers);
-  }, values);
-#endif
-}
 
 // Registers launchers at the end of a file: in the CUDA slots, or as the simulator's ops for CPU tensors.
 #ifdef GK_SIM

@@ -148,33 +148,35 @@ __global__ void __launch_bounds__(block ? 512 : 128)
   }
   if (!partial) return;
   partial += int64_t(blockIdx.x) * 2 * N;
-  // the warps of a block one after the other, so that the order of the sum is fixed
-  GK_SHARED(float, sums, [block ? 1 : 2][block ? 4 : warp_columns]);
-  for (int turn = 0; turn < rows; turn++) {
-    if (turn == group) {
+  const auto each_16 = [&](const auto& f) {  // f(plane, column, four sums)
 #pragma unroll
-      for (int j = 0; j < kept; j++) {
-        const int64_t column = row.column(me + j * peers);
+    for (int j = 0; j < kept; j++) {
+#pragma unroll
+      for (int k = 0; k < V; k += 4) {
+        const int64_t column = row.column(me + j * peers) + k;
         if (column >= N) continue;
-#pragma unroll
-        for (int k = 0; k < V; k++) {
-          if constexpr (block) {
-            partial[column + k] = dw[j][k];
-            if constexpr (centred) partial[N + column + k] = db[j][k];
-          } else {
-            sums[0][column + k] = (turn ? sums[0][column + k] : 0.f) + dw[j][k];
-            if constexpr (centred) sums[1][column + k] = (turn ? sums[1][column + k] : 0.f) + db[j][k];
-          }
-        }
+        f(0, column, *reinterpret_cast<float (*)[4]>(dw[j] + k));
+        if constexpr (centred) f(1, column, *reinterpret_cast<float (*)[4]>(db[j] + k));
       }
     }
-    if constexpr (!block) __syncthreads();
+  };
+  if constexpr (block) {
+    each_16([&](int plane, int64_t column, const float (&v)[4]) { store_16(partial + plane * N + column, pack<float>(v)); });
+    return;
   }
-  if constexpr (!block) {
-    for (int64_t column = threadIdx.x; column < N; column += blockDim.x) {
-      partial[column] = sums[0][column];
-      if constexpr (centred) partial[N + column] = sums[1][column];
-    }
+  // the warps of a block one after the other, so that the order of the sum is fixed
+  GK_SHARED(float, sums, [2][block ? 4 : warp_columns]);
+  for (int turn = 0; turn < rows; turn++) {
+    if (turn == group)
+      each_16([&](int plane, int64_t column, float (&v)[4]) {
+        float before[4];
+        unpack<float>(load_16(&sums[plane][column]), before);
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] += turn ? before[k] : 0.f;
+        if (turn < rows - 1) store_16(&sums[plane][column], pack<float>(v));
+        else store_16(partial + plane * N + column, pack<float>(v));
+      });
+    __syncthreads();
   }
 }
 

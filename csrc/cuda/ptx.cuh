@@ -28,9 +28,15 @@ constexpr unsigned full_mask = 0xFFFFFFFFu;
 GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
-// ---- global memory, 16 bytes with a word on caching ("Data Movement and Conversion: ld.global.nc", "st") ----
+// ---- 16 bytes of global or shared memory, where the pointer stands on a multiple of 16 ----
+#ifdef GK_SIM
+GK_DEVICE uint4 load_16(const void* p) { return sim::load<uint4>(p); }
+GK_DEVICE void store_16(void* p, uint4 v) { sim::store(p, v); }
+#else
 GK_DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
 GK_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+#endif
+// global memory, with a word on caching ("Data Movement and Conversion: ld.global.nc", "st")
 // read by nobody else: past L1
 GK_DEVICE uint4 load_16_once(const void* p) {
   uint4 v;

@@ -45,6 +45,10 @@ void __tsan_func_exit();
 #endif
 
 namespace gk::sim {
+
+Thread* current;
+Place place;
+
 namespace {
 
 constexpr int lanes = 32, max_warps = 32, max_threads = lanes * max_warps, max_barriers = 16;
@@ -237,16 +241,16 @@ void block_at(State state, const char* waits_for) {
 }
 
 // ---- reports ----
-std::string place() {
+std::string where() {
   std::ostringstream s;
-  s << "simulator: kernel " << kernel_name << ", block (" << block_index.x << ", " << block_index.y << ", " << block_index.z << ")";
+  s << "simulator: kernel " << kernel_name << ", block (" << place.index.x << ", " << place.index.y << ", " << place.index.z << ")";
   return s.str();
 }
 
 template <class... Args> [[noreturn]] void stop(const Args&... args) {
   if (config.trap) raise(SIGTRAP);
   std::ostringstream s;
-  s << place() << ", warp " << running->number / lanes << ", lane " << running->lane << ": ";
+  s << where() << ", warp " << running->number / lanes << ", lane " << running->lane << ": ";
   (s << ... << args);
   error = s.str();
   leave_to_host();
@@ -268,7 +272,7 @@ std::string lane_list(uint32_t mask) {
 
 std::string deadlock() {
   std::ostringstream s;
-  s << place() << ": deadlock";
+  s << where() << ": deadlock";
   for (int w = 0; w < threads / lanes; w++) {
     std::map<std::string, uint32_t> groups;
     for (int l = 0; l < lanes; l++) {
@@ -287,6 +291,11 @@ std::string deadlock() {
 
 // ---- shared memory and the counters ----
 bool in_shared(const void* p) { return size_t((const char*)p - arena) < arena_bytes; }
+
+// Byte by byte, past ThreadSanitizer's memcpy and memset: it is told apart who writes when.
+void fill(char* to, char value, int bytes) {
+  for (int i = 0; i < bytes; i++) ((volatile char*)to)[i] = value;
+}
 
 void check_access(const void* address, int bytes, bool aligned = true) {
   if (aligned && (uintptr_t)address % bytes) stop("misaligned access of ", bytes, " bytes at ", address);
@@ -350,8 +359,10 @@ void count_pending(Warp& warp) {
 
 void note(uintptr_t instruction, const void* address, int bytes, bool write) {
   const char* p = (const char*)address;
-  // local memory and parameters are no traffic here
-  if (size_t(p - running->stack) < stack_bytes || size_t(p - host_frame) < (64 << 10)) return;
+  // local memory, parameters and special registers are no traffic here
+  const auto within = [p](const void* from, size_t size) { return size_t(p - (const char*)from) < size; };
+  if (within(running->stack, stack_bytes) || within(host_frame, 64 << 10) || within(&place, sizeof place) ||
+      within(&current, sizeof current) || within(&running->index, sizeof(dim3))) return;
   auto& entry = running->warp->instructions[instruction * 2 + in_shared(p)];
   const unsigned index = entry.seen[running->lane]++;
   if (entry.accesses.size() <= index) entry.accesses.resize(index + 1);
@@ -394,7 +405,7 @@ void run_fiber() {
 
 void prepare(Fiber& f, int number) {
   f.number = number, f.lane = number % lanes, f.warp = &warps[number / lanes];
-  f.index = dim3(number % block_extent.x, number / block_extent.x % block_extent.y, number / (block_extent.x * block_extent.y));
+  f.index = dim3(number % place.extent.x, number / place.extent.x % place.extent.y, number / (place.extent.x * place.extent.y));
   f.oldest_group = f.open_group = 0, f.first_copy = f.end_copy = 0;
   ASAN(__asan_unpoison_memory_region(f.stack, stack_bytes); f.fake_stack = nullptr;)
 #if defined(__x86_64__)
@@ -448,6 +459,7 @@ void run_block() {
   // no order between blocks but through atomics: shared memory is new to ThreadSanitizer each time
   TSAN(mmap(arena, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);)
   std::memset(arena, 0xFF, shared_limit());  // NaN in every float type
+  TSAN(__tsan_release(&launch_token);)
   for (int t = 0; t < threads; t++) prepare(*fibers[t], t);
   running = fibers[0];
   Fiber* first = pick();
@@ -470,8 +482,6 @@ void run_block() {
 }  // namespace
 
 // ---- what kernels and launchers see ----
-Thread* current;
-dim3 block_index, block_extent, grid_extent;
 
 int arch() { return int(config.arch); }
 int processors() { return int(config.processors); }
@@ -480,20 +490,20 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes
   std::lock_guard<std::mutex> lock(one_launch);
   char frame;
   host_frame = &frame;
-  kernel_name = name, grid_extent = grid, block_extent = block, body = function, body_args = args;
+  kernel_name = name, place = {{}, block, grid}, body = function, body_args = args;
   dynamic_bytes = dynamic_shared_bytes, threads = int(block.x * block.y * block.z), error.clear();
   rng = (uint64_t(config.seed) + 1) * 0x9E3779B97F4A7C15ull;
   if (threads % lanes) throw std::runtime_error("simulator: blocks of whole warps only, got " + std::to_string(threads) + " threads");
   make_fibers(threads);
   counters = &counted[name];
   counters->launches++;
-  TSAN(tsan_host = __tsan_get_current_fiber(); __tsan_release(&launch_token);)
+  TSAN(tsan_host = __tsan_get_current_fiber();)
   const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
   // hardware starts blocks in any order: here first to last, last to first, or from somewhere in the middle
   const int64_t first = config.seed >= 4 && blocks ? random_below(uint32_t(std::min<int64_t>(blocks, ~0u))) : 0;
   for (int64_t i = 0; i < blocks && error.empty(); i++) {
     const int64_t b = config.seed == 1 ? blocks - 1 - i : (first + i) % blocks;
-    block_index = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (int64_t(grid.x) * grid.y)));
+    place.index = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (int64_t(grid.x) * grid.y)));
     run_block();
   }
   TSAN(__tsan_acquire(&end_token);)
@@ -520,10 +530,18 @@ void yield() {
   if (config.seed >= 2) schedule();
 }
 
-void access(const void* address, int bytes, bool write) {
+void read(void* to, const void* address, int bytes) {
   check_access(address, bytes);
-  TSAN(write ? __tsan_write_range((void*)address, bytes) : __tsan_read_range((void*)address, bytes);)
-  if (config.count) note((uintptr_t)__builtin_return_address(0), address, bytes, write);
+  TSAN(__tsan_read_range((void*)address, bytes);)
+  if (config.count) note((uintptr_t)__builtin_return_address(0), address, bytes, false);
+  std::memcpy(to, address, bytes);
+}
+
+void write(void* address, const void* from, int bytes) {
+  check_access(address, bytes);
+  TSAN(__tsan_write_range(address, bytes);)
+  if (config.count) note((uintptr_t)__builtin_return_address(0), address, bytes, true);
+  std::memcpy(address, from, bytes);
 }
 
 void synchronise(const void* address, bool acquire, bool release) {
@@ -703,7 +721,7 @@ void cp_async(void* shared, const void* global, int bytes, int valid) {
   Copy& copy = f.copies[f.end_copy++ % Fiber::max_copies];
   copy = {(char*)shared, (const char*)global, bytes, valid, f.open_group};
   TSAN(__tsan_release(&copy);)
-  std::memset(shared, 0xFF, bytes);
+  fill((char*)shared, char(0xFF), bytes);
 }
 
 void cp_async_commit() { running->open_group++; }
@@ -716,8 +734,8 @@ void cp_async_wait(int pending) {
     if (c.group >= f.open_group - pending) break;
     TSAN(__tsan_switch_to_fiber(f.tsan_agent, 1); __tsan_acquire(&c); __tsan_func_entry((void*)cp_async);
          __tsan_read_range((void*)c.from, c.valid); __tsan_write_range(c.to, c.bytes);)
-    std::memcpy(c.to, c.from, c.valid);
-    std::memset(c.to + c.valid, 0, c.bytes - c.valid);
+    for (int i = 0; i < c.valid; i++) ((volatile char*)c.to)[i] = c.from[i];
+    fill(c.to + c.valid, 0, c.bytes - c.valid);
     TSAN(__tsan_func_exit(); __tsan_release(&c); __tsan_switch_to_fiber(f.tsan, 1); __tsan_acquire(&c);)
   }
 }

@@ -39,7 +39,8 @@ namespace gk::sim {
 // ---- threads ----
 struct Thread { dim3 index; };
 extern Thread* current;
-extern dim3 block_index, block_extent, grid_extent;
+struct Place { dim3 index, extent, grid; };  // blockIdx, blockDim, gridDim
+extern Place place;
 
 // Runs body(args) once per thread. Throws std::runtime_error with a report for whatever a kernel does wrong.
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* args);
@@ -66,23 +67,20 @@ void mma(Mma type, float* d, const uint32_t* a, const uint32_t* b);
 void cp_async(void* shared, const void* global, int bytes, int valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
-void access(const void* address, int bytes, bool write);  // a wrapper's own load or store, seen like the kernel's
 void synchronise(const void* address, bool acquire, bool release);
 void yield();
 
 float from_f16(uint16_t bits);
 uint16_t to_f16(float value);
 
-template <class T> T load(const void* address) {
-  access(address, sizeof(T), false);
+void read(void* to, const void* address, int bytes);  // loads and stores of the wrappers, seen as one access like a kernel's own
+void write(void* address, const void* from, int bytes);
+template <class T> __forceinline__ T load(const void* address) {
   T value;
-  std::memcpy(&value, address, sizeof(T));
+  read(&value, address, sizeof(T));
   return value;
 }
-template <class T> void store(void* address, T value) {
-  access(address, sizeof(T), true);
-  std::memcpy(address, &value, sizeof(T));
-}
+template <class T> __forceinline__ void store(void* address, T value) { write(address, &value, sizeof(T)); }
 template <class T> T atomic_add(T* address, T value) {
   yield();
   synchronise(address, true, true);
@@ -94,9 +92,9 @@ template <class T> T atomic_add(T* address, T value) {
 }  // namespace gk::sim
 
 #define threadIdx (::gk::sim::current->index)
-#define blockIdx (::gk::sim::block_index)
-#define blockDim (::gk::sim::block_extent)
-#define gridDim (::gk::sim::grid_extent)
+#define blockIdx (::gk::sim::place.index)
+#define blockDim (::gk::sim::place.extent)
+#define gridDim (::gk::sim::place.grid)
 #define __syncthreads() ::gk::sim::barrier_sync(0, blockDim.x * blockDim.y * blockDim.z)
 #define __trap() ::gk::sim::trap()
 
