@@ -15,20 +15,20 @@ struct NormShape {
   int64_t rows_per_block() const { return block ? 1 : threads / 32; }
 };
 constexpr int64_t warp_columns = 1024;
-constexpr int warp_step = 256;  // kept in steps of this many columns per warp: idle lanes are dear
+constexpr int warp_step = 256;  // `kept` is in steps of this many columns of a warp, from 512 on
 template <class T> NormShape norm_shape(int64_t N, bool aligned, int kept_by_block) {
   const int V = per_16<T>;
   const int64_t chunks = cdiv(N, V);
-  if (N <= warp_columns) return {false, aligned ? int(cdiv(N, warp_step)) * warp_step / (32 * V) : 0, 128};
+  if (N <= warp_columns) return {false, aligned ? int(std::max<int64_t>(2, cdiv(N, warp_step))) * warp_step / (32 * V) : 0, 128};
   const int64_t threads = cdiv(chunks, int64_t(kept_by_block) * 32) * 32;
-  if (!aligned || threads > 1024) return {true, 0, 512};
+  if (!aligned || threads > 512) return {true, 0, 512};
   return {true, kept_by_block, int(std::max<int64_t>(threads, 128))};
 }
-// Backward: one wave of blocks that loop over rows, each with its own sums for the weight gradients. Blocks of each
-// processor by architecture: enough loads in flight (two rows of N in 16 bits per warp) for its memory's latency.
-inline int norm_bwd_blocks_per_processor(int arch, const NormShape& shape) {
-  const int warps = arch == 80 || arch == 90 || arch == 100 ? 16 : 12;  // 86, 89, 120 hide less latency
-  return std::max(1, warps * 32 / shape.threads);
+// Backward: one wave of blocks that loop over rows, each with its own sums for the weight gradients. So many warps of a
+// processor, for all architectures (65536 registers, of which the sums take most): two rows each in flight are at least
+// 33 KB at 768 and 1024 columns, what an H100's memory latency asks for twice over.
+constexpr int norm_bwd_warps(bool block, int kept, int V) {
+  return block || kept * 32 * V <= 512 ? 16 : kept * V >= 32 && V == 4 ? 8 : 12;
 }
 
 // ---- kernels ----
@@ -48,7 +48,7 @@ GK_DEVICE void each_chunk(const Row<T, aligned>& row, const uint4 (&raw)[kept ? 
 // y = (x - mean) rstd w + b. The variance is that of the centred row, so that nothing cancels; the sum of the centred row is
 // what the first mean was off by, and makes a mean far from 0 right to the last bit.
 template <class T, class P, bool centred, bool block, int kept, bool aligned>
-__global__ void __launch_bounds__(block ? 1024 : 128)
+__global__ void __launch_bounds__(block ? 512 : 128)
     norm_fwd(T* __restrict__ y, float* mean, float* rstd, const T* __restrict__ x, const P* __restrict__ w,
              const P* __restrict__ b, int64_t M, int64_t N, float eps) {
   constexpr int V = per_16<T>;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(block ? 1024 : 128)
 // x_hat = (x - mean) rstd;  g = w dy;  dx = (g - mean(g) - x_hat mean(g x_hat)) rstd;  dw += dy x_hat;  db += dy
 // Rows of whole chunks in registers: dx, and this block's dw and db in partial[block][2][N].
 template <class T, class P, bool centred, bool block, int kept>
-__global__ void __launch_bounds__(block ? 512 : 128)
+__global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(block, kept, per_16<T>) / 4)
     norm_bwd(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
              const P* __restrict__ w, const float* __restrict__ mean, const float* __restrict__ rstd, int64_t M, int64_t N) {
   constexpr int V = per_16<T>;
@@ -162,21 +162,20 @@ __global__ void __launch_bounds__(block ? 512 : 128)
   };
   if constexpr (block) {
     each_16([&](int plane, int64_t column, const float (&v)[4]) { store_16(partial + plane * N + column, pack<float>(v)); });
-    return;
-  }
-  // the warps of a block one after the other, so that the order of the sum is fixed
-  GK_SHARED(float, sums, [2][block ? 4 : warp_columns]);
-  for (int turn = 0; turn < rows; turn++) {
-    if (turn == group)
-      each_16([&](int plane, int64_t column, float (&v)[4]) {
-        float before[4];
-        unpack<float>(load_16(&sums[plane][column]), before);
+  } else {
+    // the warps of a block one after the other, so that the order of the sum is fixed
+    GK_SHARED(float, sums, [2][warp_columns]);
+    for (int turn = 0; turn < rows; turn++) {
+      if (turn == group)
+        each_16([&](int plane, int64_t column, float (&v)[4]) {
+          float before[4] = {};
+          if (turn) unpack<float>(load_16(&sums[plane][column]), before);
 #pragma unroll
-        for (int k = 0; k < 4; k++) v[k] += turn ? before[k] : 0.f;
-        if (turn < rows - 1) store_16(&sums[plane][column], pack<float>(v));
-        else store_16(partial + plane * N + column, pack<float>(v));
-      });
-    __syncthreads();
+          for (int k = 0; k < 4; k++) v[k] += before[k];
+          store_16(turn < rows - 1 ? &sums[plane][column] : partial + plane * N + column, pack<float>(v));
+        });
+      __syncthreads();
+    }
   }
 }
 
@@ -216,9 +215,7 @@ __global__ void __launch_bounds__(block ? 512 : 128)
     float out[V];
 #pragma unroll
     for (int k = 0; k < V; k++) out[k] = (g[k] - mean_g - x_hat[k] * mean_gx) * rs;
-    Row<T, aligned> to = row;
-    if constexpr (!aligned) to.shift = row.shift;
-    to.store(dx, chunk, out);
+    row.store(dx, chunk, out);
   });
 }
 
@@ -243,16 +240,20 @@ __global__ void __launch_bounds__(256)
 
 // ---- launchers ----
 
-// f(kept as a constant) for the counts that norm_shape gives
+// f(kept) with the counts that norm_shape gives a warp as constants
 template <class T, class F> void with_kept(const NormShape& shape, const F& f) {
   constexpr int step = warp_step / (32 * per_16<T>);
   const auto is = [&](auto kept) { return shape.kept == kept ? (f(kept), true) : false; };
-  if (!shape.block)
-    is(std::integral_constant<int, step>{}) || is(std::integral_constant<int, 2 * step>{}) ||
-        is(std::integral_constant<int, 3 * step>{}) || is(std::integral_constant<int, 4 * step>{});
+  is(std::integral_constant<int, 2 * step>{}) || is(std::integral_constant<int, 3 * step>{}) || is(std::integral_constant<int, 4 * step>{});
 }
 
-// In bytes of a row and threads: 4 chunks forward, 2 backward.
+// f(block, aligned) as constants, where no row is kept: the rows of a warp are then off the 16-byte boundaries
+template <class F> void with_unkept(const NormShape& shape, bool aligned, const F& f) {
+  if (!shape.block) f(std::false_type{}, std::false_type{});
+  else with_bool(aligned, [&](auto on_16) { f(std::true_type{}, on_16); });
+}
+
+// Chunks that a thread of a block keeps; of two tensors and with their sums backward.
 constexpr int norm_fwd_kept = 4, norm_bwd_kept = 2;
 
 template <class T, class P, bool centred>
@@ -265,9 +266,7 @@ void launch_norm_fwd(const Gpu& gpu, Tensor& y, float* mean, Tensor& rstd, const
            data<T>(x), data<P>(w), data<P>(b), M, N, float(eps));
   };
   if (shape.kept == 0) {
-    with_bool(shape.block, [&](auto block) {
-      with_bool(aligned, [&](auto on_16) { run(GK_KERNEL(norm_fwd<T, P, centred, block, 0, on_16>)); });
-    });
+    with_unkept(shape, aligned, [&](auto block, auto on_16) { run(GK_KERNEL(norm_fwd<T, P, centred, block, 0, on_16>)); });
   } else if (shape.block) {
     run(GK_KERNEL(norm_fwd<T, P, centred, true, norm_fwd_kept, true>));
   } else {
@@ -280,20 +279,17 @@ template <class T, class P, bool centred>
 void launch_norm_bwd(const Gpu& gpu, Tensor& dx, Tensor& dweight, Tensor* dbias, const Tensor& dy, const Tensor& x,
                      const OptTensor& w, const float* mean, const Tensor& rstd, int64_t M, int64_t N) {
   const bool aligned = N % per_16<T> == 0 && N % per_16<P> == 0 && stands_on_16(x) && stands_on_16(dy) && stands_on_16(w);
-  NormShape shape = norm_shape<T>(N, aligned, norm_bwd_kept);
-  if (shape.block && shape.threads > 512) shape = {true, 0, 512};
+  const NormShape shape = norm_shape<T>(N, aligned, norm_bwd_kept);
   const bool has_bias = dbias && dbias->numel(), params = w || has_bias;
-  int64_t blocks = std::min<int64_t>(cdiv(M, shape.rows_per_block()),
-                                     int64_t(gpu.processors()) * norm_bwd_blocks_per_processor(gpu.arch(), shape));
+  const int64_t wave = int64_t(gpu.processors()) * std::max(1, norm_bwd_warps(shape.block, shape.kept, per_16<T>) * 32 / shape.threads);
+  int64_t blocks = std::min(cdiv(M, shape.rows_per_block()), wave);
   if (shape.kept == 0) blocks = std::min<int64_t>(cdiv(M, 32), 1024);  // runs of rows for norm_bwd_columns
   Tensor partial = new_tensor(x, {params ? blocks : 0, 2, N}, ScalarType::Float);
   float* sums = params ? out<float>(partial) : nullptr;
   if (shape.kept == 0) {
-    with_bool(shape.block, [&](auto block) {
-      with_bool(aligned, [&](auto on_16) {
-        launch(GK_KERNEL(norm_bwd_row<T, P, centred, block, on_16>), unsigned(cdiv(M, shape.rows_per_block())), shape.threads, 0,
-               gpu.stream, out<T>(dx), data<T>(dy), data<T>(x), data<P>(w), mean, data<float>(rstd), M, N);
-      });
+    with_unkept(shape, aligned, [&](auto block, auto on_16) {
+      launch(GK_KERNEL(norm_bwd_row<T, P, centred, block, on_16>), unsigned(cdiv(M, shape.rows_per_block())), shape.threads, 0,
+             gpu.stream, out<T>(dx), data<T>(dy), data<T>(x), data<P>(w), mean, data<float>(rstd), M, N);
     });
     if (params)
       launch(GK_KERNEL(norm_bwd_columns<T, centred>), dim3(unsigned(cdiv(N, 256)), unsigned(blocks)), 256, 0, gpu.stream, sums,
