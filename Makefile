@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test test-full bench lint clean setup
+.PHONY: demo test test-full mutants bench lint clean setup
 
 demo: setup
 	$(BIN)/python -m gpt_kernels demo $(ARGS)
@@ -14,6 +14,9 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+mutants: setup
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,5 +1,6 @@
 """Every test runs with NaN in freshly allocated memory (our C++ outputs included) and one thread per xdist worker."""
 
+import contextlib
 import os
 
 import grids
@@ -23,13 +24,16 @@ OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm"
 def pytest_generate_tests(metafunc):
     """The op tests run on the backend under test, and their names say so; for the CPU backend there is nothing to push."""
     if grids.BACKEND != "cpu" and metafunc.module.__name__ in [f"test_{op}" for op in OPS]:
-        metafunc.fixturenames.append("backend")
         metafunc.parametrize("backend", [grids.BACKEND], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def backend(request):
-    with dispatch.use_backend(request.param, *(op for op in dispatch.ops() if request.param in dispatch._ops[op].kernels)):
+    """autouse: a test that does not name a fixture gets no parameter of it either"""
+    name = getattr(request, "param", None)
+    with contextlib.ExitStack() as stack:
+        if name is not None:
+            stack.enter_context(dispatch.use_backend(name, *(op for op in dispatch.ops() if name in dispatch._ops[op].kernels)))
         yield
 
 
