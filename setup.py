@@ -121,17 +121,18 @@ class BuildKernels(build_ext):
         # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
         (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
         flags, link = [*CXXFLAGS, *maps], ["-s", "-Wl,--version-script=exports.map"]
-        libraries = ["-L", torch / "lib", "-ltorch_cpu"]
+        libraries, linker = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"], "$cxx"
         compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
         if kind == "cuda":
             archs = cuda_archs()
             codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in archs]
             host = ",".join([*maps, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
             compilers[".cu"] = [
-                "-std=c++17", "-O3", *codes, "-Werror", "all-warnings", "-Xcompiler", host, "-cudart", "static",
+                "-std=c++17", "-O3", *codes, "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(archs)}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
-            libraries += ["-L", pathlib.Path(find_nvcc()).resolve().parents[1] / "lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            libraries[0], linker = "-Xlinker=--no-as-needed", "$nvcc"
+            link = ["-cudart", "static", "-Xlinker", "-s,--version-script=exports.map"]  # nvcc knows where its library is
         elif kind in SIMULATORS:
             sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []
             # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sim.cpp)
@@ -154,7 +155,7 @@ class BuildKernels(build_ext):
             f"nvcc = {shell(find_nvcc() or 'nvcc')}",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
             "rule link",
-            f"  command = $cxx -shared $in -o $out {shell(*link, '-Wl,--no-as-needed', *libraries)}",
+            f"  command = {linker} -shared $in -o $out {shell(*link, *libraries)}",
             "  description = link",
         ]
         objects = [f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources]

@@ -65,46 +65,58 @@ template <bool aligned, int V, class P> GK_DEVICE void load_columns(const P* p, 
     for (int k = 0; k < V; k += per_16<P>) unpack<P>(load_16(p + column + k), *reinterpret_cast<float (*)[per_16<P>]>(v + k));
   } else {
 #pragma unroll
-    for (int k = 0; k < V; k++) v[k] = column + k >= 0 && column + k < columns ? to_float(p[column + k]) : 0.f;
+    for (int k = 0; k < V; k++) v[k] = column + k < columns ? to_float(p[column + k]) : 0.f;
   }
 }
 
-// A row of N elements as chunks of 16 bytes on 16-byte boundaries of memory. Where the row begins or ends inside a chunk
-// (an odd N: `aligned` is false), that chunk's elements go one by one; columns outside the row read as 0.
+// The 16 bytes at p, which stands on any element, out of the two 16-byte blocks that hold them.
+template <class T> GK_DEVICE uint4 load_16_across(const T* p) {
+  const int bytes = int(reinterpret_cast<uintptr_t>(p) % 16);
+  const char* block = reinterpret_cast<const char*>(p) - bytes;
+  const uint4 low = load_16(block), high = load_16(block + 16);
+  uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < 6; i++) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; i++) w[i] = bytes & 4 ? w[i + 1] : w[i];
+#pragma unroll
+  for (int i = 0; i < 4; i++) w[i] = bytes & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// A row of N elements in chunks of 16 bytes, chunk c beginning at column c V whatever the row's address: the order of a sum,
+// and with it its bits, does not depend on where a row lies. `aligned`: every row begins and ends on a 16-byte boundary.
 template <class T, bool aligned> struct Row {
   static constexpr int V = per_16<T>;
   int64_t N;
-  int shift;  // elements of the first chunk that lie before the row
-  GK_DEVICE Row(const T* row, int64_t N) : N(N), shift(aligned ? 0 : int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % V)) {}
-  GK_DEVICE int64_t chunks() const { return (N + shift + V - 1) / V; }
-  GK_DEVICE int64_t column(int64_t chunk) const { return chunk * V - shift; }
-  GK_DEVICE bool whole(int64_t c) const { return c >= 0 && c + V <= N; }
-  // raw bits, so that a kept row takes no more registers than memory
+  GK_DEVICE explicit Row(int64_t N) : N(N) {}
+  GK_DEVICE int64_t chunks() const { return (N + V - 1) / V; }
+  GK_DEVICE int64_t column(int64_t chunk) const { return chunk * V; }
+  GK_DEVICE bool inside(int64_t chunk, int k) const { return chunk * V + k < N; }
+  // raw bits, so that a kept row takes no more registers than memory; columns past the row's end read as 0
   GK_DEVICE uint4 load(const T* row, int64_t chunk) const {
-    const int64_t c = column(chunk);
-    if (aligned ? c < N : whole(c)) return load_16(row + c);
-    uint4 bits = make_uint4(0, 0, 0, 0);
-    if constexpr (!aligned) {
+    const T* p = row + chunk * V;
+    if constexpr (aligned) {
+      return chunk * V < N ? load_16(p) : make_uint4(0, 0, 0, 0);
+    } else {
+      const int before = int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+      if (before == 0 && (chunk + 1) * V <= N) return load_16(p);
+      if (before && chunk * V >= before && (chunk + 2) * V - before <= N) return load_16_across(p);
       float v[V];
 #pragma unroll
-      for (int k = 0; k < V; k++) v[k] = c + k >= 0 && c + k < N ? to_float(row[c + k]) : 0.f;
-      bits = pack<T>(v);  // exact: they come from T
+      for (int k = 0; k < V; k++) v[k] = inside(chunk, k) ? to_float(p[k]) : 0.f;
+      return pack<T>(v);  // exact: they come from T
     }
-    return bits;
   }
   GK_DEVICE void store(T* row, int64_t chunk, const float (&v)[V]) const {
-    const int64_t c = column(chunk);
-    if (aligned ? c < N : whole(c)) store_16(row + c, pack<T>(v));
-    else if constexpr (!aligned) {
+    T* p = row + chunk * V;
+    if (aligned ? chunk * V < N : reinterpret_cast<uintptr_t>(p) % 16 == 0 && (chunk + 1) * V <= N) {
+      store_16(p, pack<T>(v));
+    } else if constexpr (!aligned) {
 #pragma unroll
       for (int k = 0; k < V; k++)
-        if (c + k >= 0 && c + k < N) row[c + k] = from_float<T>(v[k]);
+        if (inside(chunk, k)) p[k] = from_float<T>(v[k]);
     }
-  }
-  // is element k of the chunk in the row? (always, where rows are whole chunks)
-  GK_DEVICE bool inside(int64_t chunk, int k) const {
-    const int64_t c = column(chunk) + k;
-    return aligned ? c < N : c >= 0 && c < N;
   }
 };
 

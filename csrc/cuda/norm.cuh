@@ -7,7 +7,7 @@ namespace gk {
 
 // ---- how a shape is cut, in one place ----
 // A warp takes a row of up to 1024 columns, a block a longer one. `kept` chunks of 16 bytes per thread stay in registers
-// between the passes over a row; 0: the row is read again, from cache (rows that begin off a 16-byte boundary, or too long).
+// between the passes over a row; 0: the row is read again, from cache (rows off the 16-byte boundaries, or too long).
 struct NormShape {
   bool block;   // does a block share a row, or a warp?
   int kept;     // chunks per thread in registers
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(block ? 512 : 128)
   const int64_t m = int64_t(blockIdx.x) * rows + threadIdx.x / peers;
   if (m >= M) return;  // a whole warp, or no one
   x += m * N, y += m * N;
-  const Row<T, aligned> row(x, N);
+  const Row<T, aligned> row(N);
   uint4 raw[kept ? kept : 1];
 #pragma unroll
   for (int j = 0; j < kept; j++) raw[j] = row.load(x, me + j * peers);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(
              const P* __restrict__ w, const float* __restrict__ mean, const float* __restrict__ rstd, int64_t M, int64_t N) {
   constexpr int V = per_16<T>;
   const int peers = block ? blockDim.x : 32, me = threadIdx.x % peers, rows = blockDim.x / peers, group = threadIdx.x / peers;
-  const Row<T, true> row(x, N);
+  const Row<T, true> row(N);
   float dw[kept][V] = {}, db[kept][V] = {};
   // block by block a run of rows, so that the loop is as long for all of them
   for (int64_t m = int64_t(blockIdx.x) * rows + group; m < M; m += int64_t(gridDim.x) * rows) {
@@ -189,15 +189,14 @@ __global__ void __launch_bounds__(block ? 512 : 128)
   const int64_t m = int64_t(blockIdx.x) * rows + threadIdx.x / peers;
   if (m >= M) return;
   x += m * N, dy += m * N, dx += m * N;
-  const Row<T, aligned> row(x, N);
+  const Row<T, aligned> row(N);
   const float mu = centred ? mean[m] : 0.f, rs = rstd[m];
   // f(chunk, g, x_hat); elements outside the row have g = 0
   const auto each = [&](const auto& f) {
     for (int64_t chunk = me; chunk < row.chunks(); chunk += peers) {
       float v[V], g[V], scale[V];
       const int64_t column = row.column(chunk);
-      unpack<T>(row.load(x, chunk), v);
-      load_columns<aligned>(dy, column, N, g);
+      unpack<T>(row.load(x, chunk), v), unpack<T>(row.load(dy, chunk), g);
       if (w) load_columns<aligned>(w, column, N, scale);
 #pragma unroll
       for (int k = 0; k < V; k++) v[k] = (v[k] - mu) * rs, g[k] *= w ? scale[k] : 1.f;
