@@ -93,8 +93,11 @@ def test_norm_backward_has_the_blocks_it_counts_on(built, source, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", EXPECTED)
 def test_machine_code_holds(built, source, arch):
-    dump = shutil.which("cuobjdump") or str(pathlib.Path(NVCC).resolve().parent / "cuobjdump")
-    code = subprocess.run([dump, "-sass", str(built(source, arch)[0])], capture_output=True, text=True, check=True).stdout
+    tools = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin"
+    dump = shutil.which("cuobjdump") or f"{tools}/cuobjdump"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # it calls nvdisasm
+    command = [dump, "-sass", str(built(source, arch)[0])]
+    code = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     for instruction in EXPECTED[source]:
         assert instruction in code, f"{source}: no {instruction} for sm_{arch}"
 

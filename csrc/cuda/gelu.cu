@@ -30,7 +30,7 @@ template <bool tanh> GK_DEVICE float gelu_slope(float v) {
 constexpr int gelu_lanes = 32, gelu_rows = 8;  // a block: chunks side by side, rows at a time
 
 template <class T, class P, bool tanh, bool aligned>
-__global__ void __launch_bounds__(gelu_lanes* gelu_rows)
+__global__ void __launch_bounds__(gelu_lanes* gelu_rows, 4)
     gelu_fwd(T* __restrict__ y, const T* __restrict__ x, const P* __restrict__ bias, int64_t M, int64_t N) {
   constexpr int V = per_16<T>;
   const Row<T, aligned> row(N);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(gelu_lanes* gelu_rows)
 
 // dx = dy slope(x + b); this block's sum of dx over its rows in partial[blockIdx.y][N]
 template <class T, class P, bool tanh, bool aligned>
-__global__ void __launch_bounds__(gelu_lanes* gelu_rows)
+__global__ void __launch_bounds__(gelu_lanes* gelu_rows, 3)
     gelu_bwd(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
              const P* __restrict__ bias, int64_t M, int64_t N) {
   constexpr int V = per_16<T>;
