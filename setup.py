@@ -150,9 +150,10 @@ class BuildKernels(build_ext):
             link = [*sanitizer, "-Wl,--version-script=exports.map"]
         rules = [f"cxx = {find_compiler()}"]
         for suffix, words in compilers.items():
+            compiler = "$nvcc" if suffix == ".cu" and kind == "cuda" else "$cxx"
             rules += [
                 f"rule compile{suffix}",
-                f"  command = {'$nvcc' if suffix == '.cu' and kind == 'cuda' else '$cxx'} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
+                f"  command = {compiler} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = compile $out",
@@ -164,7 +165,9 @@ class BuildKernels(build_ext):
             f"  command = $cxx -shared $in -o $out {shell(*link, *libraries)}",
             "  description = link",
         ]
-        objects = [f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources]
+        objects = [
+            f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources
+        ]
         rules += [
             f"build {o}: compile{pathlib.Path(s).suffix} {escape((ROOT / s).resolve())}"
             for o, s in zip(objects, ext.sources, strict=True)
@@ -173,7 +176,9 @@ class BuildKernels(build_ext):
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
-            sys.exit(f"the {'C++' if kind == 'cpu' else 'CUDA'} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
+            sys.exit(
+                f"the {'C++' if kind == 'cpu' else 'CUDA'} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them"
+            )
 
 
 def shell(*words):

@@ -1,5 +1,5 @@
-"""The CUDA kernels as nvcc and ptxas see them, without a GPU: no warning, no spill, registers within what each launch counts on,
-the instructions that a kernel is built around; and no PTX outside ptx.cuh.
+"""The CUDA kernels as nvcc and ptxas see them, without a GPU: no warning, no spill, registers within what each launch counts
+on, the instructions that a kernel is built around; and no PTX outside ptx.cuh.
 
 By default sm_80 is compiled; GPT_KERNELS_TEST_ARCHS="80 90a 100a 120a" compiles for these.
 """
@@ -37,8 +37,8 @@ def built(tmp_path_factory):
         if (source, arch) not in done:
             cubin = tmp_path_factory.mktemp("cubin") / f"{source}.{arch}.cubin"
             command = [
-                NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings", "-DUSE_CUDA",
-                "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
+                NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
+                "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
                 "-isystem", str(pathlib.Path(torch.__file__).parent / "include"), str(FOLDER / source), "-o", str(cubin),
             ]  # fmt: skip
             result = subprocess.run(command, capture_output=True, text=True)
@@ -112,4 +112,6 @@ def test_no_ptx_outside_its_header():
 def test_one_way_to_launch():
     for path in sorted(FOLDER.iterdir()):
         if path.name != "runtime.cu":
-            assert not re.search(r"cudaLaunch|cudaMalloc|cudaDeviceSynchronize|cudaStreamSynchronize", path.read_text()), path.name
+            assert not re.search(r"cudaLaunch|cudaMalloc|cudaDeviceSynchronize|cudaStreamSynchronize", path.read_text()), (
+                path.name
+            )
