@@ -176,9 +176,8 @@ class BuildKernels(build_ext):
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
-            sys.exit(
-                f"the {'C++' if kind == 'cpu' else 'CUDA'} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them"
-            )
+            what = "C++" if kind == "cpu" else "CUDA"
+            sys.exit(f"the {what} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
 
 
 def shell(*words):
