@@ -4,24 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test test-full mutants bench lint clean setup
+.PHONY: demo test test-full mutants bench gpu lint clean setup
 
 demo: setup
 	$(BIN)/python -m gpt_kernels demo $(ARGS)
 
 test: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
-	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 -m "not slow" -k cuda_sim $(ARGS)
+	@# the op tests again, on the Triton and on the CUDA kernels; 5: ARGS chose none of them
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" -k triton $(or $(ARGS),tests) || [ $$? -eq 5 ]
+	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 -m "not slow" -k cuda_sim $(or $(ARGS),tests) || [ $$? -eq 5 ]
 
 test-full: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
-	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 --dist loadgroup -k cuda_sim $(ARGS)
+	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 --dist loadgroup -k cuda_sim $(or $(ARGS),tests) || [ $$? -eq 5 ]
 
 mutants: setup
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# for a machine with a GPU; not yet executed by us on one
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

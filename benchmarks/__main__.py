@@ -14,7 +14,8 @@ def main() -> int:
     failed, merged = [], []
     for script in sorted(pathlib.Path(__file__).parent.glob("bench_*.py")):
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            flags = ["--json", result.name, *(a for a in ("--quick", "--no-compile") if a in sys.argv)]
+            flags = ["--json", result.name, "--device", args.device]
+            flags += [a for a in ("--quick", "--first", "--no-compile") if a in sys.argv]
             flags += ["--threads", str(args.threads)] if args.threads else []
             if subprocess.run([sys.executable, str(script), *flags]).returncode:
                 failed.append(script.name)

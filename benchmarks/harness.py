@@ -2,10 +2,13 @@
 
 A bench_<op>.py yields `Case`s and calls `run(cases)`. For each case and direction:
 1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run exits with 1;
-2. each variant's peak extra memory is taken in one call (high-water mark of the process above what it held before);
+2. each variant's peak extra memory is taken in one call (high-water mark of the process above what it held before; on a
+   GPU that of torch's allocator);
 3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them; medians are shown.
-The limits (copy bandwidth, sgemm rate) are measured anew before each case. % is the least time that the bytes and flops
-of the op's cost function need at these limits, over the time of ours; above 100 % the data came from cache.
+   On a GPU by CUDA events, with a cold L2.
+The limits (copy bandwidth, rate of a matrix product: float32 on a CPU, bfloat16 on a GPU) are measured anew before each case.
+% is the least time that the bytes and flops of the op's cost function need at these limits, over the time of ours; above
+100 % the data came from cache.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import ctypes
 import datetime
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -36,6 +40,9 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import gpt_kernels  # noqa: E402
+from gpt_kernels.triton.common import arch  # noqa: E402
+from gpt_kernels.triton.tuned import machine  # noqa: E402
+from gpt_kernels.triton.tuning import event_timer  # noqa: E402
 
 # largest error of ours over the largest value, beyond what eager itself errs; tests/ hold the kernels to much less
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -69,12 +76,16 @@ class Case:
 def arguments(description: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and shorter timing")
+    parser.add_argument("--first", action="store_true", help="the first case alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--json", metavar="FILE", help="also write environment, limits and rows to FILE")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads: expected at least 1, got {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     return args
 
 
@@ -135,8 +146,18 @@ def is_16_bit(x: object) -> bool:
 # ---- measuring ----
 
 
+def on_gpu() -> bool:
+    """Cases are made on torch's default device, which run() sets."""
+    return torch.get_default_device().type == "cuda"
+
+
 def peak_memory(call: Callable) -> int | None:
-    """Bytes by which one call raises the process's resident memory at most; None where Linux's marks are not there."""
+    """Bytes by which one call raises the memory in use at most; None where Linux's marks of a process are not there."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     try:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # freed blocks kept by malloc would hide what the call needs
@@ -155,6 +176,8 @@ def _status(key: str) -> int:
 
 def interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample."""
+    if on_gpu():
+        return interleaved_on_gpu(calls)
 
     def sample(call, repeats):
         begin = time.perf_counter()
@@ -184,12 +207,25 @@ def interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, list[fl
     return samples
 
 
+def interleaved_on_gpu(calls: dict[str, Callable], rounds: int = 9) -> dict[str, list[float]]:
+    """The same by CUDA events: a sample is the median of some calls, each on a cold L2."""
+    milliseconds = event_timer(torch.device("cuda", torch.cuda.current_device()))
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(milliseconds(call) * 1e-3)
+    return samples
+
+
 def measure_limits() -> dict[str, float]:
-    """copy: bytes read plus bytes written per second, beyond cache; gemm: float32 flop per second."""
-    source, target, a = torch.ones(1 << 25), torch.empty(1 << 25), torch.randn(1024, 1024)
+    """copy: bytes read plus bytes written per second, beyond cache; gemm: float32 flop per second, bfloat16 on a GPU."""
+    elements, n, dtype = (1 << 28, 8192, torch.bfloat16) if on_gpu() else (1 << 25, 1024, torch.float32)
+    source, target, a = torch.ones(elements), torch.empty(elements), torch.randn(n, n, dtype=dtype)
     target.fill_(0)  # page faults are not the copy's
     times = interleaved({"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, a)}, 0.1)
-    work = {"copy": 2 * source.nbytes, "gemm": 2 * 1024**3}
+    work = {"copy": 2 * source.nbytes, "gemm": 2 * n**3}
     return {name: work[name] / statistics.median(times[name]) for name in work}
 
 
@@ -208,6 +244,9 @@ def environment() -> dict[str, object]:
         cpu = platform.processor() or platform.machine()
     env = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": gpt_kernels.isa()}
     env |= {"torch": torch.__version__, "python": platform.python_version(), "gpt_kernels": gpt_kernels.__version__}
+    if on_gpu():
+        device = torch.device("cuda", torch.cuda.current_device())
+        env |= {k: v for k, v in machine(device, arch(device)).items() if k in ("gpu", "arch", "driver", "triton")}
     return env | {
         "commit": commit(),
         "load": round(os.getloadavg()[0], 1),
@@ -220,7 +259,7 @@ def environment() -> dict[str, object]:
 
 def measure(case: Case, direction: str, limits: dict[str, float], seconds: float, use_compile: bool) -> dict:
     row: dict = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "direction": direction}
-    row["served"] = gpt_kernels.where(f"{case.op}_fwd")["CPU"]
+    row["served"] = gpt_kernels.where(f"{case.op}_fwd")["CUDA" if on_gpu() else "CPU"]
     with torch.no_grad():
         out = case.eager(*case.inputs)
     grad_out = torch.randn_like(out) if out.dim() else torch.ones_like(out)
@@ -270,7 +309,8 @@ def cells(row: dict) -> list[str]:
 def show(rows: list[dict], env: dict, limits: dict[str, float]) -> None:
     # wide enough for every column also where there is no terminal
     console = Console(width=None if sys.stdout.isatty() else 190)
-    bounds = f"limits: copy {limits['copy'] / 1e9:.1f} GB/s, sgemm {limits['gemm'] / 1e9:.0f} GFLOP/s (medians of the run)"
+    gemm = "bfloat16 gemm" if "gpu" in env else "sgemm"
+    bounds = f"limits: copy {limits['copy'] / 1e9:.1f} GB/s, {gemm} {limits['gemm'] / 1e9:.0f} GFLOP/s (medians of the run)"
     table = Table(caption=", ".join(f"{key} {value}" for key, value in env.items()) + "\n" + bounds)
     heads = ("op", "shape", "dtype", "direction", "eager ms", "compile ms", "ours ms", "vs better", "ours, of limit")
     for head in (*heads, "peak MiB eager / compile / ours", "served by"):
@@ -287,9 +327,10 @@ def run(cases: Callable[[bool], Iterable[Case]], description: str | None = None)
     args = arguments(description)
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     status, env, rows, marks = Console(stderr=True), environment(), [], []
     try:
-        for case in cases(args.quick):
+        for case in itertools.islice(cases(args.quick), 1 if args.first else None):
             marks.append(measure_limits())
             for direction in case.directions:
                 with status.status(f"{case.op} {case.shape} {case.dtype} {direction}"):

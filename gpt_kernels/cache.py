@@ -40,11 +40,18 @@ def _checked(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def read(name: str) -> bytes | None:
-    """The cached file's bytes, None when there is none. Raises PermissionError when it, or the folder, is not private."""
+def read(name: str, largest: int | None = None) -> bytes | None:
+    """The cached file's bytes, None when there is none.
+
+    Raises PermissionError when it, or the folder, is not private, ValueError when it is larger than `largest` bytes.
+    """
     _checked(directory())
     path = _checked(directory() / name)
-    return path.read_bytes() if path.exists() else None
+    if not path.exists():
+        return None
+    if largest is not None and path.stat().st_size > largest:
+        raise ValueError(f"cache refused: {path} has more than {largest} bytes")
+    return path.read_bytes()
 
 
 def write(name: str, data: bytes) -> None:

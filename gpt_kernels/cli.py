@@ -1,4 +1,7 @@
-"""Command line: python -m gpt_kernels info | demo | support. Exit codes: 0 done, 1 failed, 2 bad arguments, 130 Ctrl-C."""
+"""Command line: python -m gpt_kernels info | demo | support | tune.
+
+Exit codes: 0 done, 1 failed, 2 bad arguments or nothing to run on, 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import os
 import sys
 
 from .version import __version__
+
+FAMILIES = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
 
 
 class UserError(Exception):
@@ -37,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpt_kernels", description="Fused GPT kernels.")
     parser.add_argument("--version", action="version", version=f"gpt_kernels {__version__}")
     # no metavar list: the demo's own worker command stays out of the usage line
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support,tune}")
 
     info = commands.add_parser(
         "info", help="versions, instruction set, which backend serves each op and why, compilers, caches"
@@ -45,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON")
 
     commands.add_parser("support", help="the table of ops, dtypes and features, probed here, as Markdown")
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure the Triton kernels' launch parameters on this GPU and keep the winners",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tune.add_argument("--op", choices=FAMILIES, help="this op alone")
+    tune.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="this dtype alone")
+    sizes = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "all")
+    tune.add_argument("--sizes", choices=sizes, default="gpt2", help="of the model whose training step is tuned")
 
     demo = commands.add_parser(
         "demo",
@@ -88,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
 
             print(support())
             return 0
+        if command == "tune":
+            from .triton.tune import tune
+
+            return tune(**arguments)
         from . import demo
 
         if command == "demo-worker":

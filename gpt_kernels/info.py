@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import cache, dispatch
+from . import cache, dispatch, triton
 from .version import __version__
 
 PACKAGES = ("transformers", "tokenizers", "safetensors", "triton", "numpy", "tqdm", "rich", "matplotlib")
@@ -52,6 +53,12 @@ def info() -> dict[str, Any]:
             "problem": dispatch.cuda_error,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
+        "triton": {
+            "version": triton.version(),
+            "problem": triton.absence(),
+            "interpreted": triton.INTERPRETED,
+            "tuned": _tuned(),
+        },
         "ops": {op: dispatch.where(op) for op in dispatch.ops()},
         "compilers": {name: _version_line(name) for name in ("g++", "nvcc")},
         "caches": {"tokenizers of the demo": _cache()},
@@ -81,6 +88,16 @@ def _version_line(name: str) -> str | None:
     return f"{lines[0].strip()} ({path})"
 
 
+def _tuned() -> str:
+    """Which measured launch parameters serve this machine's GPU (python -m gpt_kernels tune)."""
+    if triton.INTERPRETED or triton.absence() or not torch.cuda.is_available():
+        return "none: no GPU to launch on"
+    from .triton import common, tuned
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return tuned.tuned(device, common.arch(device)).status()
+
+
 def _cache() -> dict[str, Any]:
     folder = cache.directory()
     files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
@@ -106,7 +123,7 @@ def _cuda_line(gpu: dict[str, Any]) -> str:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    library, cpu, gpu = facts["library"], facts["cpu"], facts["gpu"]
+    library, cpu, gpu, t = facts["library"], facts["cpu"], facts["gpu"], facts["triton"]
     lines = [
         ("gpt_kernels", facts["gpt_kernels"]),
         ("torch, Python", f"{facts['torch']}, {facts['python']} on {facts['platform']}"),
@@ -123,6 +140,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("GPU", ", ".join(gpu["devices"]) or "none seen by torch"),
         ("CUDA kernels", _cuda_line(gpu)),
+        ("Triton kernels", t["problem"] or f"Triton {t['version']}" + ", interpreted on CPU tensors" * t["interpreted"]),
+        ("tuned parameters", t["tuned"]),
     ]
     lines += [(name, version or "not found on the PATH") for name, version in facts["compilers"].items()]
     for name, c in facts["caches"].items():
@@ -210,14 +229,41 @@ def _examples() -> dict[str, tuple[Any, str, str]]:
     }
 
 
+def _in_triton() -> dict[str, list[str]]:
+    """op -> dtypes for which its Triton launchers, forward and backward, make their launches; recorded, not done."""
+    done: dict[str, list[str]] = {op: [] for op in _examples()}
+    if triton.absence():
+        return done
+    from .triton import common, workload
+
+    for dtype in DTYPES:
+        refused = {op for op in done if f"{op}_fwd" not in triton.OPS}
+        for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=32), dtype, "meta"):
+            op = re.sub("_(fwd|bwd).*", "", name)
+            try:
+                with common.recording("sm_80") as launches:
+                    workload.launcher(name)(*args)
+            except (RuntimeError, ModuleNotFoundError):
+                launches = []
+            if not launches:
+                refused.add(op)
+        for op in done.keys() - refused:
+            done[op].append(str(dtype).removeprefix("torch."))
+    return done
+
+
 def support() -> str:
-    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes."""
-    lines = ["| op | public functions | forward and backward on a CPU | takes |", "|---|---|---|---|"]
+    """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes.
+
+    For the Triton kernels, the dtypes that their launchers take: whether they run well is for tests and for a GPU to tell.
+    """
+    heads = ("op", "public functions", "forward and backward on a CPU", "in Triton, for GPUs", "takes")
+    lines, in_triton = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], _in_triton()
     for op, (call, functions, takes) in _examples().items():
         done = []
         for dtype in DTYPES:
             with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
                 call(dtype).sum().backward()
                 done.append(str(dtype).removeprefix("torch."))
-        lines.append(f"| {op} | {functions} | {', '.join(done)} | {takes} |")
+        lines.append(f"| {op} | {functions} | {', '.join(done)} | {', '.join(in_triton[op])} | {takes} |")
     return "\n".join(lines)

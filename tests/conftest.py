@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gpt_kernels import dispatch
+from gpt_kernels.triton import INTERPRETED
 
-if grids.BACKEND == "triton":
+if INTERPRETED:
     import triton_tools
 
     triton_tools.mend_bfloat16()
@@ -17,6 +18,11 @@ elif grids.BACKEND == "cuda_sim":
     import sim_tools
 
     sim_tools.register()
+
+if grids.DEVICE != "cpu":
+    # before any test module makes a tensor; the reference's products must be as deterministic as what is tested
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_default_device(grids.DEVICE)
 
 OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
 
@@ -43,7 +49,8 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():
     """torch.empty and its kin hand out NaN: a kernel that leaves an element unwritten is seen at once."""
-    torch.use_deterministic_algorithms(True)
+    # eager's own scatters have no deterministic form on a GPU: a warning, not an error, where eager is only compared with
+    torch.use_deterministic_algorithms(True, warn_only=grids.DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)

@@ -2,7 +2,8 @@
 
 The tests are the same for every backend. CPU kernels run them in full; with TRITON_INTERPRET=1 in the environment the Triton
 kernels do, in an interpreter some thousand times slower, on fewer sizes; with GPT_KERNELS_TEST_BACKEND=cuda_sim the CUDA
-kernels do, on the CPU model of csrc/sim.
+kernels do, on the CPU model of csrc/sim; with GPT_KERNELS_TEST_DEVICE=cuda the tests run on the GPU, where every tensor of
+theirs then is (conftest.py), on the Triton kernels or, with GPT_KERNELS_TEST_BACKEND=cuda, on the CUDA kernels.
 """
 
 import os
@@ -12,13 +13,15 @@ import torch
 from gpt_kernels import dispatch
 from gpt_kernels.triton import INTERPRETED
 
-BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED else "cpu")
+DEVICE = os.environ.get("GPT_KERNELS_TEST_DEVICE", "cpu")
+BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED or DEVICE == "cuda" else "cpu")
 ROWS = (0, 1, 2, 17)
 if BACKEND == "cpu":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     ISAS = tuple(dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(dispatch.best_isa()) + 1]) if dispatch.library else ()
-    COLUMNS = (1, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 4096)
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     ISAS = (dispatch.best_isa(),)  # of the CPU: nothing to the kernels under test
+COLUMNS = (1, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 4096)
+if INTERPRETED:
     COLUMNS = (1, 7, 33, 64, 127, 257, 1000, 1025, 4096)

@@ -1,5 +1,6 @@
 """attention: the core op with every score step against a plain PyTorch formula, and its two public faces."""
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from grids import ISAS
+from grids import BACKEND, ISAS
 from op_checks import (
     assert_same,
     check_compile,
@@ -35,6 +36,23 @@ RNG = torch.tensor([-1234567890123456789, 42])
 INF = float("inf")
 # o, dq, dk, dv, dbias: torch's own flash kernel is allowed 1, 4, 2, 2 and 12 to 22 (test_transformers.py)
 FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, WEIGHT_GRADIENT, 4.0)
+
+
+only_triton = pytest.mark.skipif(BACKEND != "triton", reason="launchers of the Triton kernels")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles():
+    """A few Triton tiles in a few dozen tokens: full, partly hidden and skipped ones, in every pass."""
+    if BACKEND != "triton":
+        yield
+        return
+    from gpt_kernels.triton.attention import ATTENTION_FWD
+    from gpt_kernels.triton.attention_bwd import ATTENTION_BWD_DKV, ATTENTION_BWD_DQ
+
+    tall, wide = ({"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2} for m, n in ((32, 16), (16, 32)))
+    with ATTENTION_FWD.override(tall), ATTENTION_BWD_DKV.override(wide), ATTENTION_BWD_DQ.override(tall):
+        yield
 
 
 def eager(q, k, v, bias=None, *, slopes=None, rng=None, scale=None, softcap=0.0, dropout_p=0.0, offset=0, left=-1, right=-1):
@@ -101,13 +119,31 @@ SHAPES = [
     (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96), (1, 4, 2, 96, 96, 59), (1, 1, 1, 97, 97, 128),
     (1, 2, 2, 129, 33, 64), (1, 1, 1, 257, 257, 64), (1, 1, 1, 33, 31, 256),
 ]  # fmt: skip
+TOKENS = BIAS_TOKENS = (70, 81)
+FEW_TOKENS = [(2, 70)]
+HEADS = (2, 4, 2)
+THREAD_SHAPES = [(1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)]  # one head (its keys in chunks) and many
+if BACKEND == "triton":
+    SHAPES = [
+        (1, 1, 1, 1, 1, 1), (1, 2, 1, 2, 64, 40), (2, 3, 1, 7, 49, 33), (1, 1, 1, 64, 65, 80), (1, 2, 2, 33, 31, 96),
+        (1, 1, 1, 5, 5, 256),
+    ]  # fmt: skip
+    TOKENS, BIAS_TOKENS = (50, 57), (34, 30)
+    FEW_TOKENS = []
+    HEADS = (1, 2, 1)
+    THREAD_SHAPES = [(1, 2, 1, 34, 30, 16)]
+
+
+def cases(all_cases, dtype, every=3):
+    """All of them; interpreted kernels take every third in 16 bits, where nothing but roundings is different."""
+    return list(all_cases)[:: 1 if BACKEND == "cpu" or dtype == torch.float32 else every]
 
 
 @every_dtype
 @every_isa
 def test_shapes(dtype, isa):
     with use_isa(isa):
-        for shape in SHAPES:
+        for shape in cases(SHAPES, dtype, 2):
             Tq, Tk = shape[3:5]
             # a lone query that sees a lone key has gradient 0: exactly so in eager, to a rounding in ours; no ratio tells
             top_left = [{"right": 0}] if Tq > 1 else []
@@ -127,16 +163,18 @@ def test_score_steps(dtype, isa):
         {**dropout, "right": 0}, {**dropout, "softcap": 2.0, "slopes": slopes, "left": 40},
     ]  # fmt: skip
     with use_isa(isa):
-        for options, (Tq, Tk) in itertools.product(steps, ((70, 81), (2, 70))):
+        for options, (Tq, Tk) in cases(itertools.product(steps, [TOKENS, *FEW_TOKENS]), dtype):
             check(*qkv(2, 2, 1, Tq, Tk, 24, dtype), name=f"{Tq}x{Tk} {options}", **options)
 
 
 @every_dtype
 def test_bias_and_its_gradient(dtype):
-    for shape in ((2, 2, 70, 81), (1, 2, 70, 81), (2, 1, 1, 81), (1, 1, 70, 1), (1, 2, 1, 1)):
-        for options in ({}, {"softcap": 2.0, "right": 0, "offset": 11}, {"dropout_p": 0.3, "rng": RNG}):
-            q, k, v = qkv(2, 2, 2, 70, 81, 16, dtype)
-            check(q, k, v, torch.randn(shape).to(dtype), name=f"bias {shape} {options}", **options)
+    Tq, Tk = BIAS_TOKENS
+    shapes = (2, 2, Tq, Tk), (1, 2, Tq, Tk), (2, 1, 1, Tk), (1, 1, Tq, 1), (1, 2, 1, 1)
+    steps = {}, {"softcap": 2.0, "right": 0, "offset": 11}, {"dropout_p": 0.3, "rng": RNG}
+    for shape, options in cases(itertools.product(shapes, steps), dtype, 4):
+        q, k, v = qkv(2, 2, 2, Tq, Tk, 16, dtype)
+        check(q, k, v, torch.randn(shape).to(dtype), name=f"bias {shape} {options}", **options)
 
 
 @every_isa
@@ -294,8 +332,8 @@ def test_gradcheck(isa):
 
 
 def test_opcheck():
-    q, k, v = qkv(2, 4, 2, 9, 11, 16, torch.bfloat16)
-    bias, slopes = torch.randn(2, 1, 9, 1).to(q.dtype), torch.rand(4)
+    q, k, v = qkv(*HEADS, 9, 11, 16, torch.bfloat16)
+    bias, slopes = torch.randn(HEADS[0], 1, 9, 1).to(q.dtype), torch.rand(HEADS[1])
     args = (bias, slopes, RNG, 0.25, 2.0, 0.1, 2, 5, 0)
     for q_ in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
         check_opcheck(module.fwd, (q_, k, v, *args))
@@ -312,7 +350,7 @@ def test_compile():
 
 
 def test_threads():
-    for shape in ((1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)):  # one head (its keys in chunks) and many
+    for shape in THREAD_SHAPES:
         check_threads(ours(right=0, offset=shape[4] - shape[3]), (*qkv(*shape), torch.randn(1, 1, shape[3], shape[4])))
 
 
@@ -340,15 +378,65 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < 200 * 1024  # KiB
 
 
-def test_strides_beyond_32_bits():
-    """Rows 2^31 elements apart; only the pages that are used take memory."""
-    far = 2**31 + 64
+@pytest.mark.parametrize("far, rows", [(2**31 + 64, 2), (2**30 + 64, 3)])
+def test_strides_beyond_32_bits(far, rows):
+    """Rows so far apart that the last one lies 2^31 elements away; only the pages that are used take memory."""
     torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN
-    storage = torch.empty(far + 64, dtype=torch.float16)
-    k = storage.as_strided((1, 1, 2, 16), (0, 0, far, 1))
-    k.copy_(torch.randn(1, 1, 2, 16))
-    q, _, v = qkv(1, 1, 1, 6, 2, 16, torch.float16)
-    torch.testing.assert_close(ours()(q, k, v), ours()(q, k.clone(), v), rtol=0, atol=0)
+    storage = torch.empty(far * (rows - 1) + 64, dtype=torch.float16)
+    for B, H, Tk, strides in ((1, 1, rows, (0, 0, far, 1)), (1, rows, 1, (0, far, 0, 1)), (rows, 1, 1, (far, 0, 0, 1))):
+        k = storage.as_strided((B, H, Tk, 16), strides)
+        k.copy_(torch.randn(k.shape))
+        q, _, v = qkv(B, H, H, 6, Tk, 16, torch.float16)
+        assert_same(forward_backward(ours(), (q, k, v)), forward_backward(ours(), (q, k.clone(), v)), f"{far} {k.shape}")
+
+
+# ---- Triton ----
+
+
+@only_triton
+def test_triton_descriptors_and_pointers_give_the_same_bits():
+    from gpt_kernels.triton.common import recording, use_arch
+
+    options = {"right": 0, "left": 30, "offset": 7, "dropout_p": 0.2, "rng": RNG}
+    args = (*qkv(2, 4, 2, *TOKENS, 24, torch.float16, Dv=56), torch.randn(1, 4, *TOKENS))
+    expected = forward_backward(ours(**options), args)
+    with use_arch("sm_90"):
+        assert_same(forward_backward(ours(**options), args), expected, "descriptors")
+        unaligned = [F.pad(t, (1, 7))[..., 1:-7] for t in args[:3]]
+        assert_same(forward_backward(ours(**options), (*unaligned, args[3])), expected, "unaligned")
+    for arch, given, described in (("sm_90", args, True), ("sm_90", unaligned, False), ("sm_80", args, False)):
+        with recording(arch) as launches:
+            ours()(*given[:3])
+        assert launches[0].parameters["TMA"] == described
+
+
+@only_triton
+@pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90", "gfx942"))
+def test_triton_tables(arch):
+    """Each architecture's own tiles; two blocks of rows and of keys, or more."""
+    from gpt_kernels.triton import attention as forward
+    from gpt_kernels.triton import attention_bwd as backward
+    from gpt_kernels.triton.common import use_arch
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_arch(arch))
+        tunables = (forward.ATTENTION_FWD, {"Tq": 128}), (backward.ATTENTION_BWD_DKV, {}), (backward.ATTENTION_BWD_DQ, {})
+        for tunable, key in tunables:
+            stack.enter_context(tunable.override(tunable.default(arch, D=64, dtype=torch.bfloat16, **key)))
+        check(*qkv(1, 2, 1, 150, 170, 64, torch.bfloat16), name=arch, right=0, offset=20)
+
+
+@only_triton
+def test_triton_order_of_programs(monkeypatch):
+    """Sections of 2 of 3 heads: another order, the same programs."""
+    from gpt_kernels.triton import attention as forward
+    from gpt_kernels.triton import attention_bwd as backward
+
+    args = qkv(1, 3, 3, *TOKENS, 16)
+    expected = forward_backward(ours(right=0), args)
+    for each in (forward, backward):
+        monkeypatch.setattr(each, "section", lambda heads, *streamed: 2)
+    assert_same(forward_backward(ours(right=0), args), expected, "sections")
 
 
 # ---- the public faces ----

@@ -22,7 +22,7 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "required: {info,demo,support}"),
+        ((), "required: {info,demo,support,tune}"),
         (("dance",), "invalid choice: 'dance'"),
         (("info", "--xml"), "unrecognized arguments: --xml"),
         (("demo", "--steps", "0"), "--steps: must be at least 1, got 0"),
@@ -108,5 +108,5 @@ def test_import_adds_under_0_3_seconds_and_nothing_heavy():
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     # the better of two: other work on the machine is not the import's
     assert min(float(run.stdout.splitlines()[0]) for run in runs) < 0.3
-    heavy = {"transformers", "tokenizers", "safetensors", "matplotlib", "rich", "tqdm", "pandas", "scipy"}
+    heavy = {"transformers", "tokenizers", "safetensors", "matplotlib", "rich", "tqdm", "pandas", "scipy", "triton"}
     assert not heavy & set(eval(runs[0].stdout.splitlines()[1]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpt_kernels
-from gpt_kernels import dispatch
+from gpt_kernels import dispatch, triton
 
 OP = "layer_norm_fwd"
 needs_library = pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
@@ -109,7 +109,14 @@ def test_where_names_a_reason_for_each_device():
         answer = gpt_kernels.where(op)
         assert set(answer) == {"CPU", "CUDA"}
         assert all("(" in text for text in answer.values())
-        assert answer["CUDA"] == "reference (no GPU kernels in this version)"
+        if "cuda" in dispatch._ops[op].kernels:
+            assert answer["CUDA"] == f"cuda (compiled kernel, {dispatch.cuda_archs()})"
+        elif "triton" not in dispatch._ops[op].kernels:
+            assert answer["CUDA"] == f"reference ({triton.absence() or 'no kernel was registered'})"
+        elif triton.INTERPRETED:
+            assert answer["CUDA"] == "reference (TRITON_INTERPRET is set: the Triton kernels serve CPU tensors)"
+        else:
+            assert answer["CUDA"] == "triton (compiled at its first call for each kind of argument)"
     with pytest.raises(ValueError, match="unknown op 'nothing'"):
         gpt_kernels.where("nothing")
 
@@ -152,8 +159,11 @@ def test_environment_forces_the_instruction_set():
     assert bad.returncode != 0 and "unknown instruction set 'sse9'" in bad.stderr
 
 
+ON_CPU = ["reference", *(name for name, (key, _) in dispatch._ops[OP].kernels.items() if key == "CPU")]
+
+
 @needs_library
-@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_compiled_code_follows_the_slots(backend, counted):
     """A compiled function holds the op, not the kernel: what is pushed later serves it."""
     compiled = torch.compile(lambda x: gpt_kernels.layer_norm(x) + 1, backend="aot_eager", fullgraph=True)
@@ -161,7 +171,7 @@ def test_compiled_code_follows_the_slots(backend, counted):
     expected = run() is not None and torch.nn.functional.layer_norm(x, (8,)) + 1
     torch.testing.assert_close(compiled(x), expected)
     counted.clear()
-    with gpt_kernels.use_backend(backend):
+    with gpt_kernels.use_backend(backend, OP):
         torch.testing.assert_close(compiled(x), expected)
     assert len(counted) == (backend == "reference")
 
@@ -221,7 +231,7 @@ def test_a_registered_kernel_is_run_and_named():
             assert torch.equal(gpt_kernels.layer_norm(x), 2 * x)
             assert gpt_kernels.where("layer_norm_fwd")["CPU"] == "doubled (pushed by use_backend)"
         assert not torch.equal(gpt_kernels.layer_norm(x), 2 * x)
-        with pytest.raises(RuntimeError, match="'doubled' has no kernel for rms_norm_fwd: none was registered"):
+        with pytest.raises(RuntimeError, match="'doubled' has no kernel for rms_norm_fwd: no kernel was registered"):
             with gpt_kernels.use_backend("doubled", "rms_norm_fwd"):
                 pass
     finally:
@@ -240,3 +250,101 @@ def test_a_registered_kernel_is_run_and_named():
 def test_kernel_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         dispatch.kernel(*arguments)
+
+
+# ---- the Triton backend's place in the slots ----
+
+
+needs_triton = pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
+on_gpu_slots = pytest.mark.skipif(triton.INTERPRETED, reason="TRITON_INTERPRET leaves the CUDA slots alone")
+
+
+@needs_triton
+def test_every_op_has_a_triton_launcher():
+    assert set(triton.OPS) == set(dispatch.ops())
+    assert [op for op in dispatch.ops() if "triton" not in dispatch._ops[op].kernels] == []
+
+
+def filled(op):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_kernels::{op}", "CUDA")
+
+
+@needs_triton
+@on_gpu_slots
+def test_triton_fills_the_cuda_slots():
+    for op in dispatch.ops():
+        assert filled(op) == ("triton" in dispatch._ops[op].kernels), op
+    assert filled("dropout_fwd") and dispatch.where("dropout_fwd")["CUDA"].startswith("triton (")
+
+
+@needs_triton
+@on_gpu_slots
+def test_use_backend_triton_without_a_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hint = "'triton' needs a GPU and torch sees none; TRITON_INTERPRET=1 in the environment runs its kernels on CPU tensors"
+    with pytest.raises(RuntimeError, match=hint), gpt_kernels.use_backend("triton", "dropout_fwd"):
+        pass
+    assert not dispatch._pushed
+
+
+SHOW = """
+import sys, torch, gpt_kernels
+from gpt_kernels import dispatch
+print(torch._C._dispatch_has_kernel_for_dispatch_key("gpt_kernels::dropout_fwd", "CUDA"), "triton" in sys.modules)
+print(gpt_kernels.where("dropout_fwd")["CUDA"])
+print(gpt_kernels.info()["triton"]["problem"])
+print("triton" in sys.modules)
+try:
+    gpt_kernels.use_backend("triton", "dropout_fwd").__enter__()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def shown(code, **environment):
+    done = python(code, TRITON_INTERPRET=None, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("version", ["3.5.9", "2.3.1", "3.10.0", "4.0.0+git1"])
+def test_a_triton_outside_the_range_is_refused_unimported(tmp_path, version):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = '{version}'\nraise SystemExit('imported')\n")
+    reason = f"Triton {version} is outside the supported range 3.6 to 3.9"
+    assert shown(SHOW, PYTHONPATH=str(tmp_path)) == [
+        "False False", f"reference ({reason})", reason, "False",
+        f"use_backend: backend 'triton' has no kernel for dropout_fwd: {reason}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.7", "3.8.0+git1"])
+def test_a_triton_inside_the_range_is_taken_unimported(tmp_path, version):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f'__version__ = "{version}"\nraise SystemExit("imported")\n')
+    lines = shown(SHOW, PYTHONPATH=str(tmp_path))
+    assert lines[0] == "True False" and lines[1].startswith("triton (") and lines[2:4] == ["None", "False"]
+
+
+def test_without_triton_the_reference_serves_and_says_why():
+    lines = shown("import sys; sys.modules['triton'] = None\n" + SHOW)
+    reason = "Triton is not installed"
+    assert lines[:3] == ["False True", f"reference ({reason})", reason]
+    assert lines[4].endswith(f"has no kernel for dropout_fwd: {reason}")
+
+
+LAZY = """
+import sys, torch, gpt_kernels
+x = torch.ones(2, 8)
+with gpt_kernels.use_backend("triton", "dropout_fwd"):
+    before = "triton" in sys.modules
+    gpt_kernels.dropout(x, 0.5)
+print(before, "triton" in sys.modules, gpt_kernels.where("dropout_fwd")["CUDA"])
+"""
+
+
+@needs_triton
+def test_triton_is_imported_at_the_first_call():
+    done = python(LAZY, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False True reference (TRITON_INTERPRET is set")

@@ -120,6 +120,25 @@ def test_variants_take_turns():
     assert min(samples["a"]) >= 1e-3
 
 
+def test_gpu_times_and_memory(monkeypatch):
+    """On a GPU: CUDA events in turn, and torch's allocator instead of the process."""
+    monkeypatch.setattr(harness, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(harness, "event_timer", lambda device: lambda call: call() or 2.0)
+    order = []
+    samples = harness.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.02)
+    assert samples == {"a": [2e-3] * 9, "b": [2e-3] * 9} and order == ["a", "b"] * 10  # once before, to compile
+    held = {"now": 100, "peak": 100}
+
+    def briefly():
+        held["peak"] = held["now"] + 30
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    assert harness.peak_memory(briefly) == 30 and harness.peak_memory(lambda: None) == 0
+
+
 def test_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "measure_limits", lambda: LIMITS)
     file = tmp_path / "out.json"
@@ -148,3 +167,8 @@ def test_bad_arguments(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         harness.arguments()
     assert stop.value.code == 2 and "expected at least 1, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stop:
+        harness.arguments()
+    assert stop.value.code == 2 and "--device cuda: torch sees no GPU" in capsys.readouterr().err

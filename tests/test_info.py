@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import gpt_kernels
-from gpt_kernels import cache, cli, dispatch
-from gpt_kernels.info import _examples, print_table, support
+from gpt_kernels import cache, cli, dispatch, triton
+from gpt_kernels.info import _examples, _in_triton, print_table, support
+from gpt_kernels.triton import common
 
 
 @pytest.fixture
@@ -59,8 +60,16 @@ def test_info_finds_compilers_on_the_path(tmp_path, monkeypatch):
 def test_info_prints_a_table_and_json(home, capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for words in (torch.__version__, "instruction set", "GPT_KERNELS_ISA=", "layer_norm_fwd", "no GPU kernels", str(home)):
-        assert words in text
+    expected = (
+        torch.__version__,
+        "instruction set",
+        "GPT_KERNELS_ISA=",
+        "layer_norm_fwd",
+        "Triton kernels",
+        "tuned",
+        str(home),
+    )
+    assert all(words in text for words in expected)
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpt_kernels"] == gpt_kernels.__version__
 
@@ -147,6 +156,7 @@ def test_module_entry_point():
 
 
 @pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
+@pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
 @pytest.mark.parametrize("isa", ["base", dispatch.best_isa()])
 def test_support_table_in_readme_is_what_runs(isa):
     readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -155,6 +165,17 @@ def test_support_table_in_readme_is_what_runs(isa):
         assert support() == table
     # every op that is defined has its line: attention_fwd, attention_bwd -> attention
     assert {re.sub(r"_(fwd|bwd).*", "", op) for op in dispatch.ops()} == set(_examples())
+
+
+def test_readme_tells_how_far_the_triton_kernels_were_taken():
+    readme = " ".join((pathlib.Path(__file__).parents[1] / "README.md").read_text().split())
+    told = re.search(r"executed under Triton's interpreter.*?, compiled for (.*?), and not yet executed by us on a GPU", readme)
+    assert told and re.findall(r"\w+_?\d+a?", told[1]) == list(common.PROCESSORS)
+
+
+def test_without_triton_the_table_claims_nothing(monkeypatch):
+    monkeypatch.setattr(triton, "absence", lambda: "Triton is not installed")
+    assert not any(_in_triton().values())
 
 
 def test_readme_examples_run(tmp_path):

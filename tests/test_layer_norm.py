@@ -95,8 +95,9 @@ def test_layouts():
 
 
 def test_threads():
-    check_threads(layer_norm, inputs(700, 129))
-    check_threads(layer_norm, inputs(33, 1025))
+    few = BACKEND != "cpu"  # no threads there
+    check_threads(layer_norm, inputs(70 if few else 700, 129))
+    check_threads(layer_norm, inputs(5 if few else 33, 1025))
 
 
 def test_gradcheck():
@@ -150,7 +151,7 @@ X, W, STAT = torch.zeros(4, 8), torch.zeros(8), torch.zeros(4)
         (lambda: layer_norm(X, W, W.half()), "bias must be float32 like x or float32, got float16"),
         (lambda: layer_norm(X.half(), W, W.half()), "bias must be float32 like weight, got float16"),
         (lambda: layer_norm(X.int()), "x must be float32, (float64, )?bfloat16 or float16, got int32"),
-        (lambda: layer_norm(X.cfloat()), "x must be float32, (float64, )?bfloat16 or float16, got another dtype"),
+        (lambda: layer_norm(X.cfloat()), "x must be float32, (float64, )?bfloat16 or float16, got (another dtype|complex64)"),
         (lambda: layer_norm(torch.tensor(1.0)), "x must have at least 1 dimension, got a scalar"),
         (lambda: layer_norm(X, eps=-1e-5), "eps must be finite and not negative, got -1e-05"),
         (lambda: layer_norm(X, eps=float("nan")), "eps must be finite and not negative, got nan"),
@@ -170,7 +171,7 @@ def test_bad_input(call, message):
 @every_dtype
 def test_outputs_written_past_the_cache(dtype):
     """From 16 MB on (launch.h: row_streams) rows are stored another way; an odd row length keeps the ordinary one."""
-    size = 24 * 2**20 if BACKEND == "cpu" else 2**17
+    size = 24 * 2**20 if BACKEND == "cpu" else 2**15
     for columns in (768, 769):
         x = torch.randn(size // (columns * dtype.itemsize), columns).to(dtype)
         args = (x, torch.randn(columns).to(dtype), torch.randn(columns).to(dtype))

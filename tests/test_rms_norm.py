@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import BACKEND
 from op_checks import (
     SHAPES,
     check_compile,
@@ -80,8 +81,9 @@ def test_layouts():
 
 
 def test_threads():
-    check_threads(rms_norm, inputs(700, 129))
-    check_threads(rms_norm, inputs(33, 1025))
+    few = BACKEND != "cpu"  # no threads there
+    check_threads(rms_norm, inputs(70 if few else 700, 129))
+    check_threads(rms_norm, inputs(5 if few else 33, 1025))
 
 
 def test_gradcheck():

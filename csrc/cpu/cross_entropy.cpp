@@ -163,10 +163,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
   return {loss, z_loss, lse, dlogits};
 }
 
-// dlogits may be logits itself
+// dlogits may be logits itself. made: it holds the gradient for dloss = 1 already.
 static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
                                       int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
-                                      double logit_softcap, const Tensor& dlogits) {
+                                      double logit_softcap, bool made, const Tensor& dlogits) {
   const char* op = "cross_entropy_bwd";
   const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
   const int64_t kept = check_cross_entropy(op, logits, target, o);
@@ -190,6 +190,7 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
     T* dx = (T*)dlogits.mutable_data_ptr();
     const int64_t* t = (const int64_t*)target.const_data_ptr();
     const C *row_max = (const C*)lse.const_data_ptr(), *log_sum = row_max + M, *g = (const C*)dloss.const_data_ptr();
+    if (made && reduction != 0 && g[0] == 1) return;
     parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; i++) {
         const int64_t m = i / segments, begin = i % segments * SEGMENT, n = std::min(V - begin, SEGMENT);
@@ -207,7 +208,7 @@ static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, c
                                     double logit_softcap) {
   check_cpu("cross_entropy_bwd", "logits", logits);
   Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
-  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, dlogits);
+  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, false, dlogits);
   return dlogits;
 }
 

@@ -87,7 +87,8 @@ def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smo
 
 
 def reference_bwd_out(*args):
-    args[-1].copy_(reference_bwd(*args[:-1]))
+    *saved, made, dlogits = args
+    dlogits.copy_(torch.where(saved[0] == 1, dlogits, reference_bwd(*saved)) if made else reference_bwd(*saved))
 
 
 _options = "int ignore_index, int reduction, float label_smoothing, float lse_square_scale, float logit_softcap"
@@ -99,16 +100,16 @@ fwd = define(
     reference_fwd,
 )
 bwd = define(f"cross_entropy_bwd({_saved}, {_options}) -> Tensor dlogits", reference_bwd)
-# into a tensor that is there, which may be the logits
-bwd_out = define(f"cross_entropy_bwd_out({_saved}, {_options}, Tensor(a!) dlogits) -> ()", reference_bwd_out)
+# into a tensor that is there, which may be the logits; or, if it was made in forward, only where dloss is not 1
+bwd_out = define(f"cross_entropy_bwd_out({_saved}, {_options}, bool made, Tensor(a!) dlogits) -> ()", reference_bwd_out)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, options, inplace_backward):
-        # a compiled graph reuses buffers by itself, may not change its inputs in backward and cannot look at dloss
+        # a compiled graph reuses buffers by itself and may not change its inputs in backward
         ctx.inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-        with_grad = logits.is_cpu and not inplace_backward and not torch.compiler.is_compiling()
+        with_grad = not inplace_backward and not torch.compiler.is_compiling()
         loss, z_loss, lse, dlogits = fwd(logits, target, *options, with_grad)
         ctx.save_for_backward(logits, target, lse)
         ctx.options, ctx.dlogits = options, dlogits if with_grad and options[1] else None
@@ -124,15 +125,14 @@ class _CrossEntropy(torch.autograd.Function):
             return bwd(*saved), None, None, None
         if ctx.inplace_backward:
             dlogits = logits.detach()
-            bwd_out(*saved, dlogits)
+            bwd_out(*saved, False, dlogits)
             torch.autograd.graph.increment_version(dlogits)  # whoever still needs the logits gets autograd's error
             return dlogits, None, None, None
         # the gradient made in forward is handed out once; a second backward (retain_graph) makes its own
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:
             return bwd(*saved), None, None, None
-        if dloss.item() != 1:
-            bwd_out(*saved, dlogits)
+        bwd_out(*saved, True, dlogits)
         return dlogits, None, None, None
 
 

@@ -20,7 +20,7 @@ SUPPORTED = ((3, 6), (3, 9))  # first and last Triton whose machine code and int
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 OPS = {
     "attention_fwd": "attention",
-    "attention_bwd": "attention",
+    "attention_bwd": "attention_bwd",
     "cross_entropy_fwd": "cross_entropy",
     "cross_entropy_bwd": "cross_entropy",
     "cross_entropy_bwd_out": "cross_entropy",

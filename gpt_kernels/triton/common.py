@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ PROCESSORS = {
 # ---- checks: op, argument, value, limit ----
 
 
-def fail(op: str, message: str) -> None:
+def fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"{op}: {message}")
 
 
@@ -114,6 +114,11 @@ def processors(device: torch.device) -> int:
     return _processors_of(device.index) if device.type == "cuda" else 3
 
 
+def overridden() -> bool:
+    """Inside use_arch, where launch parameters are not those of a GPU at hand."""
+    return bool(_arch_override)
+
+
 @contextlib.contextmanager
 def use_arch(name: str) -> Iterator[None]:
     """Choose launch parameters as on architecture `name` inside the block: for tests and compilation without a GPU."""
@@ -154,7 +159,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         _recording = before
 
 
-def launch(kernel: Callable, grid: Sequence[int], like: Tensor, *args, **parameters) -> None:
+def launch(kernel: Any, grid: Sequence[int], like: Tensor, *args, **parameters) -> None:
     """kernel[grid](*args, **parameters) on like's device and its current stream; nothing for an empty grid.
 
     parameters: constexprs by name, num_warps, num_stages.

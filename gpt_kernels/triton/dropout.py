@@ -9,32 +9,43 @@ from torch import Tensor
 
 from ..ops.common import rows_of
 from .common import arch, cdiv, check_like, check_rows, launch
+from .elementwise import columns, load, store, tile, vector
 from .philox import check_dropout, philox_uint16
 from .tuning import Parameters, Tunable
 
 
 @triton.jit
+def dropout_tile(y, x, residual, keep, keep_scale, at, inside, whole, EDGE: tl.constexpr, VEC: tl.constexpr):
+    v = tl.where(keep, load(x, at, inside, whole, EDGE, VEC) * keep_scale, 0.0)
+    if residual is not None:
+        v += load(residual, at, inside, whole, EDGE, VEC)
+    store(y, at, v, inside, whole, EDGE, VEC)
+
+
+@triton.jit
 def dropout_fwd_kernel(
-    y, x, residual, rng_state, M, N, threshold, keep_scale, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    y, x, residual, rng_state, M, N, chunks, threshold, keep_scale,
+    VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    group = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    slab, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    row = slab * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    group = chunk * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
     keep = philox_uint16(rng_state, group, row, tl.full([1, 1], 0, tl.int32)) >= threshold
-    at, inside = row.to(tl.int64) * N + column, (row < M) & (column < N)
-    v = tl.where(keep, tl.load(x + at, inside, 0.0).to(tl.float32) * keep_scale, 0.0)
-    if HAS_RESIDUAL:
-        v += tl.load(residual + at, inside, 0.0).to(tl.float32)
-    tl.store(y + at, v.to(y.dtype.element_ty), inside)
+    at, inside, whole, interior = tile(slab, chunk, M, N, BLOCK_M, BLOCK_N, VEC)
+    if interior:
+        dropout_tile(y, x, residual, keep, keep_scale, at, inside, whole, False, VEC)
+    else:
+        dropout_tile(y, x, residual, keep, keep_scale, at, inside, whole, True, VEC)
 
 
 def _default(arch: str, N: int, dtype) -> Parameters:
-    block_n = min(max(triton.next_power_of_2(N), 16), 1024)
-    return {"BLOCK_M": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": 4}
+    block_n = columns(N, 1024)
+    return {"BLOCK_M": 1024 // block_n, "BLOCK_N": block_n, "num_warps": 4}
 
 
 def _candidates(arch: str, N: int, dtype) -> list[Parameters]:
-    return [_default(arch, N, dtype)]
+    default = _default(arch, N, dtype)
+    return [default, {**default, "BLOCK_M": 2 * default["BLOCK_M"]}, {**default, "num_warps": 8}]
 
 
 def _problem(device, N: int, dtype):
@@ -54,8 +65,9 @@ def dropout_fwd(x: Tensor, residual: Tensor | None, rng_state: Tensor, dropout_p
     y = x.new_empty(x.shape)
     M, N = rows_of(x).shape
     p = DROPOUT(arch(x.device), N=N, dtype=x.dtype)
+    chunks = cdiv(N, p["BLOCK_N"])
     launch(
-        dropout_fwd_kernel, (cdiv(M, p["BLOCK_M"]), cdiv(N, p["BLOCK_N"])), x, y, x, residual, rng_state, M, N, threshold, keep_scale,
-        HAS_RESIDUAL=residual is not None, **p,
+        dropout_fwd_kernel, (cdiv(M, p["BLOCK_M"]) * chunks,), x,
+        y, x, residual, rng_state, M, N, chunks, threshold, keep_scale, VEC=vector(N, x.itemsize), **p,
     )  # fmt: skip
     return y

@@ -1,0 +1,269 @@
+"""The GPU kit: make gpu, or python -m benchmarks.gpu. Not yet executed by us on a GPU.
+
+Runs on a machine with a GPU: the op tests on the device, the tests of tests/gpu (graph capture, streams, races, memory),
+compute-sanitizer where it is installed, and every benchmark against eager and torch.compile. Writes one JSON and one Markdown
+report into benchmarks/results/, to be pasted into an issue whatever it says. Exit codes: 0 all passed, 1 something failed,
+2 no GPU. `--device cpu` with TRITON_INTERPRET=1 rehearses the kit itself on a CPU, and reports no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from gpt_kernels import triton
+from gpt_kernels.triton.common import arch
+
+from .harness import ROOT, environment
+from .readme import op_table
+
+OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
+TOOLS = ("memcheck", "racecheck", "synccheck")
+DRY = "dry run on a CPU: no figures"
+HOURS = 3600
+
+
+@dataclass
+class Stage:
+    name: str
+    status: str  # passed, failed or skipped
+    summary: str
+    failures: list[str] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)  # of benchmarks: as harness.py writes them
+    seconds: float = 0.0
+
+
+def command(arguments: Sequence[str], timeout: float = 2 * HOURS, **variables: str) -> subprocess.CompletedProcess:
+    """Runs in the repository's root; output is captured, a timeout is exit code 124."""
+    try:
+        return subprocess.run(
+            [*arguments],
+            cwd=ROOT,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(arguments, 124, "", f"no end after {timeout:.0f} s")
+
+
+# ---- stages: each a function of the device ----
+
+
+def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage:
+    """A run of pytest, read from its XML: counts, and one line for each failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        xml = pathlib.Path(folder) / "junit.xml"
+        done = command([sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", *arguments], **variables)
+        if not xml.exists():
+            return Stage(name, "failed", f"pytest ended with {done.returncode}", last_lines(done.stderr or done.stdout))
+        cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
+    failures = [
+        f"{case.get('classname')}::{case.get('name')}: {((child.get('message') or '').splitlines() or ['?'])[0]}"
+        for case in cases
+        for child in case
+        if child.tag in ("failure", "error")
+    ]
+    skipped = sum(child.tag == "skipped" for case in cases for child in case)
+    summary = f"{len(cases) - skipped - len(failures)} passed, {len(failures)} failed, {skipped} skipped"
+    bad = failures or done.returncode not in (0, 5)
+    return Stage(name, "failed" if bad else "passed" if len(cases) > skipped else "skipped", summary, failures)
+
+
+def op_tests(device: str, quick: bool) -> Stage:
+    """The tests that every backend passes, with every tensor on the device."""
+    if device == "cpu":
+        return pytest_stage("op tests", ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
+    files = [f"tests/test_{op}.py" for op in OPS]
+    chosen = ["-k", "triton and (truth or float64 or bad_input)"] if quick else ["-k", "triton"]
+    return pytest_stage("op tests", [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device)
+
+
+def launch_tests(device: str, quick: bool, **variables: str) -> Stage:
+    """Graph capture and replay, no synchronisation, streams, devices, the same bits 250 times, memory given back."""
+    loops = "2" if device == "cpu" else "25" if quick else "250"
+    rehearse = {"GPT_KERNELS_REHEARSE": "1"} if device == "cpu" else {}
+    return pytest_stage("launch tests", ["tests/gpu"], GPT_KERNELS_RACE_LOOPS=loops, **rehearse, **variables)
+
+
+def sanitizer(device: str, tool: str) -> Stage:
+    """compute-sanitizer over every op with every kind of argument, small."""
+    name, path = f"compute-sanitizer {tool}", shutil.which("compute-sanitizer")
+    if device == "cpu":
+        return Stage(name, "skipped", "no GPU")
+    if path is None:
+        return Stage(name, "skipped", "compute-sanitizer is not on the PATH")
+    # without torch's caching allocator a tensor's end is an allocation's end
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    arguments = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--slice", device]
+    done = command(arguments, **uncached)
+    found = re.findall(r"^=+ *((?:ERROR|RACECHECK) SUMMARY.*)$", done.stdout + done.stderr, re.M)
+    summary = found[-1] if found else f"ended with {done.returncode}"
+    return Stage(name, "failed" if done.returncode else "passed", summary, last_lines(done.stdout) if done.returncode else [])
+
+
+def run_slice(device: str) -> None:
+    """What the sanitizer watches."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from kernel_calls import every_call, op, with_kernel
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for _, name, args in with_kernel("triton", every_call(dtype, device)):
+            op(name)(*args)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def benchmark(device: str, op: str, quick: bool) -> Stage:
+    """One bench_<op>.py, in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        flags = ["--quick"] * quick + ["--first", "--no-compile"] * (device == "cpu")
+        script = str(ROOT / "benchmarks" / f"bench_{op}.py")
+        done = command([sys.executable, script, "--device", device, "--json", file.name, *flags])
+        text = pathlib.Path(file.name).read_text()
+    part = json.loads(text) if text else {"rows": []}
+    rows = part["rows"]
+    wrong = [f"{r['shape']} {r['dtype']} {r['direction']}: {r['mismatch']}" for r in rows if r["mismatch"]]
+    failures = wrong or (last_lines(done.stderr) if done.returncode else [])
+    summary = f"{len(rows)} rows" if device != "cpu" else f"{len(rows)} rows, {DRY}"
+    rows = [] if device == "cpu" else [r | {"limits": part["limits"]} for r in rows]
+    return Stage(f"benchmark {op}", "failed" if done.returncode or not text else "passed", summary, failures, rows)
+
+
+def last_lines(text: str, count: int = 12) -> list[str]:
+    return [line.replace(str(ROOT), ".").replace(str(pathlib.Path.home()), "~") for line in text.strip().splitlines()[-count:]]
+
+
+def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
+    chosen: list[Callable[[], Stage]] = [lambda: op_tests(device, quick), lambda: launch_tests(device, quick)]
+    if consan:
+        chosen.append(lambda: launch_tests(device, True, TRITON_INSTRUMENTATION_MODE="consan"))
+    chosen += [lambda tool=tool: sanitizer(device, tool) for tool in TOOLS]  # type: ignore[misc]
+    benches = OPS if device == "cuda" else ("dropout",)
+    return chosen + [lambda op=op: benchmark(device, op, quick or device == "cpu") for op in benches]  # type: ignore[misc]
+
+
+# ---- the report ----
+
+
+def fingerprint(device: str) -> dict[str, object]:
+    with torch.device(device):
+        facts = environment()
+    facts |= {
+        "triton": triton.version(),
+        "interpreted": triton.INTERPRETED,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts |= {"gpus": torch.cuda.device_count(), "processors": p.multi_processor_count, "memory": p.total_memory}
+        facts |= {"L2": getattr(p, "L2_cache_size", None), "arch": arch(torch.device("cuda", torch.cuda.current_device()))}
+    return facts
+
+
+def markdown(report: dict) -> str:
+    facts, done = report["environment"], report["stages"]
+    title = DRY if report["dry_run"] else facts.get("gpu", "GPU")
+    lines = [f"# gpt_kernels on {title}", "", f"{report['verdict']}. `python -m benchmarks.gpu {report['arguments']}`", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lines += ["| stage | | | seconds |", "|---|---|---|---|"]
+    lines += [f"| {s['name']} | {s['status']} | {s['summary']} | {s['seconds']:.0f} |" for s in done]
+    for s in (s for s in done if s["failures"]):
+        lines += ["", f"## {s['name']}", "", "```", *s["failures"], "```"]
+    parts = [{"rows": s["rows"]} for s in done if s["rows"]]
+    if parts:
+        lines += ["", "## Benchmarks", "", "How often faster than the better of eager and `torch.compile`, and our time.", ""]
+        lines.append(op_table(parts))
+    return "\n".join(lines) + "\n"
+
+
+def write(report: dict, folder: pathlib.Path) -> list[pathlib.Path]:
+    """<date>-<gpu>.json and .md"""
+    gpu = "dry-run-cpu" if report["dry_run"] else str(report["environment"].get("gpu", "gpu"))
+    name = f"{report['date']}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    paths[0].write_text(json.dumps(report, indent=1) + "\n")
+    paths[1].write_text(markdown(report))
+    return paths
+
+
+def run(
+    device: str, quick: bool, consan: bool, folder: pathlib.Path, chosen: Sequence[Callable[[], Stage]] | None = None
+) -> int:
+    facts, done = fingerprint(device), []
+    for stage in stages(device, quick, consan) if chosen is None else chosen:
+        begin = time.perf_counter()
+        try:
+            result = stage()
+        except KeyboardInterrupt:
+            done.append(Stage("interrupted", "failed", "the stages above were finished"))
+            break
+        result.seconds = time.perf_counter() - begin
+        done.append(result)
+        print(f"{result.status:8}{result.name}: {result.summary} ({result.seconds:.0f} s)", flush=True)
+        for line in result.failures:
+            print(f"        {line}", flush=True)
+    failed = [s.name for s in done if s.status == "failed"]
+    report = {
+        "kit": "gpt_kernels",
+        "dry_run": device == "cpu",
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        "arguments": " ".join([f"--device {device}", *["--quick"] * quick, *["--consan"] * consan]),
+        "verdict": f"FAILED: {', '.join(failed)}" if failed else DRY if device == "cpu" else "All stages passed",
+        "environment": facts,
+        "stages": [asdict(s) for s in done],
+    }
+    print("report:", *write(report, folder))
+    return bool(failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse the kit, no figures")
+    parser.add_argument("--quick", action="store_true", help="a slice of each stage")
+    parser.add_argument(
+        "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
+    )
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
+    parser.add_argument("--slice", metavar="DEVICE", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.slice:
+        run_slice(args.slice)
+        return 0
+
+    def refuse(message: str) -> int:
+        print(f"benchmarks.gpu: {message}", file=sys.stderr)
+        return 2
+
+    if reason := triton.absence():
+        return refuse(reason)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return refuse(
+            "torch sees no GPU. TRITON_INTERPRET=1 python -m benchmarks.gpu --device cpu rehearses the kit without one"
+        )
+    if (args.device == "cpu") != triton.INTERPRETED:
+        return refuse("TRITON_INTERPRET=1 goes with --device cpu, and only with it")
+    folder = args.out or ROOT / "benchmarks" / ("results" if args.device == "cuda" else "out")
+    return run(args.device, args.quick, args.consan, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

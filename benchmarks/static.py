@@ -1,0 +1,405 @@
+"""Every kernel for every GPU compiled on this machine, and what its machine code says: `python -m benchmarks.static`.
+
+A launcher's launches are recorded for an architecture (gpt_kernels.triton.common.recording) and compiled as Triton's JIT would
+there, by the JIT itself. Facts, bounds and the model are those of benchmarks/sass.py: nothing here was executed, nothing here
+is performance. A kernel that does not compile, does not fit, spills, misses its tensor cores or its 16-byte accesses, or needs
+more than benchmarks/budgets/triton.json allows it fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.6 to 3.9 do when it is unset; 3.9 warns then
+
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gpt_kernels.triton import INTERPRETED, absence
+from gpt_kernels.triton.common import PROCESSORS, Launch
+
+from . import sass
+from .static_cases import ARCHS, PROBLEMS, Case, matrix
+
+BASELINE = pathlib.Path(__file__).parent / "budgets" / "triton.json"
+SHARED_LIMIT = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx90a": 64, "gfx942": 64
+}  # KB of a CTA # fmt: skip
+MATRIX = {
+    "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA",
+    "gfx90a": "v_mfma", "gfx942": "v_mfma",
+}  # of 16-bit products # fmt: skip
+# a budget's figure may grow by a tenth, or by the step in which it is handed out
+STEPS = {"registers": 8, "shared": 0, "code": 256}
+SPILLS: dict[str, str] = {}  # pattern of "Triton's version, case, kernel" -> why its spills are tolerated
+
+
+# ---- compiling ----
+
+
+@dataclass(frozen=True)
+class _Pretended:
+    """A driver for Triton's JIT of a GPU that is not there: it names the target, and its kernels are never loaded."""
+
+    arch: str
+
+    def get_current_target(self) -> GPUTarget:
+        nvidia = self.arch.startswith("sm_")
+        return GPUTarget("cuda", int(self.arch[3:]), 32) if nvidia else GPUTarget("hip", self.arch, 64)
+
+    def get_current_device(self) -> str:
+        return self.arch  # the JIT keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def pretending(arch: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_Pretended(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_launch(launch: Launch, arch: str):
+    """The launch's kernel, specialised and compiled by Triton's JIT as on a GPU of that architecture."""
+    if INTERPRETED:
+        raise RuntimeError("compile_launch: TRITON_INTERPRET is set, kernels are interpreted and cannot be compiled")
+    with pretending(arch):
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.parameters)
+
+
+# ---- facts ----
+
+
+@dataclass(frozen=True)
+class Facts:
+    registers: int
+    spills: int
+    shared: int  # bytes, static and dynamic
+    code: int  # bytes
+    threads: int
+    ctas: int  # that fit on a processor
+    limit: str
+    matrix: dict[str, int]
+    wide: float  # share of the hot region's bytes that moves 16 or more at a time
+    products: bool  # it has any, on tensor cores or off
+
+
+def facts(compiled, arch: str) -> Facts:
+    products = "tt.dot" in compiled.asm["ttir"]
+    if arch.startswith("gfx"):
+        return _amd_facts(compiled.asm["amdgcn"], compiled.metadata, products)
+    kernel = _read(compiled.asm["cubin"])
+    threads = kernel.threads or compiled.metadata.num_warps * 32
+    ctas, limit = sass.occupancy(kernel.gpu, kernel.registers, threads, compiled.metadata.shared)
+    return Facts(kernel.registers, kernel.spills, compiled.metadata.shared, kernel.code, threads, ctas, limit, kernel.matrix,
+                 sass.wide_share(sass.regions(kernel)[0]), products)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _read(cubin: bytes) -> sass.Kernel:
+    (kernel,) = sass.read(cubin)
+    return kernel
+
+
+_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+
+
+def _amd_moves(lines: list[str]) -> list[int]:
+    """Bytes of a thread per access to global memory."""
+    moves = (re.match(r"\s+(?:global|buffer)_(?:load|store)_(\w+)", line) for line in lines)
+    return [_AMD_WIDTHS.get(move[1], 2) for move in moves if move]
+
+
+def _amd_regions(text: str) -> list[list[str]]:
+    """Innermost loops, the one with most bytes first; else the whole kernel. A loop: from a label to the last branch back."""
+    lines, labels, spans = text.splitlines(), {}, {}
+    for n, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = n
+        elif (jump := re.match(r"\s+s_c?branch\w*\s+(\.LBB\w+)", line)) and jump[1] in labels:
+            spans[labels[jump[1]]] = n
+    inner = [lines[a:b] for a, b in spans.items() if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans.items())]
+    return sorted(filter(_amd_moves, inner), key=lambda loop: sum(_amd_moves(loop)), reverse=True) or [lines]
+
+
+def _amd_facts(text: str, metadata, products: bool) -> Facts:
+    def note(name: str) -> int:
+        return int(re.search(rf"{name}\s*[:=]\s*(\d+)", text)[1])
+
+    registers, threads = note(r"\.vgpr_count"), metadata.num_warps * 64
+    moved = _amd_moves(_amd_regions(text)[0])
+    limits = {"waves": 8 * 4 // metadata.num_warps, "registers": 512 // (-(-registers // 8) * 8) * 4 // metadata.num_warps}
+    if metadata.shared:
+        limits["shared memory"] = 65536 // metadata.shared
+    limit = min(limits, key=limits.__getitem__)
+    return Facts(
+        registers, note(r"\.vgpr_spill_count") + note(r"\.sgpr_spill_count"), metadata.shared, note("codeLenInByte"), threads,
+        limits[limit], limit, dict(collections.Counter(re.findall(r"\b(v_mfma)_", text))),
+        sum(b for b in moved if b >= 16) / sum(moved) if moved else 1.0, products,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of a case: its facts, or why there are none; the hot region's figures where they were asked for."""
+
+    case: Case
+    whose: str
+    kernel: str
+    facts: Facts | None = None
+    error: str = ""
+    regions: tuple[sass.Region, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.case.id} {self.kernel}"
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, on any Triton."""
+        if self.facts is None:
+            return [self.error]
+        f, arch, problem, found = self.facts, self.case.arch, self.case.problem, []
+        if f.shared > SHARED_LIMIT[arch] * 1024:
+            found.append(f"needs {f.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]} KB")
+        if not f.ctas:
+            found.append(f"does not fit on a processor: {f.limit}")
+        if f.spills and not any(re.search(p, f"{triton.__version__} {self.id}") for p in SPILLS):
+            found.append(f"spills: {f.spills} accesses to local memory")
+        want = problem.matrix if problem.matrix and arch.startswith("sm_") else MATRIX[arch]
+        if f.products and self.case.dtype != "fp32" and want not in f.matrix:
+            found.append(f"has products but no {want}, only {f.matrix or 'scalar ones'}")
+        if problem.aligned and f.wide < problem.wide:
+            found.append(f"moves {f.wide:.0%} of its bytes 16 at a time, expected {problem.wide:.0%}")
+        return found
+
+    def budget(self) -> dict[str, int]:
+        return {name: getattr(self.facts, name) for name in ("registers", "shared", "code", "spills")}
+
+    def overruns(self, baseline: dict) -> list[str]:
+        """Where it needs more than the baseline's figures and their slack."""
+        if self.facts is None:
+            return []
+        allowed = baseline["kernels"].get(self.id)
+        if allowed is None:
+            return ["is not in the baseline: --write-baseline"]
+        return [
+            f"{name} {value}, the baseline has {allowed[name]}"
+            for name, value in self.budget().items()
+            if value > allowed[name] + (max(allowed[name] // 10, STEPS[name]) if name in STEPS else 0)
+        ]
+
+    def changes(self, baseline: dict) -> str:
+        before = baseline["kernels"].get(self.id) if self.facts else None
+        now = self.budget() if before else {}
+        return ", ".join(f"{name} {before[name]} -> {value}" for name, value in now.items() if value != before[name])
+
+
+def _reason(e: BaseException) -> str:
+    """The last line of the innermost cause: above it Triton quotes the source around it."""
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return next((line.strip() for line in reversed(str(e).splitlines()) if line.strip(" ^")), "")
+
+
+def rows(case: Case, whose: str = "ours", figures: bool = False) -> list[Row]:
+    """Compile a case's launches, each specialisation once. figures: read the hot regions, too."""
+    try:
+        launches = case.launches() if whose == "ours" else case.liger_launches()
+    except RuntimeError as e:
+        return [Row(case, whose, "(launcher)", error=f"does not launch: {e}")]
+    found: list[Row] = []
+    kernels, names = [], collections.Counter()
+    for launch in launches:
+        try:
+            compiled = compile_launch(launch, case.arch)
+        except Exception as e:  # whatever the compiler throws belongs in the table, beside the kernels that do compile
+            name, compiled = launch.kernel.__name__, None
+            row = Row(case, whose, name, error=f"does not compile: {type(e).__name__}: {_reason(e)}")
+        else:
+            name = compiled.name
+            row = Row(
+                case, whose, name, facts(compiled, case.arch), regions=_regions(launch, compiled, case) if figures else ()
+            )
+        if compiled is not None and any(compiled is other for other in kernels):
+            continue  # the JIT has it already
+        kernels.append(compiled)
+        names[name] += 1
+        if names[name] > 1:
+            row = Row(case, whose, f"{name}#{names[name]}", row.facts, row.error, row.regions)
+        found.append(row)
+    return found
+
+
+def _regions(launch: Launch, compiled, case: Case) -> tuple[sass.Region, ...]:
+    if "cubin" not in compiled.asm:
+        return ()
+    f, kernel = facts(compiled, case.arch), _read(compiled.asm["cubin"])
+    block = next((launch.parameters[n] for n in ("BLOCK_N", "BLOCK_SIZE") if n in launch.parameters), None)
+    columns = case.problem.columns
+    useful = columns / (-(-columns // block) * block) if block and columns else 1.0
+    grid = functools.reduce(lambda a, b: a * b, launch.grid)
+    ctas = max(1, min(f.ctas, -(-grid // PROCESSORS[case.arch])))
+    warps = launch.parameters.get("num_warps", 4)  # of the loops; specialised warps beside them wait and copy
+    return tuple(sass.region(kernel, code, warps, ctas, useful) for code in sass.regions(kernel))
+
+
+# ---- baseline ----
+
+
+def load_baseline() -> dict:
+    return json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": triton.__version__, "kernels": {}}
+
+
+def comparable(baseline: dict) -> bool:
+    """The figures of one Triton say nothing of another's."""
+    return baseline["triton"].split(".")[:2] == triton.__version__.split(".")[:2]
+
+
+def write_baseline(found: Iterable[Row], kept: dict) -> None:
+    """One kernel a line, so that a diff reads; `kept` stays beside what was found."""
+    kernels = {**kept, **{r.id: r.budget() for r in found if r.facts}}
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(kernels[k])}" for k in sorted(kernels))
+    BASELINE.parent.mkdir(exist_ok=True)
+    BASELINE.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n')
+
+
+# ---- table ----
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def show(row: Row, baseline: dict) -> dict[str, str]:
+    """A row's cells by column; of its regions the hottest."""
+    cells = {"whose": row.whose, "problem": row.case.problem.id, "dtype": row.case.dtype, "arch": row.case.arch,
+             "kernel": row.kernel}  # fmt: skip
+    if row.facts is None:
+        return {**cells, "notes": row.error if row.whose != "ours" else ""}
+    f, hot = row.facts, next(iter(row.regions), None)
+    cells |= {"regs": str(f.registers), "spills": str(f.spills), "smem KB": f"{f.shared / 1024:.3g}",
+              "CTAs x threads": f"{f.ctas}x{f.threads}", "limit": f.limit, "code KB": f"{f.code / 1024:.1f}",
+              "16 B": f"{f.wide:.0%}", "matrix": " ".join(f"{n} {op}" for op, n in f.matrix.items())}  # fmt: skip
+    if hot:
+        cells |= {
+            "hot loop": str(hot.instructions),
+            "mix": " ".join(f"{n} {kind}" for kind, n in list(hot.mix.items())[:4]),
+            "tensor/other": _figure(hot.tensor_per_other),
+            "ins/MF": _figure(hot.per_mflop, 0),
+            "issue": str(hot.stalls),
+            "KB in flight (Little)": f"{hot.in_flight_sm / 1024:.1f} ({hot.little_bytes / 1024:.1f})",
+            "binds": hot.binding,
+            "bound": _figure(hot.bound),
+            "no overlap": _figure(hot.no_overlap),
+            "model": _figure(hot.model),
+        }
+    cells["notes"] = row.changes(baseline) if comparable(baseline) else ""
+    return cells
+
+
+def header(shown: list[dict[str, str]]) -> list[str]:
+    """The columns that have anything in them, in order."""
+    longest = max(shown, key=len)
+    return [name for name in longest if any(cells.get(name) for cells in shown)]
+
+
+def markdown(shown: list[dict[str, str]]) -> str:
+    names = header(shown)
+    lines = [names, ["---"] * len(names), *([cells.get(n, "") for n in names] for cells in shown)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", choices=["triton"], default="triton")
+    parser.add_argument("--subset", choices=["pr", "full"], default="pr", help="pr: main problems, four architectures, bf16")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture (may be repeated)")
+    parser.add_argument(
+        "--op", action="append", choices=sorted({p.op for p in PROBLEMS}), help="only this op (may be repeated)"
+    )
+    parser.add_argument("--problem", metavar="TEXT", default="", help="only problems whose name has TEXT")
+    parser.add_argument("--against", choices=["liger"], help="the same problems' kernels of an installed peer beside ours")
+    parser.add_argument("--facts", action="store_true", help="no bounds and model: faster")
+    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write every figure to FILE")
+    parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path, help="also write the table to FILE")
+    parser.add_argument("--write-baseline", action="store_true", help=f"renew {BASELINE.name} with what was compiled")
+    args = parser.parse_args()
+    if (reason := absence()) is not None:
+        parser.error(reason)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
+    if args.against:
+        try:
+            import liger_kernel.ops  # noqa: F401
+        except ImportError as e:
+            parser.error(f"--against {args.against}: {e} (pip install liger-kernel)")
+    cases = [
+        case
+        for case in matrix(args.subset, args.arch or ())
+        if (not args.op or case.problem.op in args.op) and args.problem in case.problem.id
+    ]
+    if not cases:
+        parser.error("no case is left of these options; --problem and --subset full would widen them")
+
+    console = Console(width=None if sys.stdout.isatty() else 320)
+    baseline, found = load_baseline(), []
+    whose = ["ours", *([args.against] if args.against else [])]
+    for case in track(cases, "compiling", console=Console(stderr=True), transient=True):
+        for who in whose:
+            found += rows(case, who, figures=not args.facts)
+    shown = [show(r, baseline) for r in found]
+    table = Table(title=f"Machine code from Triton {triton.__version__}: facts, bounds and estimates; nothing was executed")
+    names = header(shown)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("problem", "kernel", "mix", "notes") else "right")
+    for cells in shown:
+        table.add_row(*(cells.get(n, "") for n in names), style="dim" if cells["whose"] != "ours" else None)
+    console.print(table)
+    if not comparable(baseline):
+        console.print(f"The baseline is of Triton {baseline['triton']}, this is {triton.__version__}: not compared.")
+    if args.markdown:
+        args.markdown.write_text(markdown(shown))
+    if args.json:
+        figures = [
+            {"id": r.id, "whose": r.whose, "op": r.case.problem.op, "problem": r.case.problem.name, "arch": r.case.arch,
+             "dtype": r.case.dtype, "kernel": r.kernel, "facts": r.facts and asdict(r.facts), "error": r.error,
+             "regions": [asdict(g) for g in r.regions]} for r in found
+        ]  # fmt: skip
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": figures}, indent=1) + "\n")
+    mine = [r for r in found if r.whose == "ours"]
+    faults = [f"{r.id} {fault}" for r in mine for fault in r.faults()]
+    if args.write_baseline:
+        whole = args.subset == "full" and len(cases) == len(matrix("full"))
+        write_baseline(mine, kept={} if whole else baseline["kernels"])
+    elif comparable(baseline):
+        unknown = [r for r in mine if r.facts and r.id not in baseline["kernels"]]
+        faults += [f"{r.id} {overrun}" for r in mine if r not in unknown for overrun in r.overruns(baseline)]
+        faults += (
+            [f"{len(unknown)} kernels are not in the baseline, {unknown[0].id} the first: --write-baseline"] if unknown else []
+        )
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What benchmarks/static.py compiles: problems that make every launcher launch every kernel, on tensors without memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gpt_kernels import triton as backend
+from gpt_kernels.triton import common
+from gpt_kernels.triton.common import Launch
+
+ARCHS = tuple(common.PROCESSORS)
+PR_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes "meta" tensors; unaligned ones start one element past a 16-byte boundary, as a slice may."""
+
+    dtype: torch.dtype
+    aligned: bool
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        memory = torch.empty(math.prod(shape) + 1, dtype=dtype or self.dtype, device="meta")
+        return memory[:-1].view(shape) if self.aligned else memory[1:].view(shape)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op, forward and backward, on one shape. `main` ones are compiled in every dtype, and are the PR's subset."""
+
+    op: str
+    name: str
+    ours: Callable[[Inputs], None]
+    liger: Callable[[Inputs], None] | None = None
+    main: bool = False
+    aligned: bool = True
+    columns: int = 0  # of a row: what a block pads them to is idle lanes
+    wide: float = 0.75  # least share of a hot loop's bytes that moves 16 at a time; of unaligned tensors nothing is asked
+    matrix: str = ""  # the tensor-core instruction, where it is not the architecture's newest
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def launcher(op: str) -> Callable:
+    return getattr(importlib.import_module(f"{backend.__name__}.{backend.OPS[op]}"), op)
+
+
+# ---- problems ----
+
+
+def layer_norm(M: int, N: int, **options) -> Problem:
+    def ours(new):
+        x, w = new(M, N), new(N)
+        y, mean, rstd = launcher("layer_norm_fwd")(x, w, new(N), 1e-5)
+        launcher("layer_norm_bwd")(y, x, w, mean, rstd, True)
+
+    def liger(new):
+        from liger_kernel.ops.layer_norm import layer_norm_backward, layer_norm_forward
+
+        x, w = new(M, N), new(N)
+        y, x, mean, rstd, *_ = layer_norm_forward(x, w, w, 1e-5)
+        layer_norm_backward(y, x, w, w, mean, rstd)
+
+    return Problem("layer_norm", f"{M}x{N}", ours, liger, columns=N, **options)
+
+
+def rms_norm(M: int, N: int, **options) -> Problem:
+    def ours(new):
+        x, w = new(M, N), new(N)
+        y, rstd = launcher("rms_norm_fwd")(x, w, 1e-5)
+        launcher("rms_norm_bwd")(y, x, w, rstd)
+
+    def liger(new):
+        from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
+
+        x, w = new(M, N), new(N)
+        y, x, rstd, block, warps, mode = rms_norm_forward(x, w, 1e-5, 0.0, "llama", False)
+        rms_norm_backward(y, x, w, rstd, 0.0, mode, block, warps, False, False)
+
+    return Problem("rms_norm", f"{M}x{N}", ours, liger, columns=N, **options)
+
+
+def softmax(*shape: int, mask: bool = False, causal: bool = False, **options) -> Problem:
+    def ours(new):
+        x = new(*shape)
+        y = launcher("softmax_fwd")(x, new(1, *shape[1:]) if mask else None, 0.125, causal)
+        launcher("softmax_bwd")(x, y, 0.125, causal)
+
+    def liger(new):
+        from liger_kernel.ops.softmax import _softmax_backward, _softmax_forward
+
+        x = new(*shape)
+        _softmax_backward(x, *_softmax_forward(x))
+
+    name = "x".join(map(str, shape)) + "-mask" * mask + "-causal" * causal
+    return Problem("softmax", name, ours, None if mask or causal else liger, columns=shape[-1], **options)
+
+
+def gelu(M: int, N: int, bias: bool = True, tanh: bool = True, **options) -> Problem:
+    def ours(new):
+        x, b = new(M, N), new(N) if bias else None
+        launcher("gelu_bwd")(launcher("gelu_fwd")(x, b, tanh), x, b, tanh)
+
+    return Problem("gelu", f"{M}x{N}" + "-bias" * bias + "-erf" * (not tanh), ours, columns=N, **options)
+
+
+def dropout(M: int, N: int, residual: bool, **options) -> Problem:
+    def ours(new):
+        x = new(M, N)
+        launcher("dropout_fwd")(x, new(M, N) if residual else None, new(2, dtype=torch.int64), 0.1)
+
+    return Problem("dropout", f"{M}x{N}" + "-residual" * residual, ours, columns=N, **options)
+
+
+def cross_entropy(M: int, V: int, reduction: str = "mean", smoothing: float = 0.0, softcap: float = 0.0, **options) -> Problem:
+    settings = (-100, ("none", "mean", "sum").index(reduction), smoothing, 1e-4 if smoothing else 0.0, softcap)
+
+    def ours(new):
+        x, target = new(M, V), new(M, dtype=torch.int64)
+        loss, _, lse, _ = launcher("cross_entropy_fwd")(x, target, *settings, reduction != "none")
+        launcher("cross_entropy_fwd")(x, target, *settings, False)
+        launcher("cross_entropy_bwd")(loss, x, target, lse, *settings)
+        launcher("cross_entropy_bwd_out")(loss, x, target, lse, *settings, False, x)
+
+    def liger(new):
+        from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+        target = torch.zeros(M, dtype=torch.int64)  # in memory: its values are looked at
+        cross_entropy_forward(new(M, V).requires_grad_(), target, None, -100, 0.0, 0.0, reduction, None, False)
+
+    name = f"{M}x{V}" + f"-{reduction}" * (reduction != "mean") + "-smoothing" * (smoothing > 0) + "-softcap" * (softcap > 0)
+    plain = reduction == "mean" and not smoothing and not softcap
+    return Problem("cross_entropy", name, ours, liger if plain else None, columns=V, **options)
+
+
+def attention(
+    B: int, H: int, T: int, D: int, Tk: int | None = None, Hk: int | None = None, causal: bool = True, window: int = -1,
+    bias: bool = False, alibi: bool = False, softcap: float = 0.0, dropout_p: float = 0.0, backward: bool = True, **options,
+) -> Problem:  # fmt: skip
+    """q, k, v are (B, T, H, D) in memory, as a GPT's projections leave them."""
+    Tk, Hk = Tk or T, Hk or H
+
+    def ours(new):
+        q, k, v = (new(B, t, h, D).transpose(1, 2) for t, h in ((T, H), (Tk, Hk), (Tk, Hk)))
+        extras = (
+            new(1, H, T, Tk) if bias else None,
+            new(H, dtype=torch.float32) if alibi else None,
+            new(2, dtype=torch.int64) if dropout_p else None,
+            D**-0.5, softcap, dropout_p, Tk - T, window, 0 if causal else -1,
+        )  # fmt: skip
+        o, lse = launcher("attention_fwd")(q, k, v, *extras)
+        if backward:
+            launcher("attention_bwd")(o, q, k, v, o, lse, *extras, bias)
+
+    flags = {"full": not causal, f"window{window}": window >= 0, "bias": bias, "alibi": alibi, "softcap": softcap > 0,
+             "dropout": dropout_p > 0}  # fmt: skip
+    name = f"B{B}H{H}" + f"k{Hk}" * (Hk != H) + f"T{T}" + f"k{Tk}" * (Tk != T) + f"D{D}"
+    return Problem("attention", "-".join([name, *(f for f, on in flags.items() if on)]), ours, **options)
+
+
+ALL = (
+    dropout(8192, 768, True, main=True),
+    dropout(8192, 1600, False),
+    dropout(8191, 767, True, aligned=False),
+    gelu(8192, 3072, main=True),
+    gelu(8192, 3072, bias=False, tanh=False),
+    gelu(8191, 3071, aligned=False),
+    layer_norm(8192, 768, main=True),
+    layer_norm(8192, 1024),
+    layer_norm(8192, 1600),
+    layer_norm(4096, 4096),
+    layer_norm(512, 32768),
+    layer_norm(8, 1024),
+    layer_norm(8191, 767, aligned=False),
+    rms_norm(8192, 768, main=True),
+    rms_norm(8192, 1024),
+    rms_norm(4096, 4096),
+    rms_norm(512, 32768),
+    rms_norm(8191, 767, aligned=False),
+    softmax(8192, 1024, main=True),
+    softmax(8192, 50257),
+    softmax(16, 262144),
+    softmax(512, 262144),
+    softmax(12, 1024, 1024, causal=True),
+    softmax(12, 1024, 1024, mask=True),
+    softmax(8191, 1023, aligned=False),
+    cross_entropy(8192, 50257, main=True),
+    cross_entropy(8192, 4096),
+    cross_entropy(16, 128256),
+    cross_entropy(8192, 50304),
+    cross_entropy(2048, 128256),
+    cross_entropy(1024, 262144),
+    cross_entropy(8192, 50304, reduction="none", smoothing=0.1, softcap=30.0),
+    cross_entropy(8191, 50257, aligned=False),
+    attention(8, 12, 1024, 64, main=True),
+    attention(4, 16, 2048, 128, main=True),
+    attention(4, 16, 1024, 80),
+    attention(2, 8, 1024, 256),
+    attention(2, 32, 4096, 128, Hk=8, window=1023, softcap=50.0),
+    attention(8, 12, 1024, 64, dropout_p=0.1),
+    attention(8, 12, 1024, 64, bias=True, causal=False),
+    attention(8, 12, 1024, 64, alibi=True),
+    attention(32, 32, 1, 128, Tk=4096, Hk=8, backward=False, matrix="HMMA"),
+    attention(3, 5, 1023, 64, aligned=False),
+)
+PROBLEMS = tuple(p for p in ALL if importlib.util.find_spec(f"{backend.__name__}.{p.op}"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem on one architecture in one dtype: the launches of a forward and a backward."""
+
+    problem: Problem
+    arch: str
+    dtype: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.problem.id}{'' if self.problem.aligned else '-unaligned'}-{self.dtype}-{self.arch}"
+
+    def launches(self) -> list[Launch]:
+        with common.recording(self.arch) as launches:
+            self.problem.ours(Inputs(DTYPES[self.dtype], self.problem.aligned))
+        return launches
+
+    def liger_launches(self) -> list[Launch]:
+        """What Liger would launch; nothing where it has no such op."""
+        if self.problem.liger is None:
+            return []
+        with _recording_liger(self.arch) as launches:
+            self.problem.liger(Inputs(DTYPES[self.dtype], self.problem.aligned))
+        # its backwards launch one program per processor, and know none where the tensors are not on a GPU
+        programs = common.PROCESSORS[self.arch]
+        for n, launch in enumerate(launches):
+            if launch.grid == (1,):
+                rows = {k: common.cdiv(v, programs) for k, v in launch.parameters.items() if k == "rows_per_program"}
+                launches[n] = dataclasses.replace(launch, grid=(programs,), parameters={**launch.parameters, **rows})
+        return launches
+
+
+@contextlib.contextmanager
+def _recording_liger(arch: str) -> Iterator[list[Launch]]:
+    from liger_kernel.ops import cross_entropy, utils
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup, **parameters):
+        bound = kernel.signature.bind_partial(
+            *args, **{k: v for k, v in parameters.items() if k in kernel.signature.parameters}
+        )
+        options = {k: v for k, v in parameters.items() if k not in kernel.signature.parameters}
+        launches.append(Launch(kernel, grid, (), {**bound.arguments, **options}))
+
+    generation = {"sm_100": "blackwell", "sm_120": "blackwell_consumer"}.get(arch, "")
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(cross_entropy, "infer_device_arch", lambda: generation),
+        mock.patch.object(cross_entropy, "is_hip", lambda: arch.startswith("gfx")),
+        mock.patch.object(utils, "is_hip", lambda: arch.startswith("gfx")),
+    ):
+        yield launches
+
+
+def matrix(subset: str, archs: Collection[str] = ()) -> list[Case]:
+    """pr: main problems on four architectures in bf16. full: every problem everywhere, the main ones in every dtype."""
+    if subset == "pr":
+        return [Case(p, arch, "bf16") for p in PROBLEMS if p.main for arch in archs or PR_ARCHS]
+    return [Case(p, arch, d) for p in PROBLEMS for arch in archs or ARCHS for d in DTYPES if p.main or d == "bf16"]

@@ -1,0 +1,207 @@
+"""gelu: each tensor is read or written once; the backward finishes the bias's gradient in the same launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import arch, cdiv, check_column, check_contiguous, check_float, check_like, fail, launch, processors
+from .elementwise import columns, load, store, tile, vector
+from .tuning import Parameters, Tunable
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+A = tl.constexpr(1.5957691216057308)  # 2 sqrt(2/pi)
+B = tl.constexpr(1.5957691216057308 * 0.044715)
+NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def gauss(v):
+    """e^(-v^2 / 2)"""
+    return tl.exp2(v * v * (-0.5 * LOG2_E))
+
+
+@triton.jit
+def normal_cdf(v, gauss):
+    """The normal distribution function: gauss(v) P(t) on the left, relatively accurate, and 1 minus that on the right.
+
+    P, in t = 2 / (2 + |v|), is the CPU kernel's fit (csrc/cpu/vec.h).
+    """
+    t = 2.0 / (2.0 + tl.abs(v))
+    p = -4.795330753e-2
+    p = p * t + 2.306086126e-1
+    p = p * t - 3.939418775e-1
+    p = p * t + 1.838505251e-1
+    p = p * t + 1.293441268e-1
+    p = p * t + 1.980829209e-1
+    p = p * t + 2.000089698e-1
+    beyond = p * t * gauss
+    return tl.where(v < 0, beyond, 1.0 - beyond)
+
+
+@triton.jit
+def tanh_exp(v):
+    """e^-2u of y = v (1 + tanh u) / 2 = v / (1 + e^-2u): one exponential, and no cancellation where tanh u is close to -1"""
+    return tl.exp2(v * (-A * LOG2_E - B * LOG2_E * v * v))
+
+
+@triton.jit
+def gelu(v, TANH: tl.constexpr):
+    if TANH:
+        return v / (1.0 + tanh_exp(v))
+    else:
+        return v * normal_cdf(v, gauss(v))
+
+
+@triton.jit
+def gelu_slope(v, TANH: tl.constexpr):
+    if TANH:
+        # p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
+        e = tanh_exp(tl.abs(v))
+        p = 1.0 / (1.0 + e)
+        q = e * p
+        return tl.where(v < 0, q, p) + v * p * q * (A + 3.0 * B * v * v)
+    else:
+        g = gauss(v)
+        return normal_cdf(v, g) + v * g * NORMAL
+
+
+@triton.jit
+def fwd_tile(y, x, b, at, inside, whole, TANH: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr):
+    store(y, at, gelu(load(x, at, inside, whole, EDGE, VEC) + b, TANH), inside, whole, EDGE, VEC)
+
+
+@triton.jit
+def gelu_fwd_kernel(
+    y, x, bias, M, N, chunks, TANH: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    slab, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    at, inside, whole, interior = tile(slab, chunk, M, N, BLOCK_M, BLOCK_N, VEC)
+    b = load_bias(bias, chunk, N, BLOCK_N)
+    if interior:
+        fwd_tile(y, x, b, at, inside, whole, TANH, False, VEC)
+    else:
+        fwd_tile(y, x, b, at, inside, whole, TANH, True, VEC)
+
+
+@triton.jit
+def load_bias(bias, chunk, N, BLOCK_N: tl.constexpr):
+    if bias is None:
+        return 0.0
+    else:
+        column = chunk * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        return tl.load(bias + column, column < N, 0.0).to(tl.float32)
+
+
+@triton.jit
+def bwd_tile(dx, dy, x, b, at, inside, whole, TANH: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr):
+    d = load(dy, at, inside, whole, EDGE, VEC) * gelu_slope(load(x, at, inside, whole, EDGE, VEC) + b, TANH)
+    store(dx, at, d, inside, whole, EDGE, VEC)
+    return d
+
+
+@triton.jit
+def gelu_bwd_kernel(
+    dx, dbias, partials, arrivals, dy, x, bias, M, N, chunks, tiles,
+    TANH: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    slab, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    b = load_bias(bias, chunk, N, BLOCK_N)
+    db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(tiles):
+        at, inside, whole, interior = tile(slab.to(tl.int64) * tiles + i, chunk, M, N, BLOCK_M, BLOCK_N, VEC)
+        if interior:
+            db += bwd_tile(dx, dy, x, b, at, inside, whole, TANH, False, VEC)
+        else:
+            db += bwd_tile(dx, dy, x, b, at, inside, whole, TANH, True, VEC)
+    if dbias is not None:
+        column = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(partials + slab.to(tl.int64) * N + column, tl.sum(db, 0), column < N)
+        # the last of the programs with these columns adds their sums, in the order of rows: the bits do not depend on who it is
+        tl.debug_barrier()
+        slabs = tl.num_programs(0) // chunks
+        if tl.atomic_add(arrivals + chunk, 1, sem="acq_rel", scope="gpu") == slabs - 1:
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for first in range(0, slabs, BLOCK_M):
+                other = first + tl.arange(0, BLOCK_M)[:, None]
+                theirs = (other < slabs) & (column < N)[None, :]
+                # past L1, which may hold what was there before
+                total += tl.load(partials + other.to(tl.int64) * N + column[None, :], theirs, 0.0, cache_modifier=".cg")
+            tl.store(dbias + column, tl.sum(total, 0).to(dbias.dtype.element_ty), column < N)
+
+
+def _default(arch: str, N: int, dtype) -> Parameters:
+    """N: 0 without a bias, where rows mean nothing and the tensor is one."""
+    elements = 4 * 32 * 2 * (16 // dtype.itemsize)  # two 16-byte accesses per thread and tensor
+    block_n = columns(N, elements // 2) if N else elements
+    return {"BLOCK_M": elements // block_n, "BLOCK_N": block_n, "num_warps": 4}
+
+
+def _candidates(arch: str, N: int, dtype) -> list[Parameters]:
+    default = _default(arch, N, dtype)
+    grow = "BLOCK_M" if N else "BLOCK_N"
+    return [default, {**default, "num_warps": 8}, {**default, grow: default[grow] * 2, "num_warps": 8}]
+
+
+def _problem(op: str):
+    def problem(device, N: int, dtype):
+        x = torch.randn(2**24 // (N or 1024), N or 1024, device=device, dtype=dtype)
+        bias = torch.randn(N, device=device, dtype=dtype) if N else None
+        return (lambda: gelu_fwd(x, bias, True)) if op == "gelu_fwd" else lambda: gelu_bwd(x, x, bias, True)
+
+    return problem
+
+
+FWD = Tunable("gelu_fwd", _default, _candidates, _problem("gelu_fwd"))
+BWD = Tunable("gelu_bwd", _default, _candidates, _problem("gelu_bwd"))
+
+
+def _check(op: str, x: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """(M, N): rows and columns; without a bias one row of everything."""
+    check_float(op, "x", x)
+    check_contiguous(op, "x", x)
+    if bias is None:
+        return 1, x.numel()
+    if x.dim() < 1:
+        fail(op, "x must have at least 1 dimension to add a bias, got a scalar")
+    N = x.shape[-1]
+    check_column(op, "bias", bias, N, x)
+    return x.numel() // N if N else 0, N
+
+
+def _geometry(tunable: Tunable, x: Tensor, bias: Tensor | None, N: int) -> tuple[Parameters, int, int]:
+    """(launch parameters, elements of an access, chunks of columns)"""
+    p = tunable(arch(x.device), N=0 if bias is None else N, dtype=x.dtype)
+    return p, 16 // x.itemsize if bias is None else vector(N, x.itemsize), cdiv(N, p["BLOCK_N"])
+
+
+def gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    M, N = _check("gelu_fwd", x, bias)
+    y = torch.empty_like(x)
+    p, vec, chunks = _geometry(FWD, x, bias, N)
+    launch(gelu_fwd_kernel, (cdiv(M, p["BLOCK_M"]) * chunks,), x, y, x, bias, M, N, chunks, TANH=tanh, VEC=vec, **p)
+    return y
+
+
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    op = "gelu_bwd"
+    M, N = _check(op, x, bias)
+    check_like(op, "dy", dy, "x", x)
+    dx = torch.empty_like(x)
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    if not x.numel():
+        return dx, dbias.zero_()
+    p, vec, chunks = _geometry(BWD, x, bias, N)
+    slabs, tiles, partials, arrivals = cdiv(M, p["BLOCK_M"]), 1, None, None
+    if bias is not None:
+        # a few programs for each processor, each of many rows, so that partial sums are a small part of the traffic
+        tiles = cdiv(slabs, max(1, 4 * processors(x.device) // chunks))
+        slabs = cdiv(slabs, tiles)
+        partials, arrivals = x.new_empty(slabs, N, dtype=torch.float32), x.new_zeros(chunks, dtype=torch.int32)
+    launch(
+        gelu_bwd_kernel, (slabs * chunks,), x,
+        dx, None if bias is None else dbias, partials, arrivals, dy, x, bias, M, N, chunks, tiles, TANH=tanh, VEC=vec, **p,
+    )  # fmt: skip
+    return dx, dbias

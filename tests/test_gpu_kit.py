@@ -1,0 +1,171 @@
+"""The plumbing of the GPU kit (benchmarks/gpu.py), on a CPU: stages, report, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Stage
+from gpt_kernels import triton
+
+needs_triton = pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
+
+
+@needs_triton
+@pytest.mark.skipif(triton.INTERPRETED, reason="about the other case")
+def test_without_a_gpu_it_says_so_and_ends_with_2(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2 and "torch sees no GPU. TRITON_INTERPRET=1 python" in capsys.readouterr().err
+    assert gpu.main(["--device", "cpu"]) == 2 and "TRITON_INTERPRET=1 goes with --device cpu" in capsys.readouterr().err
+    monkeypatch.setattr(triton, "absence", lambda: "Triton is not installed")
+    assert gpu.main([]) == 2 and "Triton is not installed" in capsys.readouterr().err
+
+
+TESTS = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2, "first line"
+def test_absent(): pytest.skip("no")
+@pytest.fixture
+def broken(): raise OSError("gone")
+def test_error(broken): pass
+"""
+
+
+def test_pytest_stage(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    stage = gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull, "-p", "no:cacheprovider"])
+    assert (stage.status, stage.summary) == ("failed", "1 passed, 2 failed, 1 skipped")
+    assert [line.split(": ")[0].rpartition("::")[2] for line in stage.failures] == ["test_bad", "test_error"]
+    assert "first line" in stage.failures[0] and "gone" in stage.failures[1]
+    (tmp_path / "test_it.py").write_text("import pytest\ndef test_absent(): pytest.skip('no')\n")
+    assert gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "skipped"
+    (tmp_path / "test_it.py").write_text("def test_good(): pass\n")
+    assert gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "passed"
+    stage = gpu.pytest_stage("name", ["--no-such-option"])
+    assert stage.status == "failed" and "pytest ended with 4" in stage.summary and stage.failures
+
+
+def test_a_stage_without_end_is_a_failure():
+    done = gpu.command([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    assert done.returncode == 124 and "no end after" in done.stderr
+
+
+@pytest.mark.parametrize("code, status", [(0, "passed"), (9, "failed")])
+def test_sanitizer(tmp_path, monkeypatch, code, status):
+    """A stand-in that shows what it was asked for."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "========= ERROR SUMMARY: {code} errors"\nexit {code}\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stage = gpu.sanitizer("cuda", "memcheck")
+    assert (stage.status, stage.summary) == (status, f"ERROR SUMMARY: {code} errors")
+    if code:
+        asked = stage.failures[0]
+        assert asked.startswith("--tool memcheck --error-exitcode 9") and asked.endswith("-m benchmarks.gpu --slice cuda 1")
+        assert not gpu.sanitizer("cuda", "racecheck").failures[0].endswith("1")
+
+
+def test_sanitizer_that_is_absent(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.sanitizer("cuda", "memcheck").summary == "compute-sanitizer is not on the PATH"
+    assert gpu.sanitizer("cpu", "memcheck").status == "skipped"
+
+
+@pytest.mark.skipif(triton.INTERPRETED, reason="would interpret every kernel")
+def test_slice_runs_every_call():
+    assert gpu.main(["--slice", "cpu"]) == 0  # on the CPU's own kernels
+
+
+ROW = {
+    "op": "dropout", "shape": "1x64", "dtype": "float32", "direction": "fwd", "mismatch": None, "ratio": 2.0,
+    "seconds": {"eager": 2e-3, "ours": 1e-3}, "spread": {"ours": 1e-5}, "memory": {"eager": 2**21, "ours": 2**20},
+}  # fmt: skip
+
+
+def test_benchmark(monkeypatch):
+    answer = types.SimpleNamespace(rows=[ROW], code=0)
+
+    def command(arguments, **_):
+        if answer.rows is not None:
+            with open(arguments[arguments.index("--json") + 1], "w") as file:
+                json.dump({"environment": {}, "limits": {"copy": 1.0}, "rows": answer.rows}, file)
+        return types.SimpleNamespace(returncode=answer.code, stdout="", stderr="Traceback\nValueError: x")
+
+    monkeypatch.setattr(gpu, "command", command)
+    stage = gpu.benchmark("cuda", "dropout", quick=True)
+    assert (stage.status, stage.summary, stage.rows) == ("passed", "1 rows", [ROW | {"limits": {"copy": 1.0}}])
+    rehearsed = gpu.benchmark("cpu", "dropout", quick=True)
+    assert rehearsed.summary == "1 rows, dry run on a CPU: no figures" and not rehearsed.rows
+    answer.rows, answer.code = [ROW | {"mismatch": "output 0 is off"}], 1
+    assert gpu.benchmark("cuda", "dropout", False).failures == ["1x64 float32 fwd: output 0 is off"]
+    answer.rows = None
+    stage = gpu.benchmark("cuda", "dropout", False)
+    assert stage.status == "failed" and stage.failures == ["Traceback", "ValueError: x"]
+
+
+def test_stages_of_a_gpu():
+    """Which stages there are, without running them: sanitizer's tools, every op's benchmark, ConSan only when asked for."""
+    plain, more = gpu.stages("cuda", False, False), gpu.stages("cuda", False, True)
+    assert len(plain) == 2 + len(gpu.TOOLS) + len(gpu.OPS) and len(more) == len(plain) + 1
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    facts = {"gpu": "NVIDIA Test 9000 / X", "torch": "2"}
+    monkeypatch.setattr(gpu, "fingerprint", lambda device: facts)
+    good = Stage("benchmark dropout", "passed", "1 rows", rows=[ROW])
+    bad = Stage("op tests", "failed", "1 passed, 1 failed, 0 skipped", ["a::b: assert 1 == 2"])
+    assert gpu.run("cuda", False, False, tmp_path, [lambda: good]) == 0
+    (data,) = tmp_path.glob("*-nvidia-test-9000-x.json")
+    report = json.loads(data.read_text())
+    assert report["environment"] == facts and report["stages"][0]["rows"] == [ROW] and not report["dry_run"]
+    text = data.with_suffix(".md").read_text()
+    assert text.startswith("# gpt_kernels on NVIDIA Test 9000 / X\n\nAll stages passed.")
+    assert "| dropout 1x64 | fwd | 2.00x (1 ms) |" in text and "2 / - / 1" in text
+    assert gpu.run("cuda", True, True, tmp_path, [lambda: good, lambda: bad]) == 1
+    text = data.with_suffix(".md").read_text()
+    assert (
+        "FAILED: op tests. `python -m benchmarks.gpu --device cuda --quick --consan`" in text and "a::b: assert 1 == 2" in text
+    )
+    assert "failed  op tests: 1 passed, 1 failed" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_still_reports(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "fingerprint", lambda device: {"gpu": "X"})
+
+    def stop():
+        raise KeyboardInterrupt
+
+    assert gpu.run("cuda", False, False, tmp_path, [lambda: Stage("a", "passed", ""), stop, stop]) == 1
+    (data,) = tmp_path.glob("*.json")
+    assert [s["name"] for s in json.loads(data.read_text())["stages"]] == ["a", "interrupted"]
+
+
+def test_dry_run_reports_no_figures(tmp_path):
+    assert gpu.run("cpu", False, False, tmp_path, [lambda: Stage("a", "passed", "8 rows")]) == 0
+    (text,) = (path.read_text() for path in tmp_path.glob("*-dry-run-cpu.md"))
+    assert text.startswith("# gpt_kernels on dry run on a CPU: no figures\n\ndry run on a CPU: no figures.")
+    assert torch.__version__ in text and "Benchmarks" not in text
+
+
+def test_reports_name_no_folder_of_the_machine():
+    assert gpu.last_lines(f"x\n{gpu.ROOT}/tests/a.py\n{gpu.pathlib.Path.home()}/b") == ["x", "./tests/a.py", "~/b"]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """The whole kit on a CPU with the interpreter: every stage that can runs."""
+    arguments = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(arguments, cwd=gpu.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (data,) = tmp_path.glob("*.json")
+    status = {s["name"]: s["status"] for s in json.loads(data.read_text())["stages"]}
+    assert status["op tests"] == status["launch tests"] == status["benchmark dropout"] == "passed"

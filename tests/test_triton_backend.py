@@ -1,0 +1,82 @@
+"""What every Triton launcher must do beyond right numbers, with no GPU: nothing of a tensor's data is read by the host, results
+have the reference's form, fake CUDA tensors pass through every op. tests/gpu has the part that needs a device."""
+
+import pytest
+import torch
+from kernel_calls import every_call, form, op, tensors, with_kernel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gpt_kernels import dispatch, triton
+from gpt_kernels.triton import common, workload
+
+pytestmark = [
+    pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence())),
+    pytest.mark.skipif(triton.INTERPRETED, reason="the interpreter changes nothing here"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [*((arch, torch.bfloat16) for arch in common.PROCESSORS), ("sm_90", torch.float32), ("gfx942", torch.float16)],
+)
+def test_launchers_need_no_data(arch, dtype):
+    """On "meta" every host read of data, and so every synchronisation and every size that depends on data, raises.
+
+    So launchers can be captured in a CUDA graph. The results' form is the reference's, which is what torch.compile believes.
+    """
+    for what, name, args in with_kernel("triton", every_call(dtype, "meta")):
+        with common.recording(arch) as launches:
+            result = workload.launcher(name)(*args)
+        assert form(result) == form(op(name)(*args)), f"{name} {what}"
+        for t in tensors(result):
+            assert t.device.type == "meta"
+        if args[0].numel():
+            assert launches, f"{name} {what}: nothing was launched"
+
+
+def test_a_host_read_is_seen():
+    """The test above rests on this."""
+    for read in (lambda t: t.item(), lambda t: t.cpu(), lambda t: t.tolist(), lambda t: bool(t > 0), lambda t: t.nonzero()):
+        with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):
+            read(torch.ones((), device="meta"))
+
+
+@every_dtype
+def test_fake_cuda_tensors_have_the_results_form(dtype):
+    """torch.compile's view of a GPU: every op on fake CUDA tensors gives what the reference gives on real ones."""
+    with FakeTensorMode():
+        faked = []
+        for what, name, args in every_call(dtype, "cuda"):
+            result = op(name)(*args)
+            assert all(t.device.type == "cuda" for t in tensors(result)), name
+            faked.append((what, name, form(result)))
+    real = every_call(dtype, "cpu")
+    for (what, name, fake), (same, _, args) in zip(faked, real, strict=True):
+        assert what == same and fake == form(dispatch._ops[name].reference(*args)), f"{name} {what}"
+
+
+def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
+    """Launchers check devices before they launch: a pointer of another device would fault."""
+    x, w = torch.randn(3, 8, device="meta"), torch.randn(8)
+    for name, args in {
+        "layer_norm_fwd": (x, w, None, 1e-5),
+        "rms_norm_fwd": (x, w, 1e-6),
+        "gelu_fwd": (x, w, True),
+        "softmax_fwd": (x, w, 1.0, False),
+        "dropout_fwd": (x, torch.randn(3, 8), torch.arange(2, device="meta"), 0.5),
+        "cross_entropy_fwd": (x, torch.zeros(3, dtype=torch.int64), -100, 1, 0.0, 0.0, 0.0, False),
+        "attention_fwd": (x[None, None], x[None, None], w.expand(1, 1, 3, 8), None, None, None, 1.0, 0.0, 0.0, 0, -1, -1),
+    }.items():
+        if "triton" in dispatch._ops[name].kernels:
+            with common.recording("sm_90") as launches, pytest.raises(RuntimeError, match=f"{name}: .* expected device: cpu"):
+                workload.launcher(name)(*args)
+            assert not launches
+
+
+def test_float64_is_refused_by_name():
+    for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
+        if "triton" in dispatch._ops[name].kernels:
+            with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name.removesuffix('_out')}: .* got float64"):
+                workload.launcher(name)(*args)
