@@ -1,7 +1,11 @@
-"""Builds the C++ kernels into gpt_kernels/_cpu.so, where a compiler and torch's headers are there; installs without them else.
+"""Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there, and csrc/cuda into
+_cuda.so, where nvcc is there and torch has CUDA; installs without them else.
 
 GPT_KERNELS_BUILD=auto (default): build what can be built, say what is left out and why.
-                  cpu:  build the C++ kernels or fail.      none: build nothing.
+                  cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.
+                  none: nothing.
+                  sim, sim_tsan, sim_asan: csrc/cuda on its CPU model csrc/sim, for the tests; never part of a wheel.
+GPT_KERNELS_CUDA_ARCHS="80 90a": machine code for these alone instead of all that are supported.
 
 torch is never imported here: its headers are found beside the Python that runs this, also from inside pip's isolated
 build environment, so `pip install .` downloads no second torch and takes about a minute.
@@ -10,6 +14,7 @@ build environment, so `pip install .` downloads no second torch and takes about 
 import importlib.util
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,11 +26,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
-TORCH_TARGET = "0x020a000000000000"  # the LibTorch stable ABI of torch 2.10: one binary for every torch since
+# the LibTorch stable ABI of torch 2.10: one binary for every torch since
+TORCH_TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    TORCH_TARGET_FLAG,
 ]  # fmt: skip
 
 
@@ -44,18 +50,59 @@ def find_compiler():
     return next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
 
 
+def find_nvcc():
+    """nvcc of CUDA_HOME or of the PATH, None when there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which(os.path.join(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+
+
+def cudart_folders():
+    """-L options: where nvcc would look for its runtime library. (nvcc as the linker would leave their paths in the file.)"""
+    said = subprocess.run([find_nvcc(), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return re.findall(r'"(-L[^"]+)"', said)
+
+
+def torch_has_cuda():
+    torch = find_torch()
+    return torch is not None and any((torch / "lib").glob("libtorch_cuda*"))
+
+
 def plan():
-    """("cpu" or "none", why)"""
+    """(the libraries to build, what to say about it)"""
     wish = os.environ.get("GPT_KERNELS_BUILD") or "auto"
-    if wish not in ("auto", "cpu", "none"):
-        sys.exit(f"GPT_KERNELS_BUILD={wish}: expected auto, cpu or none")
+    if wish not in ("auto", "cpu", "cuda", "none", *SIMULATORS):
+        sys.exit(f"GPT_KERNELS_BUILD={wish}: expected auto, cpu, cuda or none")
     if wish == "none":
-        return "none", "GPT_KERNELS_BUILD=none"
+        return [], "GPT_KERNELS_BUILD=none"
     if not find_compiler():
-        if wish == "cpu":
-            sys.exit("GPT_KERNELS_BUILD=cpu, but there is no C++ compiler: install g++ or set CXX")
-        return "none", "no C++ compiler found (install g++ or set CXX to have the CPU kernels)"
-    return "cpu", f"C++ kernels for the CPU, with {find_compiler()}"
+        if wish != "auto":
+            sys.exit(f"GPT_KERNELS_BUILD={wish}, but there is no C++ compiler: install g++ or set CXX")
+        return [], "no C++ compiler found (install g++ or set CXX to have the CPU kernels)"
+    if wish in SIMULATORS:
+        return [wish], f"the CUDA kernels for the simulator, with {find_compiler()}"
+    if wish == "cuda" and not find_nvcc():
+        sys.exit("GPT_KERNELS_BUILD=cuda, but there is no nvcc: install the CUDA toolkit, set CUDA_HOME or PATH")
+    cpu = f"C++ kernels for the CPU, with {find_compiler()}"
+    if wish == "cuda" or (wish == "auto" and find_nvcc() and torch_has_cuda()):
+        return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}"
+    why = "GPT_KERNELS_BUILD=cpu" if wish == "cpu" else "this torch has none" if find_nvcc() else "no nvcc found"
+    return ["cpu"], f"{cpu}; CUDA kernels: none, {why}"
+
+
+def cuda_archs():
+    """Machine code for each, and the PTX of the last one for what comes after."""
+    archs = (os.environ.get("GPT_KERNELS_CUDA_ARCHS") or CUDA_ARCHS).split()
+    return [f"sm_{a}" for a in archs] + [f"compute_{archs[-1].rstrip('af')}"]
+
+
+SIMULATORS = ("sim", "sim_tsan", "sim_asan")
+CUDA_ARCHS = "80 86 89 90a 100a 120a"
+SOURCES = {"cpu": ["csrc/cpu/*.cpp"], "cuda": ["csrc/cuda/*.cu"]}
+SOURCES |= {kind: ["csrc/cuda/*.cu", "csrc/sim/*.cpp"] for kind in SIMULATORS}
+
+
+def library_name(kind):
+    return f"gpt_kernels._{'cuda_' if kind in SIMULATORS else ''}{kind}"
 
 
 class BuildKernels(build_ext):
@@ -72,33 +119,65 @@ class BuildKernels(build_ext):
             sys.exit("torch's C++ headers were not found: pip install 'torch>=2.10' first, or set GPT_KERNELS_BUILD=none")
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        build = pathlib.Path(self.build_temp).resolve()
+        kind = next(k for k in SOURCES if library_name(k) == ext.name)
+        # sim and sim_tsan share the kernels' objects
+        build = pathlib.Path(self.build_temp, "sim" if kind == "sim_tsan" else kind).resolve()
         build.mkdir(parents=True, exist_ok=True)
         # no path of this machine in the library
         maps = [f"-ffile-prefix-map={ROOT.resolve()}=.", f"-ffile-prefix-map={torch}=torch"]
         # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
         (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
-        rules = [
-            f"cxx = {find_compiler()}",
-            f"flags = {shell(*CXXFLAGS, *maps, '-isystem', torch / 'include')}",
-            f"libs = {shell('-L', torch / 'lib', '-ltorch_cpu')}",
-            "rule compile",
-            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
+        flags, link = [*CXXFLAGS, *maps], ["-s", "-Wl,--version-script=exports.map"]
+        libraries = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"]
+        compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
+        if kind == "cuda":
+            archs = cuda_archs()
+            codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in archs]
+            host = ",".join([*maps, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
+            compilers[".cu"] = [
+                "-std=c++17", "-O3", *codes, "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
+                f'-DGK_CUDA_ARCHS="{" ".join(archs)}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
+            ]  # fmt: skip
+            libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        elif kind in SIMULATORS:
+            sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []
+            # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sim.cpp)
+            instrument = sanitizer or ["-fsanitize=thread", "-Wno-tsan"]
+            optimise = shlex.split(os.environ.get("GPT_KERNELS_SIM_FLAGS") or "-O1 -g1")
+            flags = [*flags, "-DGK_SIM", "-fno-fast-math", "-ffp-contract=off", "-Wno-unknown-pragmas", *optimise]
+            compilers[".cu"] = [*flags, *instrument, "-isystem", torch / "include", "-x", "c++"]
+            compilers[".cpp"] = [*flags, "-O2", *sanitizer, *(["-DGK_SIM_TSAN"] if kind == "sim_tsan" else [])]
+            link = [*sanitizer, "-Wl,--version-script=exports.map"]
+        rules = [f"cxx = {find_compiler()}"]
+        for suffix, words in compilers.items():
+            compiler = "$nvcc" if suffix == ".cu" and kind == "cuda" else "$cxx"
+            rules += [
+                f"rule compile{suffix}",
+                f"  command = {compiler} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = compile $out",
+            ]
+        rules += [
+            f"nvcc = {shell(find_nvcc() or 'nvcc')}",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
             "rule link",
-            "  command = $cxx -shared $in -o $out -s -Wl,--version-script=exports.map -Wl,--no-as-needed $libs",
+            f"  command = $cxx -shared $in -o $out {shell(*link, *libraries)}",
             "  description = link",
         ]
-        objects = [f"{pathlib.Path(s).stem}.o" for s in ext.sources]
-        rules += [f"build {o}: compile {escape((ROOT / s).resolve())}" for o, s in zip(objects, ext.sources, strict=True)]
+        objects = [
+            f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources
+        ]
+        rules += [
+            f"build {o}: compile{pathlib.Path(s).suffix} {escape((ROOT / s).resolve())}"
+            for o, s in zip(objects, ext.sources, strict=True)
+        ]
         rules += [f"build {escape(target)}: link {' '.join(objects)}", ""]
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
-            sys.exit("the C++ kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
+            what = "C++" if kind == "cpu" else "CUDA"
+            sys.exit(f"the {what} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
 
 
 def shell(*words):
@@ -126,13 +205,17 @@ class Wheel(bdist_wheel):
         return "py3", "none", platform
 
 
-what, why = plan()
-nothing = "nothing, " if what == "none" else ""
-print(f"gpt_kernels: building {nothing}{why}; CUDA kernels: none in this version", file=sys.stderr)
-sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
+libraries, said = plan()
+print(f"gpt_kernels: building {'' if libraries else 'nothing, '}{said}", file=sys.stderr)
 setup(
-    ext_modules=[Extension("gpt_kernels._cpu", sources)] if what == "cpu" else [],
+    ext_modules=[
+        Extension(
+            library_name(kind),
+            sorted(str(p.relative_to(ROOT)) for pattern in SOURCES[kind] for p in ROOT.glob(pattern)),
+        )
+        for kind in libraries
+    ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     # asked for in an isolated build only where no torch is installed to take the headers from
-    setup_requires=["torch>=2.10"] if what == "cpu" and find_torch() is None else [],
+    setup_requires=["torch>=2.10"] if libraries and find_torch() is None else [],
 )

@@ -62,6 +62,14 @@ inline std::string shape_text(const Tensor& t) {
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   GK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments, it is on another device");
 }
+// On the device that this library's kernels serve: the CPU (its model of a GPU included) or, compiled by nvcc, a GPU.
+inline void check_device(const char* op, const char* name, const Tensor& t) {
+#ifdef __CUDACC__
+  GK_CHECK(t.is_cuda(), op, ": ", name, " must be on a GPU like the other arguments, it is on another device");
+#else
+  check_cpu(op, name, t);
+#endif
+}
 inline void check_float(const char* op, const char* name, const Tensor& t) {
   GK_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
            dtype_name(t.scalar_type()));
@@ -79,7 +87,7 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
 }
 // A per-column parameter: weight or bias of N elements, in x's dtype or in float32 beside a 16-bit x (autocast).
 inline void check_column(const char* op, const char* name, const Tensor& t, int64_t N, ScalarType x_dtype) {
-  check_cpu(op, name, t);
+  check_device(op, name, t);
   GK_CHECK(t.dim() == 1 && t.size(0) == N, op, ": ", name, " must have shape (", N, ",), got ", shape_text(t));
   GK_CHECK(t.scalar_type() == x_dtype || t.scalar_type() == stat_dtype(x_dtype), op, ": ", name, " must be ",
            dtype_name(x_dtype), " like x or ", dtype_name(stat_dtype(x_dtype)), ", got ", dtype_name(t.scalar_type()));
@@ -96,8 +104,10 @@ inline int64_t element_size(ScalarType t) {
          : t == ScalarType::Bool ? 1 : 2;
 }
 inline Tensor advised(Tensor t) {
+#ifndef GK_CUDA  // csrc/cuda: the memory is a GPU's
   const int64_t bytes = t.numel() * element_size(t.scalar_type());
   if (bytes >= (int64_t{4} << 20)) advise_huge_pages(t.mutable_data_ptr(), bytes);
+#endif
   return t;
 }
 // Contiguous, uninitialised, on the device of `like`.

@@ -4,7 +4,7 @@
 |-------------------------------|----------------------------------------------------------------------|
 | CompositeExplicitAutograd     | the Python reference: fake tensors, and every slot without a kernel  |
 | CPU                           | csrc/cpu/<op>.cpp, when the compiled library is there                |
-| CUDA                          | gpt_kernels/triton/<op>.py, when Triton is there                     |
+| CUDA                          | csrc/cuda/<op>.cu when built, else gpt_kernels/triton/<op>.py         |
 
 `use_backend(name)` pushes one backend's kernels over the slots and pops them again; `where(op)` says what is in each.
 """
@@ -50,9 +50,14 @@ def define(schema: str, reference: Callable):
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _ops[name] = _Op(reference)
-    handle = _native_kernel(name, "CPU")
-    if handle is not None:
-        _ops[name].kernels["cpu"] = ("CPU", handle)
+    for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        handle = _native_kernel(name, key)
+        if handle is not None:
+            _ops[name].kernels[backend] = (key, handle)
+    if cuda_library is not None:
+        _name("cuda")
+        if "cuda" in _ops[name].kernels:
+            _ops[name].cuda = "cuda"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -65,7 +70,7 @@ def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[
     _known(op, "kernel")
     if key not in ("CPU", "CUDA"):
         raise ValueError(f"kernel: unknown device key {key!r}, expected CPU or CUDA")
-    if backend in ("reference", "cpu"):
+    if backend in ("reference", "cpu", "cuda"):
         raise ValueError(f"kernel: backend {backend!r} is built in")
     if default and key == "CPU":
         raise ValueError("kernel: the CPU slot's default is the C++ kernel")
@@ -105,7 +110,7 @@ def ops() -> list[str]:
 
 @contextlib.contextmanager
 def use_backend(backend: str, *only: str) -> Iterator[None]:
-    """Run `backend`'s kernels ("reference", "cpu", "triton") for all ops, or for the ops named, inside the block.
+    """Run `backend`'s kernels ("reference", "cpu", "triton", "cuda") for all ops, or for the ops named, inside the block.
 
     Slots belong to the process, not to a thread. Raises ValueError for an unknown backend or op, RuntimeError when
     the backend has no kernel for an op that was asked for, or no device: nothing is served by another backend in silence.
@@ -158,6 +163,8 @@ def where(op: str) -> dict[str, str]:
                 answer[key] = f"reference ({_absence(op, native or 'triton')})"
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
+            elif native == "cuda":
+                answer[key] = f"cuda (compiled kernel, {cuda_archs()})"
             else:
                 answer[key] = f"{native} (compiled at its first call for each kind of argument)"
     return answer
@@ -166,6 +173,8 @@ def where(op: str) -> dict[str, str]:
 def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
         return library_error or f"the compiled library has no {name}"
+    if backend == "cuda":
+        return cuda_error or f"the compiled CUDA library has no {name}"
     if backend in _ops[name].kernels:
         return "TRITON_INTERPRET is set: the Triton kernels serve CPU tensors"
     return _ops[name].absent.get(backend, "no kernel was registered")
@@ -174,24 +183,42 @@ def _absence(name: str, backend: str) -> str:
 # ---- the compiled library ----
 
 
-def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
-    path = pathlib.Path(__file__).with_name("_cpu.so")
+def _load(file: str, what: str, how: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """(a compiled library with its ops registered, None), or (None, why not)."""
+    path = pathlib.Path(__file__).with_name(file)
     if not path.exists():
-        return None, "the C++ kernels were not built: install with a C++ compiler present and GPT_KERNELS_BUILD unset"
+        return None, f"the {what} kernels were not built: install with {how}"
     try:
         torch.ops.load_library(str(path))
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path)), None
     except OSError as error:
-        return None, f"the C++ kernels could not be loaded under torch {torch.__version__}: {error}"
-    for function in ("isa", "best_isa", "compiler"):
-        getattr(library, f"gpt_kernels_{function}").restype = ctypes.c_char_p
-    library.gpt_kernels_torch_target.restype = ctypes.c_int64
-    return library, None
+        return None, f"the {what} kernels could not be loaded under torch {torch.__version__}: {error}"
+
+
+def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
+    library, error = _load("_cpu.so", "C++", "a C++ compiler present and GPT_KERNELS_BUILD unset")
+    if library is not None:
+        for function in ("isa", "best_isa", "compiler"):
+            getattr(library, f"gpt_kernels_{function}").restype = ctypes.c_char_p
+        library.gpt_kernels_torch_target.restype = ctypes.c_int64
+    return library, error
+
+
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    library, error = _load("_cuda.so", "CUDA", "nvcc present and GPT_KERNELS_BUILD=cuda")
+    if library is not None:
+        library.gpt_kernels_cuda_archs.restype = ctypes.c_char_p
+    return library, error
+
+
+def cuda_archs() -> str | None:
+    """What the CUDA kernels are compiled for ("sm_80 sm_90a compute_120"); None if not built."""
+    return cuda_library.gpt_kernels_cuda_archs().decode() if cuda_library else None
 
 
 def _native_kernel(name: str, key: str) -> Callable | None:
     qualified = f"{NAMESPACE}::{name}"
-    if library is None or not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
         return None
     # the handle stays valid while other kernels are pushed over the slot
     handle = torch.library.get_kernel(qualified, key)
@@ -233,5 +260,6 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 library, library_error = _load_library()
+cuda_library, cuda_error = _load_cuda()
 if library is not None and os.environ.get("GPT_KERNELS_ISA"):
     set_isa(os.environ["GPT_KERNELS_ISA"])

@@ -49,7 +49,8 @@ def info() -> dict[str, Any]:
             "force_isa": f"GPT_KERNELS_ISA={'|'.join(dispatch.ISA_LEVELS)} or gpt_kernels.use_isa(name)",
         },
         "gpu": {
-            "archs_built": [],
+            "archs_built": (dispatch.cuda_archs() or "").split(),
+            "problem": dispatch.cuda_error,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "triton": {
@@ -115,6 +116,12 @@ def _package(name: str) -> str | None:
         return None
 
 
+def _cuda_line(gpu: dict[str, Any]) -> str:
+    if not gpu["archs_built"]:
+        return f"none: {gpu['problem']}"
+    return f"built for {', '.join(gpu['archs_built'])}{'' if gpu['devices'] else '; no device'}"
+
+
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     library, cpu, gpu, t = facts["library"], facts["cpu"], facts["gpu"], facts["triton"]
     lines = [
@@ -132,7 +139,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{cpu['isa']} (best here: {cpu['best_isa']}; force one with {cpu['force_isa']})" if cpu["isa"] else "none",
         ),
         ("GPU", ", ".join(gpu["devices"]) or "none seen by torch"),
-        ("GPU archs built", ", ".join(gpu["archs_built"]) or "none in this version"),
+        ("CUDA kernels", _cuda_line(gpu)),
         ("Triton kernels", t["problem"] or f"Triton {t['version']}" + ", interpreted on CPU tensors" * t["interpreted"]),
         ("tuned parameters", t["tuned"]),
     ]

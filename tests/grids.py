@@ -1,8 +1,9 @@
 """What the op tests iterate over, in one place: the backend under test, dtypes, instruction sets, boundary sizes.
 
 The tests are the same for every backend. CPU kernels run them in full; with TRITON_INTERPRET=1 in the environment the Triton
-kernels do, in an interpreter some thousand times slower, on fewer sizes; with GPT_KERNELS_TEST_DEVICE=cuda they do on the GPU,
-where every tensor of the tests then is (conftest.py).
+kernels do, in an interpreter some thousand times slower, on fewer sizes; with GPT_KERNELS_TEST_BACKEND=cuda_sim the CUDA
+kernels do, on the CPU model of csrc/sim; with GPT_KERNELS_TEST_DEVICE=cuda the tests run on the GPU, where every tensor of
+theirs then is (conftest.py), on the Triton kernels or, with GPT_KERNELS_TEST_BACKEND=cuda, on the CUDA kernels.
 """
 
 import os
@@ -13,7 +14,7 @@ from gpt_kernels import dispatch
 from gpt_kernels.triton import INTERPRETED
 
 DEVICE = os.environ.get("GPT_KERNELS_TEST_DEVICE", "cpu")
-BACKEND = "triton" if INTERPRETED or DEVICE == "cuda" else "cpu"
+BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED or DEVICE == "cuda" else "cpu")
 ROWS = (0, 1, 2, 17)
 if BACKEND == "cpu":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -109,7 +109,9 @@ def test_where_names_a_reason_for_each_device():
         answer = gpt_kernels.where(op)
         assert set(answer) == {"CPU", "CUDA"}
         assert all("(" in text for text in answer.values())
-        if "triton" not in dispatch._ops[op].kernels:
+        if "cuda" in dispatch._ops[op].kernels:
+            assert answer["CUDA"] == f"cuda (compiled kernel, {dispatch.cuda_archs()})"
+        elif "triton" not in dispatch._ops[op].kernels:
             assert answer["CUDA"] == f"reference ({triton.absence() or 'no kernel was registered'})"
         elif triton.INTERPRETED:
             assert answer["CUDA"] == "reference (TRITON_INTERPRET is set: the Triton kernels serve CPU tensors)"

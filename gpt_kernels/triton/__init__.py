@@ -78,4 +78,6 @@ def register() -> None:
         if reason is not None:
             dispatch.explain_absence(op, "triton", reason)
         else:
-            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default=not INTERPRETED)(_launcher(op))
+            # where the library has the op in CUDA C++, that is what the slot keeps
+            default = not INTERPRETED and "cuda" not in dispatch._ops[op].kernels
+            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default=default)(_launcher(op))
