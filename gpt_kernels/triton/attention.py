@@ -197,11 +197,11 @@ def fwd_stage(
 ):  # fmt: skip
     """Online softmax over the key blocks of [begin, end): o, l_i, m_i are its unnormalised output, sum and maximum."""
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
-    k, v = head_of(k, k_strides, b, hk, begin, TMA), head_of(v, v_strides, b, hk, begin, TMA)
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        k0 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
-        k1 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
+        kj, vj = head_of(k, k_strides, b, hk, j, TMA), head_of(v, v_strides, b, hk, j, TMA)
+        k0 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
+        k1 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -216,14 +216,11 @@ def fwd_stage(
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
         p = p.to(q0.dtype)
-        v0 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
+        v0 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
         o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
         if V1:
-            v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA)
+            v1 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA)
             o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
-        if not TMA:
-            k += BLOCK_N * k_strides[2]
-            v += BLOCK_N * v_strides[2]
     return o0, o1, l_i, m_i
 
 
@@ -411,10 +408,11 @@ def chosen(table: dict[str, dict[int, tuple[int, ...]]], arch: str, D: int, dtyp
 FWD: dict[str, dict[int, tuple[int, ...]]] = {
     "fp32": {128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     "sm_80": {64: (128, 64, 4, 3), 96: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
-    "sm_90": {64: (128, 128, 4, 2), 96: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
+    "sm_90": {64: (128, 128, 4, 2), 96: (64, 64, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "sm_100": {64: (128, 128, 8, 2), 96: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
     "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
 }
-FWD |= {"sm_86": FWD["sm_80"], "sm_89": FWD["sm_80"], "sm_120": FWD["sm_80"], "sm_100": FWD["sm_90"], "gfx90a": FWD["gfx942"]}
+FWD |= {"sm_86": FWD["sm_80"], "sm_89": FWD["sm_80"], "sm_120": FWD["sm_80"], "gfx90a": FWD["gfx942"]}
 
 
 def neighbours(p: Parameters) -> list[Parameters]:

@@ -96,15 +96,15 @@ def dkv_stage(
 ):  # fmt: skip
     """Adds what the query rows [begin, end) give, in tiles of (key, query), so that both sums take them as they are."""
     column = j0 + tl.arange(0, BLOCK_N)[:, None]
-    q, do = head_of(q, q_strides, b, h, begin, TMA), head_of(do, do_strides, b, h, begin, TMA)
     for i in range(begin, end, BLOCK_M):
         i = tl.multiple_of(i, BLOCK_M)
+        qi, doi = head_of(q, q_strides, b, h, i, TMA), head_of(do, do_strides, b, h, i, TMA)
         row = i + tl.arange(0, BLOCK_M)
-        q0 = load_block(q, q_strides[2], b, h, i, Tq, D, BLOCK_M, 0, D0, MASKED, TMA)
-        q1 = load_block(q, q_strides[2], b, h, i, Tq, D, BLOCK_M, D0, D1, MASKED, TMA) if D1 else q0
+        q0 = load_block(qi, q_strides[2], b, h, i, Tq, D, BLOCK_M, 0, D0, MASKED, TMA)
+        q1 = load_block(qi, q_strides[2], b, h, i, Tq, D, BLOCK_M, D0, D1, MASKED, TMA) if D1 else q0
         s = product(k0, k1, q0, q1, D1 > 0, PRECISION)
-        do0 = load_block(do, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, 0, V0, MASKED, TMA)
-        do1 = load_block(do, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, V0, V1, MASKED, TMA) if V1 else do0
+        do0 = load_block(doi, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, 0, V0, MASKED, TMA)
+        do1 = load_block(doi, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, V0, V1, MASKED, TMA) if V1 else do0
         dp = product(v0, v1, do0, do1, V1 > 0, PRECISION)
         p, ds = score_gradient(
             s, dp, tl.load(base + row)[None, :], tl.load(delta + row)[None, :], i, j0, row[None, :], column, b, h, head, slope,
@@ -117,9 +117,6 @@ def dkv_stage(
             dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         if D1:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-        if not TMA:
-            q += BLOCK_M * q_strides[2]
-            do += BLOCK_M * do_strides[2]
     return dk0, dk1, dv0, dv1
 
 
@@ -173,14 +170,14 @@ def dq_stage(
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
-    k, v = head_of(k, k_strides, b, hk, begin, TMA), head_of(v, v_strides, b, hk, begin, TMA)
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        k0 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
-        k1 = load_block(k, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
+        kj, vj = head_of(k, k_strides, b, hk, j, TMA), head_of(v, v_strides, b, hk, j, TMA)
+        k0 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
+        k1 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
-        v0 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
-        v1 = load_block(v, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA) if V1 else v0
+        v0 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
+        v1 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA) if V1 else v0
         dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
         _, ds = score_gradient(
             s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq,
@@ -190,9 +187,6 @@ def dq_stage(
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        if not TMA:
-            k += BLOCK_N * k_strides[2]
-            v += BLOCK_N * v_strides[2]
     return dq0, dq1
 
 
