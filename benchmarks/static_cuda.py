@@ -77,12 +77,13 @@ def version() -> str:
 
 def compile_source(path: pathlib.Path, arch: str) -> bytes:
     """A cubin. Raises RuntimeError with nvcc's words; a warning is an error."""
+    virtual = "compute_80" if arch.startswith("sm_8") else TARGETS[arch].replace("sm", "compute")  # as setup.py does
     torch = pathlib.Path(find_spec("torch").origin).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         command = [
-            NVCC, "-std=c++17", "-O3", f"-arch={TARGETS[arch]}", "-cubin", "-Werror", "all-warnings", "-DUSE_CUDA",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""', "-isystem", str(torch / "include"), str(path),
-            "-o", cubin.name,
+            NVCC, "-std=c++17", "-O3", f"-gencode=arch={virtual},code={TARGETS[arch]}", "-cubin", "-Werror", "all-warnings",
+            "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
+            "-isystem", str(torch / "include"), str(path), "-o", cubin.name,
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

@@ -33,7 +33,7 @@ def norm_bwd_has_the_blocks_it_counts_on(found):
     for row in found:
         if kernel := re.fullmatch(r"norm_bwd<(\w+), \w+, \w+, (\w+), (\d+)>", row.kernel):
             V, block, kept = 4 if kernel[1] == "float" else 8, kernel[2] == "true", int(kernel[3])
-            warps = 16 if block or kept * 32 * V <= 512 else 8 if V == 4 and kept * V >= 32 else 12
+            warps = 16 if block or kept * 32 * V <= 512 else 8 if kept * V >= 32 else 12
             granted = -(-row.facts.registers // 8) * 8 * 32 * warps  # registers are handed out by 8 per thread
             assert granted <= 65536, f"{row.id}: {row.facts}"
             assert warps * kept * 2 * 512 >= 32 << 10, row.id
