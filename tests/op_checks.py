@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grids import COLUMNS, DTYPES, ISAS, ROWS
+from grids import COLUMNS, DTYPES, INTERPRETED, ISAS, ROWS
 from tolerance import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, assert_close_to_truth
 from torch import Tensor
 
@@ -16,6 +16,11 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 every_isa = pytest.mark.parametrize("isa", ISAS)
 # boundary rows and columns without the product of the two: every column with a few rows, every row count with odd columns
 SHAPES = [(2 + i % 2, n) for i, n in enumerate(COLUMNS)] + [(m, n) for m in ROWS for n in (1, 33, 1025)]
+
+# the same for the norms, of which the interpreter is slow and the geometry depends on the columns alone
+NORM_SHAPES = SHAPES
+if INTERPRETED:
+    NORM_SHAPES = [(2 + n % 2, n) for n in (1, 33, 64, 127, 257, 1025, 4096)] + [(0, 33), (1, 33), (17, 33)]
 
 
 def is_float(arg) -> bool:

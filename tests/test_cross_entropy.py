@@ -397,6 +397,7 @@ def test_bad_inputs():
     x, t = inputs(5, 40)
     loss, _, lse, _ = fwd(x, t, *DEFAULTS, False)
     nan, inf = float("nan"), float("inf")
+    saved = (loss, x, t, lse, *DEFAULTS)
     for call, error, message in (
         (
             lambda: cross_entropy(x, t, reduction="avg"),
@@ -441,9 +442,9 @@ def test_bad_inputs():
         (lambda: bwd(loss.double(), x, t, lse, *DEFAULTS), RuntimeError, "dloss must be float32, got float64"),
         (lambda: bwd(x[:, 0].contiguous(), x, t, lse, *DEFAULTS), RuntimeError, "dloss must have 1 elements, got 5"),
         (lambda: bwd(loss, x, t, lse[0], *DEFAULTS), RuntimeError, r"lse must have shape \(2, 5\), got \(5,\)"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x[:4].clone()), RuntimeError, "dlogits must have the shape of logits"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x.bfloat16()), RuntimeError, "dlogits must be float32, got bfloat16"),
-        (lambda: bwd_out(loss, x, t, lse, *DEFAULTS, False, x[:1].expand(5, 40)), RuntimeError, "rows that do not overlap"),
+        (lambda: bwd_out(*saved, False, x[:4].clone()), RuntimeError, "dlogits must have the shape of logits"),
+        (lambda: bwd_out(*saved, False, x.bfloat16()), RuntimeError, "dlogits must be float32, got bfloat16"),
+        (lambda: bwd_out(*saved, False, x[:1].expand(5, 40)), RuntimeError, "rows that do not overlap"),
     ):
         check_raises(call, error, message)
 

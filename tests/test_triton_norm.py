@@ -15,7 +15,7 @@ if not INTERPRETED:
 
 from triton.runtime import interpreter  # noqa: E402
 
-from gpt_kernels.triton import norm  # noqa: E402
+from gpt_kernels.triton import norm, partial_sums  # noqa: E402
 
 
 def rms_eager(x, weight):
@@ -104,7 +104,7 @@ def test_arrival_order(op, shape, count, programs, monkeypatch):
     """The same bits whichever program comes last, from counters that are zero again after every launch."""
     fn, _, _ = OPS[op]
     programs(count)
-    counters = torch.zeros(1 + norm.GROUPS.value, dtype=torch.int32)
+    counters = torch.zeros(partial_sums.COUNTERS.value, dtype=torch.int32)
     monkeypatch.setattr(norm, "arrivals_for", lambda like: counters)
     rows = 4 * count - 1 if shape == "several rows per program" else count + 1
     args, dy = arguments(op, rows, 20), torch.randn(rows, 20)
@@ -154,7 +154,7 @@ def test_equal_elements():
 def test_arrivals_are_per_stream_and_captured_ones_their_own(monkeypatch):
     """On a GPU counters are shared by the launches of one stream only, and a graph owns its own."""
     like, stream, capturing = torch.zeros(3), [7], [False]
-    monkeypatch.setattr(norm, "_arrivals", {})
+    monkeypatch.setattr(partial_sums, "_arrivals", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": stream[0]}))
 
@@ -162,11 +162,13 @@ def test_arrivals_are_per_stream_and_captured_ones_their_own(monkeypatch):
         device = type("D", (), {"type": "cuda", "index": 0})
         new_zeros = like.new_zeros
 
-    first = norm.arrivals_for(OnGPU)
-    assert norm.arrivals_for(OnGPU) is first and first.shape == (17,) and not first.any()
+    first = partial_sums.arrivals_for(OnGPU)
+    assert partial_sums.arrivals_for(OnGPU) is first and first.shape == (17,) and not first.any()
+    first = partial_sums.arrivals_for(OnGPU, 3)  # more at a time
+    assert first.shape == (51,) and not first.any() and partial_sums.arrivals_for(OnGPU) is first
     stream[0] = 8
-    assert norm.arrivals_for(OnGPU) is not first
+    assert partial_sums.arrivals_for(OnGPU) is not first
     stream[0], capturing[0] = 7, True
-    assert norm.arrivals_for(OnGPU) is not first
+    assert partial_sums.arrivals_for(OnGPU) is not first
     capturing[0] = False
-    assert norm.arrivals_for(OnGPU) is first
+    assert partial_sums.arrivals_for(OnGPU) is first

@@ -82,7 +82,7 @@ def reordered(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only(last: int) -> Iterator[None]:
-    """Of the programs of every launch, the `last` with the highest numbers; num_programs is still that of all."""
+    """Of the programs of every launch, the `last` in a GPU's order, x fastest; num_programs is still that of all."""
     run = interpreter.GridExecutor.__call__
 
     def call(executor, *args, **kwargs):
@@ -94,7 +94,7 @@ def only(last: int) -> Iterator[None]:
             self.grid_dim = grid
 
         def set_grid_idx(self, x, y, z):
-            self.grid_idx = tuple(map(int, np.unravel_index(max(total - last, 0) + x, grid)))
+            self.grid_idx = tuple(map(int, np.unravel_index(max(total - last, 0) + x, grid, order="F")))
 
         with _patched(BUILDER, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
             return run(executor, *args, **kwargs)
@@ -242,6 +242,9 @@ def _tensors(names: list[str], args: tuple, kwargs: dict) -> dict[str, Tensor]:
         arg = getattr(arg, "base", arg) if not isinstance(arg, Tensor) else arg  # a tensor descriptor's
         if isinstance(arg, Tensor) and arg.numel():
             found[name] = arg
+        elif isinstance(arg, tuple):
+            fields = getattr(arg, "_fields", range(len(arg)))
+            found |= _tensors([f"{name}.{field}" for field in fields], arg, {})
     return found
 
 

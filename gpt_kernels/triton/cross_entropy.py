@@ -153,8 +153,8 @@ def cross_entropy_fwd_kernel(
 @triton.jit
 def cross_entropy_bwd_kernel(
     dx, dloss, x, target, lse, count, M, V, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale, softcap,
-    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     if MADE:  # in forward, for dloss = 1
         if tl.load(dloss) == 1:
@@ -280,8 +280,8 @@ def cross_entropy_fwd_long_kernel(
 def cross_entropy_bwd_long_kernel(
     dx, dloss, x, target, lse, count, M, V, span, splits, sizes, x_strides, dx_strides, ignore_index, smoothing, square_scale,
     softcap,
-    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr, EDGES: tl.constexpr,
-    VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MADE: tl.constexpr, EACH: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr, ALIGNED: tl.constexpr,
+    EDGES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if MADE:
         if tl.load(dloss) == 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import arch, cdiv, check_column, check_contiguous, check_float, check_like, fail, launch, processors
 from .elementwise import columns, load, store, tile, vector
+from .partial_sums import COUNTERS, MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -105,7 +106,7 @@ def bwd_tile(dx, dy, x, b, at, inside, whole, TANH: tl.constexpr, EDGE: tl.const
 @triton.jit
 def gelu_bwd_kernel(
     dx, dbias, partials, arrivals, dy, x, bias, M, N, chunks, tiles,
-    TANH: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TANH: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     slab, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     b = load_bias(bias, chunk, N, BLOCK_N)
@@ -117,19 +118,13 @@ def gelu_bwd_kernel(
         else:
             db += bwd_tile(dx, dy, x, b, at, inside, whole, TANH, True, VEC)
     if dbias is not None:
-        column = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(partials + slab.to(tl.int64) * N + column, tl.sum(db, 0), column < N)
-        # the last of the programs with these columns adds their sums, in the order of rows: the bits do not depend on who it is
-        tl.debug_barrier()
-        slabs = tl.num_programs(0) // chunks
-        if tl.atomic_add(arrivals + chunk, 1, sem="acq_rel", scope="gpu") == slabs - 1:
-            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for first in range(0, slabs, BLOCK_M):
-                other = first + tl.arange(0, BLOCK_M)[:, None]
-                theirs = (other < slabs) & (column < N)[None, :]
-                # past L1, which may hold what was there before
-                total += tl.load(partials + other.to(tl.int64) * N + column[None, :], theirs, 0.0, cache_modifier=".cg")
-            tl.store(dbias + column, tl.sum(total, 0).to(dbias.dtype.element_ty), column < N)
+        start, lane = chunk.to(tl.int64) * BLOCK_N, tl.arange(0, BLOCK_N)
+        width = tl.minimum(N - start, BLOCK_N).to(tl.int32)
+        tl.store(partials + slab.to(tl.int64) * N + start + lane, tl.sum(db, 0), lane < width)
+        own, slabs = arrivals + chunk * COUNTERS, tl.num_programs(0) // chunks
+        last, step, groups = add_groups(partials + start, own, slab, slabs, N, width, SPAN)
+        if last:
+            add_slots(dbias + start, partials + start, step, groups, width, SPAN)
 
 
 def _default(arch: str, N: int, dtype) -> Parameters:
@@ -197,11 +192,12 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Te
     slabs, tiles, partials, arrivals = cdiv(M, p["BLOCK_M"]), 1, None, None
     if bias is not None:
         # a few programs for each processor, each of many rows, so that partial sums are a small part of the traffic
-        tiles = cdiv(slabs, max(1, 4 * processors(x.device) // chunks))
+        tiles = cdiv(slabs, max(1, min(4 * processors(x.device) // chunks, MOST_PROGRAMS)))
         slabs = cdiv(slabs, tiles)
-        partials, arrivals = x.new_empty(slabs, N, dtype=torch.float32), x.new_zeros(chunks, dtype=torch.int32)
+        partials, arrivals = x.new_empty(slabs, N, dtype=torch.float32), arrivals_for(x, chunks)
     launch(
         gelu_bwd_kernel, (slabs * chunks,), x,
         dx, None if bias is None else dbias, partials, arrivals, dy, x, bias, M, N, chunks, tiles, TANH=tanh, VEC=vec, **p,
+        SPAN=32 * p["num_warps"],
     )  # fmt: skip
     return dx, dbias

@@ -6,8 +6,7 @@ take more warps each, and rows that registers cannot hold the *_long kernels, wh
 norm, a missing parameter is None: Triton compiles what is there.
 
 The backward is one launch of as many programs as the GPU holds at once. Each walks over its rows with the parameters' partial
-sums in float32 registers, and whoever arrives last adds them up: the last of a group its group's sums, the last group all
-groups'. Which program that is changes nothing in the order of additions, so the bits are always the same.
+sums in float32 registers, and whoever arrives last adds them up (partial_sums.py).
 """
 
 # mypy: disable-error-code=assignment
@@ -37,10 +36,8 @@ from .common import (
     launch,
     processors,
 )
+from .partial_sums import MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
-
-GROUPS, GROUP_LIMIT = tl.constexpr(16), tl.constexpr(32)  # of programs, when their partial sums are added up
-
 
 # ---- rows ----
 
@@ -191,42 +188,15 @@ def store_partials(dweight, dbias, partials, start, dw, db, N: tl.constexpr, PLA
 
 
 @triton.jit
-def add_slots(out, at, stride, slots, N: tl.constexpr, SPAN: tl.constexpr):
-    """out[:N] = the sum over `slots` slots of at[slot * stride :], in slot order. `out` may be the first slot."""
-    slot = tl.arange(0, GROUP_LIMIT)[:, None]
-    for start in range(0, N, SPAN):
-        column = start + tl.arange(0, SPAN)
-        # .cg: other processors wrote these, past this one's L1
-        v = tl.load(at + slot * stride + column[None, :], (slot < slots) & (column[None, :] < N), 0.0, cache_modifier=".cg")
-        tl.store(out + column, tl.sum(v, 0).to(out.dtype.element_ty), column < N)
-
-
-@triton.jit
-def last_to_arrive(arrivals, expected):
-    """Is this the last of `expected` programs to come here? Then all they wrote is visible, and the counter is 0 again."""
-    tl.debug_barrier()  # the whole program has written, not only the thread that counts
-    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(arrivals, 0)
-    return last
-
-
-@triton.jit
 def add_partials(dweight, dbias, partials, arrivals, N: tl.constexpr, PLANES: tl.constexpr, SPAN: tl.constexpr):
     """dweight, dbias from every program's PLANES * N sums in partials[program], by those who arrive last."""
-    programs = tl.num_programs(0)
-    size = tl.cdiv(programs, GROUPS)
-    group, groups = tl.program_id(0) // size, tl.cdiv(programs, size)
     WIDTH: tl.constexpr = PLANES * N
-    first = partials + (group * size).to(tl.int64) * WIDTH
-    if last_to_arrive(arrivals + 1 + group, tl.minimum(size, programs - group * size)):
-        add_slots(first, first, WIDTH, tl.minimum(size, programs - group * size), WIDTH, SPAN)
-        if last_to_arrive(arrivals, groups):
-            stride = size.to(tl.int64) * WIDTH
-            if dweight is not None:
-                add_slots(dweight, partials, stride, groups, N, SPAN)
-            if dbias is not None:
-                add_slots(dbias, partials + (PLANES - 1) * N, stride, groups, N, SPAN)
+    last, step, groups = add_groups(partials, arrivals, tl.program_id(0), tl.num_programs(0), WIDTH, WIDTH, SPAN)
+    if last:
+        if dweight is not None:
+            add_slots(dweight, partials, step, groups, N, SPAN)
+        if dbias is not None:
+            add_slots(dbias, partials + (PLANES - 1) * N, step, groups, N, SPAN)
 
 
 # ---- backward ----
@@ -431,22 +401,6 @@ TUNABLES = {
 
 # ---- launchers ----
 
-_arrivals: dict[tuple[int, int], Tensor] = {}
-
-
-def arrivals_for(like: Tensor) -> Tensor:
-    """The counters of add_partials: zeros, which every launch leaves as zeros.
-
-    So one tensor per device and stream serves all launches, which follow each other there, and no launch waits for a memset.
-    A launch captured into a CUDA graph may be replayed on any stream: it has its own, zeroed in the graph.
-    """
-    if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros(1 + GROUPS.value, dtype=torch.int32)
-    key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
-    if key not in _arrivals:
-        _arrivals[key] = like.new_zeros(1 + GROUPS.value, dtype=torch.int32)
-    return _arrivals[key]
-
 
 def check_stat(op: str, name: str, stat: Tensor, x: Tensor, M: int) -> None:
     check_device(op, name, stat, x)
@@ -498,7 +452,7 @@ def backward(
     dweight, dbias = param.new_empty(N if has_weight else 0), param.new_empty(N if has_bias else 0)
     p = TUNABLES[op](arch(x.device), N=N, dtype=x.dtype)
     long = "CHUNKS" not in p
-    programs = min(cdiv(M, p["BLOCK_M"]), processors(x.device) * (16 // p["num_warps"]), GROUPS.value * GROUP_LIMIT.value)
+    programs = min(cdiv(M, p["BLOCK_M"]), processors(x.device) * (16 // p["num_warps"]), MOST_PROGRAMS)
     partials = x.new_empty(programs * (has_weight + has_bias) * N + 2 * M * long, dtype=torch.float32)
     launch(
         norm_bwd_long_kernel if long else norm_bwd_kernel, (programs,), x, dx, dweight if has_weight else None,
