@@ -90,9 +90,20 @@ def plan():
 
 
 def cuda_archs():
-    """Machine code for each, and the PTX of the last one for what comes after."""
+    """Machine code for each, and the PTX of the oldest: every GPU since runs it, also those that a newer one leaves out."""
     archs = (os.environ.get("GPT_KERNELS_CUDA_ARCHS") or CUDA_ARCHS).split()
-    return [f"sm_{a}" for a in archs] + [f"compute_{archs[-1].rstrip('af')}"]
+    return [f"sm_{a}" for a in archs] + [f"compute_{min(int(a.rstrip('af')) for a in archs)}"]
+
+
+def gencodes():
+    """nvcc's options. Its passes down to PTX take most of the time: one serves 80, 86 and 89, each `a` has its own."""
+    families = {}
+    for code in cuda_archs():
+        number = code.partition("_")[2]
+        families.setdefault(number[:-1] if number.isdigit() else number, []).append(code)
+    return [
+        f"-gencode=arch={min(codes).replace('sm', 'compute')},code=[{','.join(codes)}]" for codes in families.values()
+    ]  # fmt: skip
 
 
 SIMULATORS = ("sim", "sim_tsan", "sim_asan")
@@ -131,12 +142,10 @@ class BuildKernels(build_ext):
         libraries = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"]
         compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
         if kind == "cuda":
-            archs = cuda_archs()
-            codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in archs]
             host = ",".join([*maps, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
             compilers[".cu"] = [
-                "-std=c++17", "-O3", *codes, "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
-                f'-DGK_CUDA_ARCHS="{" ".join(archs)}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
+                "-std=c++17", "-O3", *gencodes(), "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
+                f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
             libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         elif kind in SIMULATORS:

@@ -1,9 +1,10 @@
 """Every kernel for every GPU compiled on this machine, and what its machine code says: `python -m benchmarks.static`.
 
 A launcher's launches are recorded for an architecture (gpt_kernels.triton.common.recording) and compiled as Triton's JIT would
-there, by the JIT itself. Facts, bounds and the model are those of benchmarks/sass.py: nothing here was executed, nothing here
-is performance. A kernel that does not compile, does not fit, spills, misses its tensor cores or its 16-byte accesses, or needs
-more than benchmarks/budgets/triton.json allows it fails the run.
+there, by the JIT itself; --backend cuda compiles csrc/cuda (benchmarks/static_cuda.py). Facts, bounds and the model are those
+of benchmarks/sass.py: nothing here was executed, nothing here is performance. A kernel that does not compile, does not fit,
+spills, misses its tensor cores or its 16-byte accesses, or needs more than the backend's file in benchmarks/budgets allows it
+fails the run.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ class Row:
     facts: Facts | None = None
     error: str = ""
     regions: tuple[sass.Region, ...] = ()
+    lacks: tuple[str, ...] = ()  # what else was asked of it, in words
 
     @property
     def id(self) -> str:
@@ -177,7 +179,7 @@ class Row:
         """What is wrong with it, on any Triton."""
         if self.facts is None:
             return [self.error]
-        f, arch, problem, found = self.facts, self.case.arch, self.case.problem, []
+        f, arch, problem, found = self.facts, self.case.arch, self.case.problem, list(self.lacks)
         if f.shared > SHARED_LIMIT[arch] * 1024:
             found.append(f"needs {f.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]} KB")
         if not f.ctas:
@@ -265,21 +267,33 @@ def _regions(launch: Launch, compiled, case: Case) -> tuple[sass.Region, ...]:
 # ---- baseline ----
 
 
-def load_baseline() -> dict:
-    return json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": triton.__version__, "kernels": {}}
+def compiler(backend: str) -> str:
+    """Its version."""
+    if backend == "triton":
+        return triton.__version__
+    from . import static_cuda
+
+    return static_cuda.version()
+
+
+def load_baseline(backend: str = "triton") -> dict:
+    path = BASELINE.with_name(f"{backend}.json")
+    return json.loads(path.read_text()) if path.exists() else {backend: compiler(backend), "kernels": {}}
 
 
 def comparable(baseline: dict) -> bool:
-    """The figures of one Triton say nothing of another's."""
-    return baseline["triton"].split(".")[:2] == triton.__version__.split(".")[:2]
+    """The figures of one compiler say nothing of another's."""
+    (backend,) = baseline.keys() - {"kernels"}
+    return baseline[backend].split(".")[:2] == compiler(backend).split(".")[:2]
 
 
-def write_baseline(found: Iterable[Row], kept: dict) -> None:
+def write_baseline(found: Iterable[Row], kept: dict, backend: str = "triton") -> None:
     """One kernel a line, so that a diff reads; `kept` stays beside what was found."""
     kernels = {**kept, **{r.id: r.budget() for r in found if r.facts}}
     lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(kernels[k])}" for k in sorted(kernels))
     BASELINE.parent.mkdir(exist_ok=True)
-    BASELINE.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n')
+    path = BASELINE.with_name(f"{backend}.json")
+    path.write_text(f'{{\n "{backend}": "{compiler(backend)}",\n "kernels": {{\n{lines}\n }}\n}}\n')
 
 
 # ---- table ----
@@ -330,8 +344,8 @@ def markdown(shown: list[dict[str, str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=["triton"], default="triton")
-    parser.add_argument("--subset", choices=["pr", "full"], default="pr", help="pr: main problems, four architectures, bf16")
+    parser.add_argument("--backend", choices=["triton", "cuda"], default="triton")
+    parser.add_argument("--subset", choices=["pr", "full"], default="pr", help="pr: main problems in bf16, or sm_80 and sm_90")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture (may be repeated)")
     parser.add_argument(
         "--op", action="append", choices=sorted({p.op for p in PROBLEMS}), help="only this op (may be repeated)"
@@ -341,33 +355,44 @@ def main() -> int:
     parser.add_argument("--facts", action="store_true", help="no bounds and model: faster")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write every figure to FILE")
     parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path, help="also write the table to FILE")
-    parser.add_argument("--write-baseline", action="store_true", help=f"renew {BASELINE.name} with what was compiled")
+    parser.add_argument("--write-baseline", action="store_true", help="renew the budget with what was compiled")
     args = parser.parse_args()
-    if (reason := absence()) is not None:
+    cuda = args.backend == "cuda"
+    if (reason := absence()) is not None and not cuda:
         parser.error(reason)
-    if INTERPRETED:
+    if INTERPRETED and not cuda:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
+    if args.against and cuda:
+        parser.error(f"--against {args.against}: it has no kernels in CUDA C++")
     if args.against:
         try:
             import liger_kernel.ops  # noqa: F401
         except ImportError as e:
             parser.error(f"--against {args.against}: {e} (pip install liger-kernel)")
+    make, read = matrix, rows
+    if cuda:
+        from . import static_cuda
+
+        if static_cuda.NVCC is None:
+            parser.error("no nvcc on the PATH")
+        make, read = static_cuda.matrix, static_cuda.rows
     cases = [
         case
-        for case in matrix(args.subset, args.arch or ())
+        for case in make(args.subset, args.arch or ())
         if (not args.op or case.problem.op in args.op) and args.problem in case.problem.id
     ]
     if not cases:
         parser.error("no case is left of these options; --problem and --subset full would widen them")
 
     console = Console(width=None if sys.stdout.isatty() else 320)
-    baseline, found = load_baseline(), []
+    baseline, found = load_baseline(args.backend), []
     whose = ["ours", *([args.against] if args.against else [])]
     for case in track(cases, "compiling", console=Console(stderr=True), transient=True):
         for who in whose:
-            found += rows(case, who, figures=not args.facts)
+            found += read(case, who, figures=not args.facts)
     shown = [show(r, baseline) for r in found]
-    table = Table(title=f"Machine code from Triton {triton.__version__}: facts, bounds and estimates; nothing was executed")
+    made_by = f"{args.backend} {compiler(args.backend)}"
+    table = Table(title=f"Machine code from {made_by}: facts, bounds and estimates; nothing was executed")
     names = header(shown)
     for name in names:
         table.add_column(name, justify="left" if name in ("problem", "kernel", "mix", "notes") else "right")
@@ -375,7 +400,7 @@ def main() -> int:
         table.add_row(*(cells.get(n, "") for n in names), style="dim" if cells["whose"] != "ours" else None)
     console.print(table)
     if not comparable(baseline):
-        console.print(f"The baseline is of Triton {baseline['triton']}, this is {triton.__version__}: not compared.")
+        console.print(f"The baseline is of {args.backend} {baseline[args.backend]}, this is {made_by}: not compared.")
     if args.markdown:
         args.markdown.write_text(markdown(shown))
     if args.json:
@@ -384,12 +409,12 @@ def main() -> int:
              "dtype": r.case.dtype, "kernel": r.kernel, "facts": r.facts and asdict(r.facts), "error": r.error,
              "regions": [asdict(g) for g in r.regions]} for r in found
         ]  # fmt: skip
-        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": figures}, indent=1) + "\n")
+        args.json.write_text(json.dumps({args.backend: compiler(args.backend), "kernels": figures}, indent=1) + "\n")
     mine = [r for r in found if r.whose == "ours"]
     faults = [f"{r.id} {fault}" for r in mine for fault in r.faults()]
     if args.write_baseline:
-        whole = args.subset == "full" and len(cases) == len(matrix("full"))
-        write_baseline(mine, kept={} if whole else baseline["kernels"])
+        whole = args.subset == "full" and len(cases) == len(make("full"))
+        write_baseline(mine, kept={} if whole else baseline["kernels"], backend=args.backend)
     elif comparable(baseline):
         unknown = [r for r in mine if r.facts and r.id not in baseline["kernels"]]
         faults += [f"{r.id} {overrun}" for r in mine if r not in unknown for overrun in r.overruns(baseline)]

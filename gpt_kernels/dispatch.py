@@ -212,7 +212,7 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def cuda_archs() -> str | None:
-    """What the CUDA kernels are compiled for ("sm_80 sm_90a compute_120"); None if not built."""
+    """What the CUDA kernels are compiled for ("sm_80 sm_90a compute_80"); None if not built."""
     return cuda_library.gpt_kernels_cuda_archs().decode() if cuda_library else None
 
 

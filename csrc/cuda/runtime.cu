@@ -40,7 +40,7 @@ void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, s
 
 #define GK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// "sm_80 sm_86 ... compute_120": machine code for, and PTX for what comes after
+// "sm_80 sm_86 ... compute_80": machine code for, and PTX for every other GPU since
 GK_EXPORT const char* gpt_kernels_cuda_archs() { return GK_CUDA_ARCHS; }
 GK_EXPORT int64_t gpt_kernels_cuda_version() { return CUDART_VERSION; }
 #endif

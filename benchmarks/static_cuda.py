@@ -1,0 +1,119 @@
+"""The kernels of csrc/cuda compiled by nvcc on this machine: what `python -m benchmarks.static --backend cuda` reads.
+
+A case is a source file on an architecture, its rows are the kernels in it, by their template arguments. Shared memory is what
+a kernel declares: what a launcher adds is not in the machine code, and is counted by the simulator (csrc/sim).
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from . import sass
+from .static import Facts, Row
+from .static_cases import Problem
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+# {"sm_90": "sm_90a", ...}: what setup.py builds
+TARGETS = {
+    f"sm_{a.rstrip('af')}": f"sm_{a}" for a in re.search(r'CUDA_ARCHS = "(.+)"', (ROOT / "setup.py").read_text())[1].split()
+}
+PR_ARCHS = ("sm_80", "sm_90")
+# kernel -> least share of a hot loop's bytes that moves 16 at a time; the rest are scalars per row. Other kernels take rows off
+# the 16-byte boundaries, or columns of the partial sums
+WIDE = {
+    r"norm_fwd<.*, true>": 0.94,
+    r"norm_bwd<": 0.94,
+    r"norm_bwd_row<.*, true>": 0.99,
+    r"gelu_(fwd|bwd)<.*, true>": 0.99,
+}
+# kernel -> instructions that it is built around
+HOLDS = {
+    r"attention_(fwd|bwd|dbias)<(bf16|f16)": ("HMMA", "LDGSTS", "LDSM"),
+    r"norm_(fwd|bwd)<": ("LDG", "STG", "SHFL"),
+    r"gelu_(fwd|bwd)<": ("MUFU",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str  # the file's stem
+    arch: str
+
+    dtype = ""  # a file has them all: they are in the kernels' names
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.arch}"
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.name, "cu", lambda new: None, wide=0.0)
+
+
+def sources() -> list[str]:
+    """Files that have kernels."""
+    return sorted(p.stem for p in FOLDER.glob("*.cu") if "GK_REGISTER" in p.read_text())
+
+
+def matrix(subset: str, archs=()) -> list[Source]:
+    chosen = archs or (PR_ARCHS if subset == "pr" else TARGETS)
+    return [Source(name, arch) for arch in TARGETS if arch in chosen for name in sources()]
+
+
+@functools.cache
+def version() -> str:
+    said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
+
+
+def compile_source(path: pathlib.Path, arch: str) -> bytes:
+    """A cubin. Raises RuntimeError with nvcc's words; a warning is an error."""
+    virtual = "compute_80" if arch.startswith("sm_8") else TARGETS[arch].replace("sm", "compute")  # as setup.py does
+    torch = pathlib.Path(find_spec("torch").origin).parent
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        command = [
+            NVCC, "-std=c++17", "-O3", f"-gencode=arch={virtual},code={TARGETS[arch]}", "-cubin", "-Werror", "all-warnings",
+            "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
+            "-isystem", str(torch / "include"), str(path), "-o", cubin.name,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stderr[-4000:])
+        return pathlib.Path(cubin.name).read_bytes()
+
+
+def names(kernels: list[sass.Kernel]) -> list[str]:
+    """norm_fwd<bf16, float, true>"""
+    symbols = "\n".join(k.name for k in kernels)
+    said = subprocess.run(["c++filt"], input=symbols, capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void |gk::|\(.*", "", name) for name in said.splitlines()]
+
+
+def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
+    try:
+        kernels = sass.read(compile_source(FOLDER / f"{case.name}.cu", case.arch))
+    except RuntimeError as e:
+        return [Row(case, whose, "(file)", error=f"does not compile: {e}")]
+    found = []
+    for name, kernel in sorted(zip(names(kernels), kernels, strict=True), key=lambda pair: pair[0]):
+        hot, threads = sass.regions(kernel), kernel.threads or 128
+        ctas, limit = sass.occupancy(kernel.gpu, kernel.registers, threads, kernel.shared)
+        facts = Facts(kernel.registers, kernel.spills, kernel.shared, kernel.code, threads, ctas, limit, kernel.matrix,
+                      sass.wide_share(hot[0]), False)  # fmt: skip
+        has = {i.base for i in kernel.instructions}
+        lacks = [f"has no {op}" for p, ops in HOLDS.items() if re.match(p, name) for op in ops if op not in has]
+        least = next((share for p, share in WIDE.items() if re.match(p, name)), 0.0)
+        if facts.wide < least:
+            lacks.append(f"moves {facts.wide:.0%} of its bytes 16 at a time, expected {least:.0%}")
+        regions = tuple(sass.region(kernel, code, threads // 32, max(1, ctas), 1.0) for code in hot) if figures else ()
+        found.append(Row(case, whose, name, facts, regions=regions, lacks=tuple(lacks)))
+    return found
