@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grids import COLUMNS, ISAS
+from grids import BACKEND, COLUMNS, ISAS
 from op_checks import (
     check_compile,
     check_empty,
@@ -55,12 +55,13 @@ def test_mask_is_the_same_on_every_isa_and_backend():
 
 
 def test_rate_and_seed():
-    x = torch.ones(512, 512)
+    n = 512 if BACKEND == "cpu" else 128
+    x = torch.ones(n, n)
     for p in (0.01, 0.1, 0.5, 0.9):
         y = dropout(x, p)
-        # 5 standard deviations of a mean of 2^18 draws; the expectation of the output is 1
-        assert abs((y == 0).double().mean().item() - p) < 5 * (p * (1 - p)) ** 0.5 / 512
-        assert abs(y.double().mean().item() - 1) < 5 * (p / (1 - p)) ** 0.5 / 512
+        # 5 standard deviations of a mean of n^2 draws; the expectation of the output is 1
+        assert abs((y == 0).double().mean().item() - p) < 5 * (p * (1 - p)) ** 0.5 / n
+        assert abs(y.double().mean().item() - 1) < 5 * (p / (1 - p)) ** 0.5 / n
     torch.manual_seed(3)
     first, second = dropout(x), dropout(x)
     torch.manual_seed(3)

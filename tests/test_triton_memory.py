@@ -224,10 +224,12 @@ def in_process(check: str, op: str) -> None:
     assert r.returncode == 0, f"exit status {r.returncode}\n{r.stdout}{r.stderr}"
 
 
-SLOW_GUARDS = [pytest.param(op, marks=pytest.mark.slow) if op.startswith("attention") else op for op in REGISTERED]
+def mostly_slow(*usual: str) -> list:
+    """each runs in a process of its own, some for a minute: all in the long tier, the ones named in the usual one too"""
+    return [op if op in usual else pytest.param(op, marks=pytest.mark.slow) for op in REGISTERED]
 
 
-@pytest.mark.parametrize("op", SLOW_GUARDS)
+@pytest.mark.parametrize("op", mostly_slow("dropout_fwd", "rms_norm_fwd", "softmax_fwd"))
 def test_guard_pages(op):
     """one byte past either end of any tensor, the op's own included, is a crash"""
     in_process("guard", op)
@@ -407,7 +409,7 @@ LARGE: dict[str, Callable[[], Large]] = {
 RSS = 2**31  # bytes: torch and Triton take a third of it, one tensor of 2^31 elements twice as much
 
 
-@pytest.mark.parametrize("op", REGISTERED)
+@pytest.mark.parametrize("op", mostly_slow("gelu_bwd", "rms_norm_fwd", "softmax_fwd", "cross_entropy_bwd", "attention_fwd"))
 def test_more_than_two_to_the_31_elements(op):
     in_process("large", op)
 
