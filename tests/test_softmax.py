@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from grids import BACKEND
 from op_checks import (
     SHAPES,
     check_compile,
@@ -140,6 +141,40 @@ def test_layouts():
     x = scores(4, 6, 33)
     for mask in (keep.t().contiguous().t(), keep[None].expand(4, 6, 33), keep[:, :1].expand(6, 33)):
         assert torch.equal(softmax(x, mask), softmax(x, mask.contiguous()))
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="launch parameters of the Triton kernels")
+@pytest.mark.parametrize("M", (3, 7))  # split over several programs, whole rows
+def test_long_rows_in_small(M):
+    """the kernels of long rows on chunks of 64 columns: every skew, rows shorter than a chunk, edges, parts of rows"""
+    from gpt_kernels.triton import softmax as kernels
+
+    small = {"BLOCK_M": 0, "BLOCK_N": 64, "STAGES": 2, "num_warps": 1}
+    lead = () if M == 3 else (2,)
+    with kernels.SOFTMAX_FWD.override(small), kernels.SOFTMAX_BWD.override(small):
+        for dtype, columns in ((torch.float32, (5, 71, 515)), (torch.bfloat16, (1, 8, 71, 128, 515))):
+            for N in columns:
+                check_truth(softmax, eager, (scores(M, N, dtype=dtype), None, -0.3), name=f"{M} {N}")
+            check_truth(softmax, eager, (scores(*lead, M, 132, dtype=dtype), None, 0.125, True), name="causal")
+        keep = (torch.rand(M, 71) < 0.7) | (torch.arange(71) == 0)
+        for mask, causal in ((keep, False), (keep, True), (torch.randn(*lead, 1, 71).bfloat16(), True)):
+            check_truth(softmax, eager, (scores(*lead, M, 71, dtype=torch.bfloat16), mask, 0.5, causal), name=f"mask {causal}")
+        x = scores(9, 133)  # all four skews; a row has the same bits in any of them
+        y, dx = forward_backward(softmax, (x,), x)
+        for row in (0, 3, 6):
+            one = forward_backward(softmax, (x[[row] * 9],), x[[row] * 9])
+            assert all(torch.equal(a, b[row].expand(9, -1)) for a, b in zip(one, (y, dx), strict=True))
+        x[2], x[3, 70], x[4, 1], x[5, :-1] = torch.nan, torch.nan, INF, -INF
+        check_specials(softmax, eager, (x[:M],))
+        assert not softmax(x, torch.zeros(9, 1, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("shape", ((1, 50257), (7, 50257), (1, 128257), (1, 262144)), ids=str)
+def test_vocabulary(shape):
+    """rows of a vocabulary: split, whole, longest; odd ones begin anywhere"""
+    check_truth(softmax, eager, (scores(*shape, dtype=torch.bfloat16),))
+    if shape[1] == 50257:
+        check_truth(softmax, eager, (scores(*shape),))
 
 
 def test_threads():
