@@ -22,9 +22,12 @@ needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
 
 # instructions of the machine code that must be there, per file
 EXPECTED = {
+    "cross_entropy.cu": ("LDG.E.128", "STG.E.128", "MUFU.EX2", "SHFL.BFLY"),
+    "dropout.cu": ("LDG.E.128", "STG.E.128"),
     "gelu.cu": ("LDG.E.128", "STG.E.128", "MUFU.EX2"),
     "layer_norm.cu": ("LDG.E.128", "STG.E.128", "SHFL.BFLY"),
     "rms_norm.cu": ("LDG.E.128", "STG.E.128", "SHFL.BFLY"),
+    "softmax.cu": ("LDG.E.128", "STG.E.128", "MUFU.EX2", "SHFL.BFLY"),
 }
 
 

@@ -49,10 +49,6 @@ GK_DEVICE void store_16_once(void* p, uint4 v) {
   GK_PTX(sim::store(p, v), "st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// No instruction: the compiler no longer knows what v was made of, and what follows from it is computed anew rather than kept in
-// registers from before.
-GK_DEVICE void forget(uint4& v) { GK_PTX((void)v, "" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
-
 // ---- asynchronous copies to shared memory ("Non-bulk copy: cp.async", ".commit_group", ".wait_group") ----
 // `valid` bytes are read, the rest of the destination becomes zero; with valid = 0 nothing is read.
 GK_DEVICE void cp_async_4(void* shared, const void* global, int valid = 4) {

@@ -6,9 +6,9 @@
 namespace gk {
 
 // ---- how a shape is cut, in one place ----
-// A thread keeps `few` chunks of 16 bytes where blocks of 512 serve, else `many` in a block of up to 640 threads with 96
-// registers each; an op says how many leave room for its arithmetic. The same for all architectures, whose registers are as
-// many: a 16-bit row of 51,000 columns fits, all of it in flight at once.
+// A thread keeps `few` chunks of 16 bytes where blocks of 512 serve, else `many`; an op says how many leave room for its
+// arithmetic in 128 registers. The same for all architectures, whose registers are as many: a 16-bit row of 53,000 columns
+// fits, all of it in flight at once.
 struct RowShape {
   bool block;    // does a block share a row, or a warp?
   int kept;      // chunks per thread in registers
@@ -20,17 +20,17 @@ struct RowShape {
 constexpr int64_t row_warp_columns = 1024, row_part_columns = 8192;  // a warp's longest row; what is worth a block of its own
 template <class T> constexpr int row_warp_few = 16 / per_16<T> + 1;   // chunks that a thread of a warp keeps: 512 columns
 template <class T> constexpr int row_warp_many = 32 / per_16<T> + 1;  // or 1024, wherever they begin
-constexpr int row_threads(bool block, bool wide) { return !block ? 128 : wide ? 1024 : 512; }         // at most
+constexpr int row_threads(bool block) { return block ? 512 : 128; }                                   // at most
 
 template <class T, int few, int many> RowShape row_shape(int64_t M, int64_t N, int processors) {
   constexpr int V = per_16<T>;
   // of a row wherever it begins, so that it has as many threads, and with it its sums their order
   const auto chunks = [](int64_t n) { return cdiv(n + V - 1, V); };
   if (N <= row_warp_columns) return {false, chunks(N) <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
-  constexpr int64_t longest = (many * row_threads(true, true) - 1) * V;
+  constexpr int64_t longest = (many * row_threads(true) - 1) * V;
   const int64_t wanted = M * 2 <= processors ? std::min(processors / std::max<int64_t>(M, 1), N / row_part_columns) : 1;
   const int64_t parts = std::max(cdiv(N, longest), wanted), span = parts > 1 ? cdiv(cdiv(N, parts), 64) * 64 : N;
-  const int kept = parts == 1 && chunks(N) <= few * row_threads(true, false) ? few : many;
+  const int kept = parts == 1 && chunks(N) <= few * row_threads(true) ? few : many;
   return {true, kept, int(std::max<int64_t>(cdiv(chunks(span), 32 * kept), 4)) * 32, int(cdiv(N, span)), span};
 }
 
@@ -39,15 +39,15 @@ enum class Pass { whole, read, write };
 template <Pass pass> using PassIs = std::integral_constant<Pass, pass>;
 template <int kept> using KeptIs = std::integral_constant<int, kept>;
 
-// f(block, wide, kept, pass) as constants, for each launch that the shape needs, in order
+// f(block, kept, pass) as constants, for each launch that the shape needs, in order
 template <class T, int few, int many, class F> void with_row_shape(const RowShape& shape, const F& f) {
   constexpr std::true_type yes;
   constexpr std::false_type no;
-  if (!shape.block && shape.kept == row_warp_few<T>) f(no, no, KeptIs<row_warp_few<T>>{}, PassIs<Pass::whole>{});
-  else if (!shape.block) f(no, no, KeptIs<row_warp_many<T>>{}, PassIs<Pass::whole>{});
-  else if (shape.parts > 1) f(yes, yes, KeptIs<many>{}, PassIs<Pass::read>{}), f(yes, yes, KeptIs<many>{}, PassIs<Pass::write>{});
-  else if (shape.kept == few) f(yes, no, KeptIs<few>{}, PassIs<Pass::whole>{});
-  else f(yes, yes, KeptIs<many>{}, PassIs<Pass::whole>{});
+  if (!shape.block && shape.kept == row_warp_few<T>) f(no, KeptIs<row_warp_few<T>>{}, PassIs<Pass::whole>{});
+  else if (!shape.block) f(no, KeptIs<row_warp_many<T>>{}, PassIs<Pass::whole>{});
+  else if (shape.parts > 1) f(yes, KeptIs<many>{}, PassIs<Pass::read>{}), f(yes, KeptIs<many>{}, PassIs<Pass::write>{});
+  else if (shape.kept == few) f(yes, KeptIs<few>{}, PassIs<Pass::whole>{});
+  else f(yes, KeptIs<many>{}, PassIs<Pass::whole>{});
 }
 
 inline void check_row_count(const char* op, int64_t M) {
@@ -83,6 +83,14 @@ template <class T> struct Chunks {
   GK_DEVICE int last() const { return (n + skew - 1) / V * V - skew; }  // the column at which the last chunk begins
   GK_DEVICE static bool inside(int column, int end) { return column >= 0 && column + V <= end; }  // all of a chunk
 
+  // In chunk j, `value` for what is not in [0, end).
+  GK_DEVICE void fill(int j, int end, float (&v)[V], float value) const {
+    const int at = column(j);
+    if (inside(at, end)) return;
+#pragma unroll
+    for (int k = 0; k < V; k++) v[k] = at + k >= 0 && at + k < end ? v[k] : value;
+  }
+
   // The row x, which may be aligned otherwise; columns outside, and chunks from `end` on, are 0.
   template <int kept> GK_DEVICE void load(uint4 (&raw)[kept], const T* x, int end) const {
     const int ahead = int(reinterpret_cast<uintptr_t>(x - skew) % 16 / sizeof(T));  // of the boundary before a chunk
@@ -99,7 +107,7 @@ template <class T> struct Chunks {
 #pragma unroll 1
     for (int edge = 0; edge < 4; edge++) {
       const int at = edge < 2 ? edge * V - skew : last() - (3 - edge) * V;
-      if (at + V <= 0 || at >= end || (ahead == 0 ? inside(at, n) : across(at, ahead))) continue;
+      if (at + V <= 0 || max(at, 0) >= end || (ahead == 0 ? inside(at, n) : across(at, ahead))) continue;
       bool mine = false;
 #pragma unroll
       for (int j = 0; j < kept; j++) mine |= column(j) == at;
@@ -178,6 +186,14 @@ template <class T> struct Chunks {
     return total[0];
   }
 };
+
+// Between two passes over what is kept. The compiler would hold the elements of one pass for the next, in registers that are
+// not there; bits that a number below 2^62 may have changed, for all it knows, it unpacks anew.
+template <int kept> GK_DEVICE void forget(uint4 (&raw)[kept], int64_t below_2_62) {
+  const uint32_t zero = uint32_t(below_2_62 >> 62);
+#pragma unroll
+  for (int j = 0; j < kept; j++) raw[j].x += zero, raw[j].y += zero, raw[j].z += zero, raw[j].w += zero;
+}
 
 template <bool block> GK_DEVICE float row_max(float v) {
   if constexpr (block) return block_max(v);

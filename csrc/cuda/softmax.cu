@@ -28,7 +28,7 @@ GK_DEVICE int visible_columns(unsigned row, unsigned T, int64_t N, int64_t begin
 GK_DEVICE float mask_value(bool keep) { return keep ? 0.f : minus_inf; }
 template <class K> GK_DEVICE float mask_value(K added) { return to_float(added); }
 
-constexpr int softmax_fwd_few = 4, softmax_fwd_many = 7, softmax_masked = 4, softmax_bwd_few = 2, softmax_bwd_many = 4;
+constexpr int softmax_fwd_few = 4, softmax_fwd_many = 13, softmax_masked = 4, softmax_bwd_few = 2, softmax_bwd_many = 6;
 
 // z = scale x + mask on visible columns, -inf on others, element by element from what is kept: the bits of x or, with a mask,
 // z itself.
@@ -55,11 +55,6 @@ template <class T, bool masked, int kept> struct Scores {
       }
     }
   }
-  // between passes, or the elements of one would be kept for the next
-  GK_DEVICE void forget() {
-#pragma unroll
-    for (int j = 0; j < kept; j++) gk::forget(raw[j]);
-  }
   GK_DEVICE void get(const Chunks<T>& chunks, int j, int visible, float scale, float (&v)[V]) const {
     if constexpr (masked) {
 #pragma unroll
@@ -68,17 +63,14 @@ template <class T, bool masked, int kept> struct Scores {
       unpack<T>(raw[j], v);
 #pragma unroll
       for (int k = 0; k < V; k++) v[k] *= scale;
-      const int column = chunks.column(j);
-      if (chunks.inside(column, visible)) return;
-#pragma unroll
-      for (int k = 0; k < V; k++) v[k] = column + k >= 0 && column + k < visible ? v[k] : minus_inf;
+      chunks.fill(j, visible, v, minus_inf);
     }
   }
 };
 
 // y = exp(z - max z) / sum exp(z - max z); partial[row][part] = (max, sum) of a part
-template <class T, class K, bool masked, bool block, bool wide, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads(block, wide))
+template <class T, class K, bool masked, bool block, int kept, Pass pass>
+__global__ void __launch_bounds__(row_threads(block))
     softmax_fwd(T* __restrict__ y, const T* __restrict__ x, const K* __restrict__ mask, float2* __restrict__ partial,
                 const __grid_constant__ MaskRows mask_rows, int64_t M, int64_t N, unsigned T_rows, float scale, int64_t span,
                 int parts) {
@@ -101,7 +93,7 @@ __global__ void __launch_bounds__(row_threads(block, wide))
       for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
     }
     top = row_max<block>(top);
-    scores.forget();
+    if constexpr (!masked) forget(scores.raw, N);
     float sums[V] = {};
 #pragma unroll
     for (int j = 0; j < kept; j++) {
@@ -110,7 +102,7 @@ __global__ void __launch_bounds__(row_threads(block, wide))
       for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin_of(top)) * log2_e);
     }
     sum = chunks.template sum<block>(sums);
-    scores.forget();
+    if constexpr (!masked) forget(scores.raw, N);
   }
   if constexpr (pass == Pass::read) {
     if (at.me == 0) partial[int64_t(at.row) * parts + at.part] = make_float2(top, sum);
@@ -133,8 +125,8 @@ __global__ void __launch_bounds__(row_threads(block, wide))
 }
 
 // dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0. partial[row][part] = a part's sum
-template <class T, bool block, bool wide, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads(block, wide))
+template <class T, bool block, int kept, Pass pass>
+__global__ void __launch_bounds__(row_threads(block))
     softmax_bwd(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ y, float* __restrict__ partial, int64_t M,
                 int64_t N, unsigned T_rows, float scale, int64_t span, int parts) {
   constexpr int V = per_16<T>;
@@ -147,11 +139,7 @@ __global__ void __launch_bounds__(row_threads(block, wide))
   chunks.load(raw_y, y + begin, visible), chunks.load(raw_dy, dy + begin, visible);
   const auto get = [&](int j, float (&p)[V], float (&d)[V]) {
     unpack<T>(raw_y[j], p), unpack<T>(raw_dy[j], d);
-    const int column = chunks.column(j);
-    if (chunks.inside(column, visible)) return;
-#pragma unroll
-    for (int k = 0; k < V; k++)
-      if (column + k < 0 || column + k >= visible) p[k] = d[k] = 0;  // dy may be nan where nothing is visible
+    chunks.fill(j, visible, p, 0.f), chunks.fill(j, visible, d, 0.f);  // dy may be nan where nothing is visible
   };
   float dot = 0, p[V], d[V];
   if constexpr (pass != Pass::write) {
@@ -163,8 +151,7 @@ __global__ void __launch_bounds__(row_threads(block, wide))
       for (int k = 0; k < V; k++) sums[k] += d[k] * p[k];
     }
     dot = chunks.template sum<block>(sums);
-#pragma unroll
-    for (int j = 0; j < kept; j++) forget(raw_y[j]), forget(raw_dy[j]);
+    forget(raw_y, N), forget(raw_dy, N);
   }
   if constexpr (pass == Pass::read) {
     if (at.me == 0) partial[int64_t(at.row) * parts + at.part] = dot;
@@ -232,8 +219,8 @@ static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double sc
       constexpr int few = masked ? softmax_masked : softmax_fwd_few, many = masked ? softmax_masked : softmax_fwd_many;
       const RowShape s = row_shape<T, few, many>(M, N, gpu.processors());
       Tensor partial = new_tensor(x, {s.parts > 1 ? M : 0, s.parts, 2}, ScalarType::Float);
-      with_row_shape<T, few, many>(s, [&](auto block, auto wide, auto kept, auto pass) {
-        launch(GK_KERNEL(softmax_fwd<T, K, masked, block, wide, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(y),
+      with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
+        launch(GK_KERNEL(softmax_fwd<T, K, masked, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(y),
                data<T>(x), data<K>(mask), out<float2>(partial), mask_rows, M, N, T_rows, float(scale), s.span, s.parts);
       });
     };
@@ -260,8 +247,8 @@ static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, 
     constexpr int few = softmax_bwd_few, many = softmax_bwd_many;
     const RowShape s = row_shape<T, few, many>(M, N, gpu.processors());
     Tensor partial = new_tensor(y, {s.parts > 1 ? M : 0, s.parts}, ScalarType::Float);
-    with_row_shape<T, few, many>(s, [&](auto block, auto wide, auto kept, auto pass) {
-      launch(GK_KERNEL(softmax_bwd<T, block, wide, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dx), data<T>(dy),
+    with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
+      launch(GK_KERNEL(softmax_bwd<T, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dx), data<T>(dy),
              data<T>(y), out<float>(partial), M, N, T_rows, float(scale), s.span, s.parts);
     });
   });
