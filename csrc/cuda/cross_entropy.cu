@@ -4,6 +4,7 @@
 // NaN and is never used as an address.
 #include "row.cuh"
 
+#include <climits>
 #include <vector>
 
 namespace gk {
@@ -39,6 +40,8 @@ struct Target {
     counted = index != ignore_index, bad = counted && (index < 0 || index >= V);
     if (!counted || bad) index = -1;
   }
+  // counted from a part's beginning, or far from any of its columns
+  GK_DEVICE int within(int64_t begin, int n) const { return index >= begin && index < begin + n ? int(index - begin) : INT_MIN / 2; }
 };
 
 // What a row's gradient is made of: (exp(x_v - lse) (1 + slope) - e / V - (1 - e) [v == target]) scale. The target's p - 1 is an
@@ -57,10 +60,10 @@ template <bool plain> struct Gradient {
     return uncapped((ex2_approx((v - top - log_sum) * log2_e) * (1 + slope) - uniform) * scale, v);
   }
   // over the chunk at `column`, in place; `target` counts as the columns do
-  template <int V> GK_DEVICE void apply(float (&v)[V], int column, int64_t target) const {
+  template <int V> GK_DEVICE void apply(float (&v)[V], int column, int target) const {
 #pragma unroll
     for (int k = 0; k < V; k++) v[k] = (*this)(v[k]);
-    if (target < column || target >= column + V) return;
+    if (unsigned(target - column) >= unsigned(V)) return;
 #pragma unroll
     for (int k = 0; k < V; k++) v[k] = column + k == target ? at_target : v[k];
   }
@@ -69,13 +72,13 @@ template <bool plain> struct Gradient {
 // loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is in registers, over *count of a
 // mean. partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
 template <class T, bool plain, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads(block))
+__global__ void __launch_bounds__(row_threads<block>)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
                       float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, int64_t M,
                       int64_t N, int64_t span, int parts) {
   constexpr int V = per_16<T>;
-  const RowPlace<block> at(N, span, pass == Pass::whole ? 1 : parts);
+  const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
   if (at.row >= M) return;  // a whole warp, or no one
   const T* row = x + x_rows(at.row);
   const Target t(target, at.row, o.ignore_index, N);
@@ -147,10 +150,11 @@ __global__ void __launch_bounds__(row_threads(block))
     if (t.counted) {
       const float scale = t.bad ? __uint_as_float(0x7FC00000u) : count ? 1.f / *count : 1.f;
       const Gradient<plain> gradient(o, N, top, log_sum, x_target, scale);
+      const int here = t.within(at.begin, at.n);
 #pragma unroll
       for (int j = 0; j < kept; j++) {
         get(j, v);
-        gradient.apply(v, chunks.column(j), t.index < 0 ? INT64_MIN : t.index - at.begin);
+        gradient.apply(v, chunks.column(j), here);
         raw[j] = pack<T>(v);
       }
     }
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
                       const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, int64_t M, int64_t N,
                       int64_t span, int parts) {
   constexpr int V = per_16<T>;
-  const RowPlace<block> at(N, span, parts);
+  const RowPlace<block, kept> at(N, span, parts);
   if (at.row >= M) return;
   const Target t(target, at.row, o.ignore_index, N);
   dx += dx_rows(at.row) + at.begin, x += x_rows(at.row) + at.begin;
@@ -176,8 +180,8 @@ __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
   uint4 raw[kept];
   chunks.load(raw, x, t.counted ? at.n : 0);
   const auto cap = [&](float v) { return plain || o.softcap == 0.f ? v : capped(v, o.softcap); };
-  const bool here = t.index >= at.begin && t.index < at.begin + at.n;
-  const float x_target = here ? cap(to_float(x[t.index - at.begin])) : 0.f;
+  const int here = t.within(at.begin, at.n);
+  const float x_target = here >= 0 ? cap(to_float(x[here])) : 0.f;
   // nobody overwrites the target's logit before everybody has it
   if constexpr (block) __syncthreads();
   else warp_sync();
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
       unpack<T>(raw[j], v);
 #pragma unroll
       for (int k = 0; k < V; k++) v[k] = cap(v[k]);
-      gradient.apply(v, chunks.column(j), here ? t.index - at.begin : INT64_MIN);
+      gradient.apply(v, chunks.column(j), here);
       raw[j] = pack<T>(v);
     }
   }

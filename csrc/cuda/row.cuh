@@ -20,18 +20,21 @@ struct RowShape {
 constexpr int64_t row_warp_columns = 1024, row_part_columns = 8192;  // a warp's longest row; what is worth a block of its own
 template <class T> constexpr int row_warp_few = 16 / per_16<T> + 1;   // chunks that a thread of a warp keeps: 512 columns
 template <class T> constexpr int row_warp_many = 32 / per_16<T> + 1;  // or 1024, wherever they begin
-constexpr int row_threads(bool block) { return block ? 512 : 128; }                                   // at most
+template <bool block> constexpr int row_threads = block ? 512 : 128;  // at most
+// A block of these is always full: the number of its threads is a constant, and so is what stands between a thread's chunks.
+template <int kept> constexpr bool row_full = (kept > 4);
 
 template <class T, int few, int many> RowShape row_shape(int64_t M, int64_t N, int processors) {
   constexpr int V = per_16<T>;
   // of a row wherever it begins, so that it has as many threads, and with it its sums their order
   const auto chunks = [](int64_t n) { return cdiv(n + V - 1, V); };
   if (N <= row_warp_columns) return {false, chunks(N) <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
-  constexpr int64_t longest = (many * row_threads(true) - 1) * V;
+  constexpr int64_t longest = (many * row_threads<true> - 1) * V;
   const int64_t wanted = M * 2 <= processors ? std::min(processors / std::max<int64_t>(M, 1), N / row_part_columns) : 1;
   const int64_t parts = std::max(cdiv(N, longest), wanted), span = parts > 1 ? cdiv(cdiv(N, parts), 64) * 64 : N;
-  const int kept = parts == 1 && chunks(N) <= few * row_threads(true) ? few : many;
-  return {true, kept, int(std::max<int64_t>(cdiv(chunks(span), 32 * kept), 4)) * 32, int(cdiv(N, span)), span};
+  const int kept = parts == 1 && chunks(N) <= few * row_threads<true> ? few : many;
+  const int threads = row_full<many> && kept == many ? row_threads<true> : int(std::max<int64_t>(cdiv(chunks(span), 32 * kept), 4)) * 32;
+  return {true, kept, threads, int(cdiv(N, span)), span};
 }
 
 // What a launch does: everything, or a part's statistics, or a part's output from the statistics of all parts.
@@ -57,13 +60,13 @@ inline void check_row_count(const char* op, int64_t M) {
 // ---- in a kernel ----
 
 // Which part of which row is this thread's, and its place among those that share it.
-template <bool block> struct RowPlace {
+template <bool block, int kept> struct RowPlace {
   unsigned row, part;
   int64_t begin;  // the part's first column
   int n;          // and how many
   int me, peers;
   GK_DEVICE RowPlace(int64_t N, int64_t span, int parts) {
-    peers = block ? blockDim.x : 32, me = block ? threadIdx.x : threadIdx.x % 32;
+    peers = !block ? 32 : row_full<kept> ? row_threads<true> : blockDim.x, me = block ? threadIdx.x : threadIdx.x % 32;
     const unsigned index = block ? blockIdx.x : blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     part = parts > 1 ? index % parts : 0;
     row = parts > 1 ? index / parts : index;

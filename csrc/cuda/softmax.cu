@@ -70,12 +70,12 @@ template <class T, bool masked, int kept> struct Scores {
 
 // y = exp(z - max z) / sum exp(z - max z); partial[row][part] = (max, sum) of a part
 template <class T, class K, bool masked, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads(block))
+__global__ void __launch_bounds__(row_threads<block>)
     softmax_fwd(T* __restrict__ y, const T* __restrict__ x, const K* __restrict__ mask, float2* __restrict__ partial,
                 const __grid_constant__ MaskRows mask_rows, int64_t M, int64_t N, unsigned T_rows, float scale, int64_t span,
                 int parts) {
   constexpr int V = per_16<T>;
-  const RowPlace<block> at(N, span, pass == Pass::whole ? 1 : parts);
+  const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
   if (at.row >= M) return;  // a whole warp, or no one
   x += at.row * N + at.begin, y += at.row * N + at.begin;
   const Chunks<T> chunks(y, at.n, at.me, at.peers);
@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(row_threads(block))
 
 // dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0. partial[row][part] = a part's sum
 template <class T, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads(block))
+__global__ void __launch_bounds__(row_threads<block>)
     softmax_bwd(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ y, float* __restrict__ partial, int64_t M,
                 int64_t N, unsigned T_rows, float scale, int64_t span, int parts) {
   constexpr int V = per_16<T>;
-  const RowPlace<block> at(N, span, pass == Pass::whole ? 1 : parts);
+  const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
   if (at.row >= M) return;
   const int64_t begin = at.row * N + at.begin;
   const Chunks<T> chunks(dx + begin, at.n, at.me, at.peers);
