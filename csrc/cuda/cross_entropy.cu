@@ -75,9 +75,10 @@ template <class T, bool plain, bool block, int kept, Pass pass>
 __global__ void __launch_bounds__(row_threads<block>)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
-                      float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, int64_t M,
-                      int64_t N, int64_t span, int parts) {
+                      float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M, int64_t N,
+                      int64_t span, int parts) {
   constexpr int V = per_16<T>;
+  if constexpr (plain) o.smoothing = o.softcap = 0;
   const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
   if (at.row >= M) return;  // a whole warp, or no one
   const T* row = x + x_rows(at.row);
