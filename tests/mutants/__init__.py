@@ -27,7 +27,8 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = {"triton": {"TRITON_INTERPRET": "1"}}  # by a file's prefix; any other needs none
+# by a file's prefix; any other needs none
+ENVIRONMENT = {"triton": {"TRITON_INTERPRET": "1"}, "cuda": {"GPT_KERNELS_TEST_BACKEND": "cuda_sim"}}
 KILLED, SURVIVED, INVALID = "killed", "SURVIVED", "INVALID"
 # seconds, and a multiple of the unmutated tests' own: a fault may turn a bound into a hang, and neighbours make tests slow
 LIMIT = (60, 10)
@@ -69,10 +70,11 @@ def load(folder: pathlib.Path, filters: list[str]) -> list[Mutant]:
 
 
 def copy_tree(root: pathlib.Path, to: pathlib.Path) -> None:
-    """What git tracks or is about to, as it is now, and the built libraries."""
+    """What git tracks or is about to, as it is now, and the built libraries with the simulator's objects."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
-    for name in {*filter(None, listed.split("\0")), *(str(so.relative_to(root)) for so in root.glob("gpt_kernels/*.so"))}:
+    built = [str(f.relative_to(root)) for pattern in ("gpt_kernels/*.so", "build/temp*/sim/*[a-z]") for f in root.glob(pattern)]
+    for name in {*filter(None, listed.split("\0")), *built}:
         if (root / name).is_file():  # not one just deleted
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, to / name)
@@ -100,6 +102,28 @@ def run_tests(tree: pathlib.Path, command: tuple[str, str], limit: float | None)
     return process.returncode, (out.strip().splitlines() or [""])[-1]
 
 
+def build_simulator(tree: pathlib.Path, file: str) -> str:
+    """Compiles for the simulator what includes the file, everything else is as it was built; what went wrong, or nothing."""
+    build = next(tree.glob("build/temp*/sim"), None)
+    if build is None:
+        return "the simulator was not built: GPT_KERNELS_BUILD=sim python setup.py build_ext --inplace"
+    kernels, changed = tree / "csrc" / "cuda", {pathlib.Path(file).name}
+    for _ in range(3):  # headers include headers
+        changed |= {f.name for f in kernels.iterdir() if changed & set(re.findall(r'#include "([^"]+)"', f.read_text()))}
+    library, lines = tree / "gpt_kernels" / "_cuda_sim.so", []
+    for line in (build / "build.ninja").read_text().splitlines():
+        if found := re.match(r"build (\S+\.o): (\S+) (\S+)", line):
+            name = pathlib.Path(found[3]).name
+            line = f"build {found[1]}: {found[2]} {kernels / name}" if name in changed else ""
+        elif found := re.match(r"build \S+: link (.*)", line):
+            line = f"build {library}: link {found[1]}"
+        lines.append(line)
+    (build / "build.ninja").write_text("\n".join([*lines, ""]))
+    library.unlink(missing_ok=True)
+    done = subprocess.run(["ninja", "-j1"], cwd=build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return "" if done.returncode == 0 else f"does not compile: {done.stdout[-300:]}"
+
+
 def verdict(status: int | None, why: str) -> tuple[str, str]:
     if status is None or status < 0 or status == 1:  # hung, crashed (a guard page), red
         return KILLED, f"crashed with signal {-status}" if status is not None and status < 0 else why
@@ -118,6 +142,8 @@ def try_mutant(root: pathlib.Path, mutant: Mutant, limit: float) -> tuple[str, s
             what = f"occurs {count} times in {mutant.file}" if count != 1 else "is the same as the new one"
             return INVALID, f"the old text {what}"
         file.write_text(text.replace(mutant.old, mutant.new))
+        if mutant.file.startswith("csrc/cuda/") and (wrong := build_simulator(tree, mutant.file)):
+            return INVALID, wrong
         return verdict(*run_tests(tree, mutant.command, limit))
 
 

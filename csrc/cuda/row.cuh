@@ -1,0 +1,222 @@
+// Rows that are read once: a warp or a block keeps its row, of any alignment, in registers between the passes over it. A row
+// too long for that, or one of too few, is cut into parts, a block each: one launch reads them, a second one writes.
+#pragma once
+#include "common.cuh"
+
+namespace gk {
+
+// ---- how a shape is cut, in one place ----
+// A thread keeps `few` chunks of 16 bytes where blocks of 512 serve, else `many`; an op says how many leave room for its
+// arithmetic in 128 registers. The same for all architectures, whose registers are as many: a 16-bit row of 53,000 columns
+// fits, all of it in flight at once.
+struct RowShape {
+  bool block;    // does a block share a row, or a warp?
+  int kept;      // chunks per thread in registers
+  int threads;   // per block
+  int parts;     // of a row
+  int64_t span;  // columns of a part
+  unsigned blocks(int64_t M) const { return unsigned(block ? M * parts : cdiv(M, threads / 32)); }
+};
+constexpr int64_t row_warp_columns = 1024, row_part_columns = 8192;  // a warp's longest row; what is worth a block of its own
+template <class T> constexpr int row_warp_few = 16 / per_16<T> + 1;   // chunks that a thread of a warp keeps: 512 columns
+template <class T> constexpr int row_warp_many = 32 / per_16<T> + 1;  // or 1024, wherever they begin
+template <bool block> constexpr int row_threads = block ? 512 : 128;  // at most
+// A block of these is always full: the number of its threads is a constant, and so is what stands between a thread's chunks.
+template <int kept> constexpr bool row_full = (kept > 4);
+
+template <class T, int few, int many> RowShape row_shape(int64_t M, int64_t N, int processors) {
+  constexpr int V = per_16<T>;
+  // of a row wherever it begins, so that it has as many threads, and with it its sums their order
+  const auto chunks = [](int64_t n) { return cdiv(n + V - 1, V); };
+  if (N <= row_warp_columns) return {false, chunks(N) <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
+  constexpr int64_t longest = (many * row_threads<true> - 1) * V;
+  const int64_t wanted = M * 2 <= processors ? std::min(processors / std::max<int64_t>(M, 1), N / row_part_columns) : 1;
+  const int64_t parts = std::max(cdiv(N, longest), wanted), span = parts > 1 ? cdiv(cdiv(N, parts), 64) * 64 : N;
+  const int kept = parts == 1 && chunks(N) <= few * row_threads<true> ? few : many;
+  const int threads = row_full<many> && kept == many ? row_threads<true> : int(std::max<int64_t>(cdiv(chunks(span), 32 * kept), 4)) * 32;
+  return {true, kept, threads, int(cdiv(N, span)), span};
+}
+
+// What a launch does: everything, or a part's statistics, or a part's output from the statistics of all parts.
+enum class Pass { whole, read, write };
+template <Pass pass> using PassIs = std::integral_constant<Pass, pass>;
+template <int kept> using KeptIs = std::integral_constant<int, kept>;
+
+// f(block, kept, pass) as constants, for each launch that the shape needs, in order
+template <class T, int few, int many, class F> void with_row_shape(const RowShape& shape, const F& f) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (!shape.block && shape.kept == row_warp_few<T>) f(no, KeptIs<row_warp_few<T>>{}, PassIs<Pass::whole>{});
+  else if (!shape.block) f(no, KeptIs<row_warp_many<T>>{}, PassIs<Pass::whole>{});
+  else if (shape.parts > 1) f(yes, KeptIs<many>{}, PassIs<Pass::read>{}), f(yes, KeptIs<many>{}, PassIs<Pass::write>{});
+  else if (shape.kept == few) f(yes, KeptIs<few>{}, PassIs<Pass::whole>{});
+  else f(yes, KeptIs<many>{}, PassIs<Pass::whole>{});
+}
+
+inline void check_row_count(const char* op, int64_t M) {
+  GK_CHECK(M < int64_t{1} << 31, op, ": at most 2147483647 rows, got ", M);
+}
+
+// ---- in a kernel ----
+
+// Which part of which row is this thread's, and its place among those that share it.
+template <bool block, int kept> struct RowPlace {
+  unsigned row, part;
+  int64_t begin;  // the part's first column
+  int n;          // and how many
+  int me, peers;
+  GK_DEVICE RowPlace(int64_t N, int64_t span, int parts) {
+    peers = !block ? 32 : row_full<kept> ? row_threads<true> : blockDim.x, me = block ? threadIdx.x : threadIdx.x % 32;
+    const unsigned index = block ? blockIdx.x : blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    part = parts > 1 ? index % parts : 0;
+    row = parts > 1 ? index / parts : index;
+    begin = part * span;
+    n = int(min(span, N - begin));
+  }
+};
+
+// n columns in chunks of 16 bytes that stand on 16-byte boundaries of the row that is written: the first begins up to V - 1
+// columns before the row, at -skew. Thread `me` of `peers` has each peers-th chunk, its j-th at column(j).
+template <class T> struct Chunks {
+  static constexpr int V = per_16<T>;
+  int n, skew, me, peers;
+  GK_DEVICE Chunks(const T* written, int n, int me, int peers)
+      : n(n), skew(int(reinterpret_cast<uintptr_t>(written) % 16 / sizeof(T))), me(me), peers(peers) {}
+  GK_DEVICE int column(int j) const { return (me + j * peers) * V - skew; }
+  GK_DEVICE int last() const { return (n + skew - 1) / V * V - skew; }  // the column at which the last chunk begins
+  GK_DEVICE static bool inside(int column, int end) { return column >= 0 && column + V <= end; }  // all of a chunk
+
+  // In chunk j, `value` for what is not in [0, end).
+  GK_DEVICE void fill(int j, int end, float (&v)[V], float value) const {
+    const int at = column(j);
+    if (inside(at, end)) return;
+#pragma unroll
+    for (int k = 0; k < V; k++) v[k] = at + k >= 0 && at + k < end ? v[k] : value;
+  }
+
+  // The row x, which may be aligned otherwise; columns outside, and chunks from `end` on, are 0.
+  template <int kept> GK_DEVICE void load(uint4 (&raw)[kept], const T* x, int end) const {
+    const int ahead = int(reinterpret_cast<uintptr_t>(x - skew) % 16 / sizeof(T));  // of the boundary before a chunk
+    if (ahead == 0) {
+#pragma unroll
+      for (int j = 0; j < kept; j++)
+        raw[j] = column(j) < end && inside(column(j), n) ? load_16_once(x + column(j)) : make_uint4(0, 0, 0, 0);
+      if (skew == 0 && n % V == 0) return;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kept; j++) raw[j] = column(j) < end && across(column(j), ahead) ? load_16_across(x + column(j)) : make_uint4(0, 0, 0, 0);
+    }
+    // at the row's ends, element by element
+#pragma unroll 1
+    for (int edge = 0; edge < 4; edge++) {
+      const int at = edge < 2 ? edge * V - skew : last() - (3 - edge) * V;
+      if (at + V <= 0 || max(at, 0) >= end || (ahead == 0 ? inside(at, n) : across(at, ahead))) continue;
+      bool mine = false;
+#pragma unroll
+      for (int j = 0; j < kept; j++) mine |= column(j) == at;
+      if (!mine) continue;
+      float v[V];
+#pragma unroll
+      for (int k = 0; k < V; k++) v[k] = at + k >= 0 && at + k < n ? to_float(x[at + k]) : 0.f;
+      const uint4 bits = pack<T>(v);  // exact: they come from T
+#pragma unroll
+      for (int j = 0; j < kept; j++) raw[j] = column(j) == at ? bits : raw[j];
+    }
+  }
+  // Both 16-byte blocks that hold a chunk are inside the row.
+  GK_DEVICE bool across(int column, int ahead) const { return column >= ahead && column + 2 * V - ahead <= n; }
+
+  template <int kept> GK_DEVICE void store(T* y, const uint4 (&raw)[kept]) const {
+#pragma unroll
+    for (int j = 0; j < kept; j++)
+      if (inside(column(j), n)) store_16(y + column(j), raw[j]);
+    if (skew == 0 && n % V == 0) return;
+#pragma unroll 1
+    for (int edge = 0; edge < 2; edge++) {
+      const int at = edge == 0 ? -skew : last();
+      if (inside(at, n) || (edge == 1 && at == -skew)) continue;
+      uint4 bits = make_uint4(0, 0, 0, 0);
+      bool mine = false;
+#pragma unroll
+      for (int j = 0; j < kept; j++)
+        if (column(j) == at) bits = raw[j], mine = true;
+      if (!mine) continue;
+      float v[V];
+      unpack<T>(bits, v);
+#pragma unroll
+      for (int k = 0; k < V; k++)
+        if (at + k >= 0 && at + k < n) y[at + k] = from_float<T>(v[k]);
+    }
+  }
+
+  // v[k] is a sum over this thread's elements k. Turned so that it is of the same columns wherever the row begins: the order
+  // of the sum of them all, and with it its bits, does not depend on where it lies.
+  template <bool block> GK_DEVICE void turn(float (&v)[V]) const {
+    if (skew == 0) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // a thread's first `skew` elements are those of the one before
+    float next[V];
+#pragma unroll
+    for (int k = 0; k < V; k++) next[k] = shfl_index(v[k], (lane + 1) % 32);
+    if constexpr (block) {
+      GK_SHARED(float, first, [32][V]);
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < V; k++)
+        if (lane == 0) first[warp][k] = v[k];
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < V; k++)
+        if (lane == 31) next[k] = first[(warp + 1) % (peers / 32)][k];
+    }
+#pragma unroll
+    for (int k = 0; k < V; k++) v[k] = k < skew ? next[k] : v[k];
+#pragma unroll
+    for (int by = 1; by < V; by *= 2) {
+#pragma unroll
+      for (int k = 0; k < V; k++) next[k] = v[(k + by) % V];
+#pragma unroll
+      for (int k = 0; k < V; k++) v[k] = skew & by ? next[k] : v[k];
+    }
+  }
+  // The row's sum, for each of its threads.
+  template <bool block> GK_DEVICE float sum(float (&v)[V]) const {
+    turn<block>(v);
+    float total[1] = {};
+#pragma unroll
+    for (int k = 0; k < V; k++) total[0] += v[k];
+    row_sum<block>(total);
+    return total[0];
+  }
+};
+
+// Between two passes over what is kept. The compiler would hold the elements of one pass for the next, in registers that are
+// not there; bits that a number below 2^62 may have changed, for all it knows, it unpacks anew.
+template <int kept> GK_DEVICE void forget(uint4 (&raw)[kept], int64_t below_2_62) {
+  const uint32_t zero = uint32_t(below_2_62 >> 62);
+#pragma unroll
+  for (int j = 0; j < kept; j++) raw[j].x += zero, raw[j].y += zero, raw[j].z += zero, raw[j].w += zero;
+}
+
+template <bool block> GK_DEVICE float row_max(float v) {
+  if constexpr (block) return block_max(v);
+  else return warp_max(v);
+}
+constexpr float minus_inf = -__builtin_inff(), log2_e = 1.4426950408889634f;
+// A maximum of -inf is no origin to measure from: -inf - -inf is nan.
+GK_DEVICE float origin_of(float top) { return top == minus_inf ? 0.f : top; }
+
+// One of the statistics of a row's parts, partial[parts][count]: f of each, added or their maximum, in the same order every time
+// and for each lane of a warp.
+template <class F> GK_DEVICE float max_of_parts(int parts, const F& f) {
+  float v = minus_inf;
+  for (int s = threadIdx.x % 32; s < parts; s += 32) v = fmaxf(v, f(s));
+  return warp_max(v);
+}
+template <class F> GK_DEVICE float sum_of_parts(int parts, const F& f) {
+  float v = 0;
+  for (int s = threadIdx.x % 32; s < parts; s += 32) v += f(s);
+  return warp_sum(v);
+}
+
+}  // namespace gk

@@ -1,0 +1,263 @@
+// softmax on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/softmax.py.
+#include "row.cuh"
+
+namespace gk {
+
+// Where a broadcast mask's row begins for row m of x: strides of x's leading dimensions, 0 where the mask has size 1.
+struct MaskRows {
+  static constexpr int max_dims = 16;
+  int dims = 0;
+  unsigned size[max_dims];    // innermost first
+  int64_t stride[max_dims];
+  int64_t step = 0;  // of the last dimension: 1, or 0 when one element serves the whole row
+  GK_DEVICE int64_t begin(unsigned row) const {
+    int64_t offset = 0;
+    for (int i = 0; i < dims; i++) offset += row % size[i] * stride[i], row /= size[i];
+    return offset;
+  }
+};
+
+// ---- kernels ----
+
+// Bottom-right causal: of a (T, N) matrix, row t sees columns 0 ... t + N - T; here counted from a part's beginning.
+GK_DEVICE int visible_columns(unsigned row, unsigned T, int64_t N, int64_t begin, int n) {
+  return T ? int(min(max(row % T + N - T + 1 - begin, int64_t(0)), int64_t(n))) : n;
+}
+
+// Columns of a mask; false hides what is added to: -inf.
+GK_DEVICE float mask_value(bool keep) { return keep ? 0.f : minus_inf; }
+template <class K> GK_DEVICE float mask_value(K added) { return to_float(added); }
+
+constexpr int softmax_fwd_few = 4, softmax_fwd_many = 13, softmax_masked = 4, softmax_bwd_few = 2, softmax_bwd_many = 6;
+
+// z = scale x + mask on visible columns, -inf on others, element by element from what is kept: the bits of x or, with a mask,
+// z itself.
+template <class T, bool masked, int kept> struct Scores {
+  static constexpr int V = per_16<T>;
+  uint4 raw[kept];
+  float z[masked ? kept : 1][V];
+
+  template <class K>
+  GK_DEVICE void load(const Chunks<T>& chunks, const T* x, const K* mask, int64_t step, int visible, float scale) {
+    chunks.load(raw, x, visible);
+    if constexpr (masked) {
+#pragma unroll
+      for (int j = 0; j < kept; j++) {
+        unpack<T>(raw[j], z[j]);
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+          const int column = chunks.column(j) + k;
+          const bool seen = column >= 0 && column < visible;
+          const float added = seen ? mask_value(mask[column * step]) : 0.f;
+          // a hidden score is not looked at: it may be nan
+          z[j][k] = !seen || (std::is_same_v<K, bool> && added != 0.f) ? minus_inf : z[j][k] * scale + added;
+        }
+      }
+    }
+  }
+  GK_DEVICE void get(const Chunks<T>& chunks, int j, int visible, float scale, float (&v)[V]) const {
+    if constexpr (masked) {
+#pragma unroll
+      for (int k = 0; k < V; k++) v[k] = z[j][k];
+    } else {
+      unpack<T>(raw[j], v);
+#pragma unroll
+      for (int k = 0; k < V; k++) v[k] *= scale;
+      chunks.fill(j, visible, v, minus_inf);
+    }
+  }
+};
+
+// y = exp(z - max z) / sum exp(z - max z); partial[row][part] = (max, sum) of a part
+template <class T, class K, bool masked, bool block, int kept, Pass pass>
+__global__ void __launch_bounds__(row_threads<block>)
+    softmax_fwd(T* __restrict__ y, const T* __restrict__ x, const K* __restrict__ mask, float2* __restrict__ partial,
+                const __grid_constant__ MaskRows mask_rows, int64_t M, int64_t N, unsigned T_rows, float scale, int64_t span,
+                int parts) {
+  constexpr int V = per_16<T>;
+  const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
+  if (at.row >= M) return;  // a whole warp, or no one
+  x += at.row * N + at.begin, y += at.row * N + at.begin;
+  const Chunks<T> chunks(y, at.n, at.me, at.peers);
+  const int visible = visible_columns(at.row, T_rows, N, at.begin, at.n);
+  if constexpr (masked) mask += mask_rows.begin(at.row) + at.begin * mask_rows.step;
+  Scores<T, masked, kept> scores;
+  scores.load(chunks, x, mask, mask_rows.step, visible, scale);
+
+  float top = minus_inf, sum = 0, v[V];
+  if constexpr (pass != Pass::write) {
+#pragma unroll
+    for (int j = 0; j < kept; j++) {
+      scores.get(chunks, j, visible, scale, v);
+#pragma unroll
+      for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
+    }
+    top = row_max<block>(top);
+    if constexpr (!masked) forget(scores.raw, N);
+    float sums[V] = {};
+#pragma unroll
+    for (int j = 0; j < kept; j++) {
+      scores.get(chunks, j, visible, scale, v);
+#pragma unroll
+      for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin_of(top)) * log2_e);
+    }
+    sum = chunks.template sum<block>(sums);
+    if constexpr (!masked) forget(scores.raw, N);
+  }
+  if constexpr (pass == Pass::read) {
+    if (at.me == 0) partial[int64_t(at.row) * parts + at.part] = make_float2(top, sum);
+  } else {
+    if constexpr (pass == Pass::write) {
+      const float2* row = partial + int64_t(at.row) * parts;
+      top = max_of_parts(parts, [&](int s) { return row[s].x; });
+      sum = sum_of_parts(parts, [&](int s) { return row[s].y * ex2_approx((origin_of(row[s].x) - origin_of(top)) * log2_e); });
+    }
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum, origin = origin_of(top);  // 0: nothing is visible
+#pragma unroll
+    for (int j = 0; j < kept; j++) {
+      scores.get(chunks, j, visible, scale, v);
+#pragma unroll
+      for (int k = 0; k < V; k++) v[k] = ex2_approx((v[k] - origin) * log2_e) * inverse;
+      scores.raw[j] = pack<T>(v);
+    }
+    chunks.store(y, scores.raw);
+  }
+}
+
+// dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0. partial[row][part] = a part's sum
+template <class T, bool block, int kept, Pass pass>
+__global__ void __launch_bounds__(row_threads<block>)
+    softmax_bwd(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ y, float* __restrict__ partial, int64_t M,
+                int64_t N, unsigned T_rows, float scale, int64_t span, int parts) {
+  constexpr int V = per_16<T>;
+  const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
+  if (at.row >= M) return;
+  const int64_t begin = at.row * N + at.begin;
+  const Chunks<T> chunks(dx + begin, at.n, at.me, at.peers);
+  const int visible = visible_columns(at.row, T_rows, N, at.begin, at.n);
+  uint4 raw_y[kept], raw_dy[kept];
+  chunks.load(raw_y, y + begin, visible), chunks.load(raw_dy, dy + begin, visible);
+  const auto get = [&](int j, float (&p)[V], float (&d)[V]) {
+    unpack<T>(raw_y[j], p), unpack<T>(raw_dy[j], d);
+    chunks.fill(j, visible, p, 0.f), chunks.fill(j, visible, d, 0.f);  // dy may be nan where nothing is visible
+  };
+  float dot = 0, p[V], d[V];
+  if constexpr (pass != Pass::write) {
+    float sums[V] = {};
+#pragma unroll
+    for (int j = 0; j < kept; j++) {
+      get(j, p, d);
+#pragma unroll
+      for (int k = 0; k < V; k++) sums[k] += d[k] * p[k];
+    }
+    dot = chunks.template sum<block>(sums);
+    forget(raw_y, N), forget(raw_dy, N);
+  }
+  if constexpr (pass == Pass::read) {
+    if (at.me == 0) partial[int64_t(at.row) * parts + at.part] = dot;
+  } else {
+    if constexpr (pass == Pass::write) dot = sum_of_parts(parts, [&](int s) { return partial[int64_t(at.row) * parts + s]; });
+#pragma unroll
+    for (int j = 0; j < kept; j++) {
+      get(j, p, d);
+#pragma unroll
+      for (int k = 0; k < V; k++) d[k] = p[k] * (d[k] - dot) * scale;
+      raw_y[j] = pack<T>(d);
+    }
+    chunks.store(dx + begin, raw_y);
+  }
+}
+
+// ---- launchers ----
+
+static MaskRows mask_rows_of(const char* op, const Tensor& mask, const Tensor& x) {
+  MaskRows rows;
+  GK_CHECK(x.dim() <= rows.max_dims, op, ": x must have at most ", int64_t{rows.max_dims}, " dimensions with a mask, got ", x.dim());
+  bool fits = mask.dim() <= x.dim();
+  for (int64_t d = x.dim() - 1, e = mask.dim() - 1; fits && e >= 0; d--, e--)
+    fits = mask.size(e) == 1 || mask.size(e) == x.size(d);
+  GK_CHECK(fits, op, ": mask must broadcast to x ", shape_text(x), ", got ", shape_text(mask));
+  const int64_t shift = x.dim() - mask.dim();
+  const auto stride_of = [&](int64_t d) { return d < shift || mask.size(d - shift) == 1 ? 0 : mask.stride(d - shift); };
+  rows.step = stride_of(x.dim() - 1);
+  GK_CHECK(rows.step == 0 || rows.step == 1, op, ": mask must be contiguous in its last dimension, got stride ", rows.step);
+  for (int64_t d = x.dim() - 2; d >= 0; d--) {
+    if (x.size(d) == 1) continue;
+    // joined with the dimension inside it where one stride serves both
+    if (const int i = rows.dims - 1; i >= 0 && stride_of(d) == rows.stride[i] * rows.size[i]) rows.size[i] *= x.size(d);
+    else rows.size[rows.dims] = x.size(d), rows.stride[rows.dims++] = stride_of(d);
+  }
+  return rows;
+}
+
+static void check_rows(const char* op, const char* name, const Tensor& x, bool causal) {
+  check_input(op, name, x);
+  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
+  GK_CHECK(!causal || x.dim() >= 2, op, ": causal needs x with at least 2 dimensions (rows, columns), got ", shape_text(x));
+}
+
+static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+  const char* op = "softmax_fwd";
+  check_rows(op, "x", x, causal);
+  GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
+  if (mask) {
+    check_same_device(op, "mask", *mask, x);
+    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == ScalarType::Float, op, ": mask must be bool, ",
+             dtype_name(x_dtype), " like x or float32, got ", dtype_name(mask_dtype));
+  }
+  const MaskRows mask_rows = mask ? mask_rows_of(op, *mask, x) : MaskRows{};
+  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  const unsigned T_rows = causal ? unsigned(x.size(x.dim() - 2)) : 0;
+  check_row_count(op, M);
+  const Gpu gpu(x);
+  Tensor y = new_like(x);
+  with_dtype(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto run = [&](auto k, auto masked) {
+      using K = decltype(k);
+      constexpr int few = masked ? softmax_masked : softmax_fwd_few, many = masked ? softmax_masked : softmax_fwd_many;
+      const RowShape s = row_shape<T, few, many>(M, N, gpu.processors());
+      Tensor partial = new_tensor(x, {s.parts > 1 ? M : 0, s.parts, 2}, ScalarType::Float);
+      with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
+        launch(GK_KERNEL(softmax_fwd<T, K, masked, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(y),
+               data<T>(x), data<K>(mask), out<float2>(partial), mask_rows, M, N, T_rows, float(scale), s.span, s.parts);
+      });
+    };
+    if (!mask) run(t, std::false_type{});
+    else if (mask_dtype == ScalarType::Bool) run(bool{}, std::true_type{});
+    else if (mask_dtype == x_dtype) run(t, std::true_type{});
+    else run(float{}, std::true_type{});
+  });
+  return y;
+}
+
+static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, bool causal) {
+  const char* op = "softmax_bwd";
+  check_rows(op, "y", y, causal);
+  check_same_device(op, "dy", dy, y), check_dtype(op, "dy", dy, y.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_shape(op, "dy", dy, "y", y);
+  const int64_t N = y.size(y.dim() - 1), M = N ? y.numel() / N : 0;
+  const unsigned T_rows = causal ? unsigned(y.size(y.dim() - 2)) : 0;
+  check_row_count(op, M);
+  const Gpu gpu(y);
+  Tensor dx = new_like(y);
+  with_dtype(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    constexpr int few = softmax_bwd_few, many = softmax_bwd_many;
+    const RowShape s = row_shape<T, few, many>(M, N, gpu.processors());
+    Tensor partial = new_tensor(y, {s.parts > 1 ? M : 0, s.parts}, ScalarType::Float);
+    with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
+      launch(GK_KERNEL(softmax_bwd<T, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dx), data<T>(dy),
+             data<T>(y), out<float>(partial), M, N, T_rows, float(scale), s.span, s.parts);
+    });
+  });
+  return dx;
+}
+
+GK_REGISTER(m) {
+  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cuda));
+  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cuda));
+}
+
+}  // namespace gk
