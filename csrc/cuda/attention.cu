@@ -178,7 +178,7 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
   Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, ScalarType::Float);
   if (lse.numel() == 0) return {o, lse};
   s.o = view_of(o), s.lse = lse.mutable_data_ptr();
-  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()));
+  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()), true);
   with_dtype(q.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, auto is_plain) {

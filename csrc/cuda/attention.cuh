@@ -224,8 +224,8 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
   }
 }
 
-// Accumulators, times `factor`, to rows [row, row + 16 M) of a tile as T; blocks of 16 columns `stride` apart from first_block on.
-template <class T, int columns, int stride = 1, int M, int N>
+// Accumulators, times `factor`, to a tile as T: rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise.
+template <class T, int columns, int stride = 1, int row_stride = 1, int M, int N>
 GK_DEVICE void write_fragments(unsigned char* tile, const float (&acc)[M][N][4], int row, int first_block, float factor = 1.f) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -236,7 +236,7 @@ GK_DEVICE void write_fragments(unsigned char* tile, const float (&acc)[M][N][4],
       for (int half = 0; half < 2; half++) {
         const float low = acc[m][n][2 * half] * factor, high = acc[m][n][2 * half + 1] * factor;
         const int column = (first_block + n / 2 * stride) * 16 + n % 2 * 8 + lane % 4 * 2;
-        unsigned char* p = tile + Tile<T, columns>::element(row + 16 * m + 8 * half + lane / 4, column);
+        unsigned char* p = tile + Tile<T, columns>::element(row + 16 * row_stride * m + 8 * half + lane / 4, column);
         if constexpr (std::is_same_v<T, float>) *(float2*)p = make_float2(low, high);
         else *(uint32_t*)p = pack_2<T>(low, high);
       }
@@ -368,6 +368,9 @@ template <int... dims, class F> void with_dim(int D, const F& f) {
   ((D == dims ? (f(std::integral_constant<int, dims>()), 0) : 0), ...);
 }
 
+// 163 KB or more of shared memory for a block; 99 KB elsewhere
+inline bool large_shared(int arch) { return arch != 86 && arch != 89 && arch < 120; }
+
 inline bool whole_chunks(const Tensor& t) {
   const int64_t size = element_size(t.scalar_type());
   bool whole = stands_on_16(t) && t.size(3) * size % 16 == 0;
@@ -376,9 +379,9 @@ inline bool whole_chunks(const Tensor& t) {
 }
 
 // The kernels for plain scores are those that are tuned: 16 bits, head dims up to 128.
-inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size) {
+inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size, bool tuned) {
   const bool plain = s.softcap == 0 && !s.slopes && s.bias_kind == Bias::none && !s.philox.drop_below && s.scale > 0 && aligned &&
-                     size == 2 && s.D <= 128 && s.Dv <= 128;
+                     tuned && size == 2 && s.D <= 128 && s.Dv <= 128;
   return {plain, aligned, float(s.scale), float(s.softcap), float((plain ? s.scale : 1) * double(log2_e))};
 }
 
