@@ -59,6 +59,18 @@ __global__ void __launch_bounds__(128)
   delta[row] = sum, base[row] = lse == -infinity ? infinity : lse * unit;
 }
 
+// Products q k^T to probabilities, in place; slope: the derivative of softcap. base: of the lane's first row, in shared memory.
+template <class T, bool plain, int M, int N>
+GK_DEVICE void probabilities(float (&p)[M][N][4], float (&slope)[M][N][4], const AttentionArgs& s, const Scores& c, const Place& at, bool whole,
+                             const unsigned char* base) {
+  if constexpr (!plain) score_steps<T, true>(p, slope, s, c, at);
+  if (!whole) hide(p, s, at);
+  each_score<M, N>([&](int m, int n, int e, int row, int) {
+    const float of_row = ((const float*)base)[row];
+    p[m][n][e] = ex2_approx(plain ? fmaf(p[m][n][e], c.rate, -of_row) : (p[m][n][e] - of_row) * c.rate);
+  });
+}
+
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ? 1 : 2)
     attention_bwd(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c, const float* base, const float* delta, float4* dq_sums,
@@ -117,13 +129,10 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
         fill(p, 0.f);
         multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(q_at, score_row), Operand<T, D, false, false>(k_at, score_key));
         const Place at{b, h, i0 + score_row + lane / 4, j0 + score_key + lane % 4 * 2};
-        if constexpr (!plain) score_steps<T, true>(p, ds, s, c, at);  // ds: softcap's derivative for the time being
         const int64_t last = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
-        if (j0 + keys > s.end_column(i0) || s.first_column(last) > j0) hide(p, s, at);
-        each_score<SM, SN>([&](int m, int n, int e, int row, int) {
-          const float of_row = *(const float*)(shared + base_at + (score_row + row + lane / 4) * 4);
-          p[m][n][e] = ex2_approx(plain ? fmaf(p[m][n][e], c.rate, -of_row) : (p[m][n][e] - of_row) * c.rate);
-        });
+        const bool whole = j0 + keys <= s.end_column(i0) && s.first_column(last) <= j0;
+        // ds: softcap's derivative for the time being
+        probabilities<T, plain>(p, ds, s, c, at, whole, shared + base_at + (score_row + lane / 4) * 4);
         uint32_t kept = ~0u;
         uint32_t rounded[plain ? SM : 1][SN][2];  // P as it is written: half the registers
         if constexpr (plain) {
@@ -205,6 +214,86 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
   }
 }
 
+// The gradient of an additive bias, a pass of its own so that its sums over broadcast dimensions have one order: a block takes a tile
+// of the bias and goes over all the tiles of scores that it was added to.
+template <class T, int D>
+__global__ void __launch_bounds__(32 * backward_tile<T, D, false>.warps)
+    attention_dbias(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c, const __grid_constant__ BiasGradient g,
+                    const float* base, const float* delta) {
+  constexpr BackwardTile tile = backward_tile<T, D, false>;
+  constexpr int rows = tile.rows, keys = tile.keys, threads = 32 * tile.warps, size = sizeof(T);
+  constexpr int k_at = 0, v_at = k_at + keys * D * size, q_at = v_at + keys * D * size, do_at = q_at + rows * D * size;
+  constexpr int base_at = do_at + rows * D * size, delta_at = base_at + rows * 4;
+  constexpr int SR = tile.score_warp_rows(), SC = tile.score_warp_columns(), SM = rows / 16 / SR, SN = keys / 8 / SC;
+  GK_DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, score_row = warp / SC * 16 * SM, score_key = warp % SC * 8 * SN;
+  const bool sum_rows = g.size[2] == 1, sum_columns = g.size[3] == 1, scores_here = SR * SC == tile.warps || warp < SR * SC;
+  const int64_t row_tiles = (s.Tq + rows - 1) / rows, key_tiles = (s.Tk + keys - 1) / keys;
+  int64_t at = blockIdx.x;
+  const int64_t key_tile = sum_columns ? 0 : at % key_tiles;
+  at /= sum_columns ? 1 : key_tiles;
+  const int64_t row_tile = sum_rows ? 0 : at % row_tiles;
+  at /= sum_rows ? 1 : row_tiles;
+  const int64_t bias_h = at % g.size[1], bias_b = at / g.size[1];
+
+  float sum[SM][SN][4];
+  fill(sum, 0.f);
+  for (int64_t b = g.size[0] == 1 ? 0 : bias_b; b < (g.size[0] == 1 ? s.B : bias_b + 1); b++)
+    for (int64_t h = g.size[1] == 1 ? 0 : bias_h; h < (g.size[1] == 1 ? s.H : bias_h + 1); h++)
+      for (int64_t i0 = row_tile * rows; i0 < (sum_rows ? s.Tq : row_tile * rows + 1); i0 += rows)
+        for (int64_t j0 = key_tile * keys; j0 < (sum_columns ? s.Tk : key_tile * keys + 1); j0 += keys) {
+          const int64_t last = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1, hk = h / (s.H / s.Hk), head = b * s.H + h;
+          if (j0 >= s.end_column(last) || j0 + keys <= s.first_column(i0)) continue;
+          __syncthreads();
+          load_tile<T, D, keys, threads, true>(shared + k_at, Rows<const T>{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), c.aligned}, j0, s.Tk);
+          load_tile<T, D, keys, threads, true>(shared + v_at, Rows<const T>{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), c.aligned}, j0, s.Tk);
+          load_tile<T, D, rows, threads, true>(shared + q_at, Rows<const T>{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), c.aligned}, i0, s.Tq);
+          load_tile<T, D, rows, threads, true>(shared + do_at, Rows<const T>{s.dout.at<const T>(b, h, 0), s.dout.row, int(s.Dv), c.aligned}, i0, s.Tq);
+          for (int r = threadIdx.x; r < rows; r += threads) {
+            *(float*)(shared + base_at + 4 * r) = i0 + r < s.Tq ? base[head * s.Tq + i0 + r] : 0.f;
+            *(float*)(shared + delta_at + 4 * r) = i0 + r < s.Tq ? delta[head * s.Tq + i0 + r] : 0.f;
+          }
+          cp_async_commit();
+          cp_async_wait<0>();
+          __syncthreads();
+          if (!scores_here) continue;
+          float p[SM][SN][4], dp[SM][SN][4];
+          fill(p, 0.f);
+          multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(q_at, score_row), Operand<T, D, false, false>(k_at, score_key));
+          const Place place{b, h, i0 + score_row + lane / 4, j0 + score_key + lane % 4 * 2};
+          probabilities<T, false>(p, dp, s, c, place, false, shared + base_at + (score_row + lane / 4) * 4);
+          fill(dp, 0.f);
+          multiply<T, D / 16>(dp, shared, Operand<T, D, false, true>(do_at, score_row), Operand<T, D, false, false>(v_at, score_key));
+          if (s.philox.drop_below)
+            each_kept<SM, SN>(s, place, [&](int m, int n, int e, bool kept) { dp[m][n][e] = kept ? dp[m][n][e] * s.philox.keep_scale : 0.f; });
+          each_score<SM, SN>([&](int m, int n, int e, int row, int) {
+            sum[m][n][e] += p[m][n][e] * (dp[m][n][e] - ((const float*)(shared + delta_at))[score_row + row + lane / 4]);
+          });
+        }
+  // the tile's own sums over rows, then over columns, in order
+  __syncthreads();
+  using Sums = Tile<float, keys>;
+  const auto value = [&](int row, int column) -> float& { return *(float*)(shared + Sums::element(row, column)); };
+  if (scores_here) write_fragments<float, keys>(shared, sum, score_row, score_key / 16);
+  __syncthreads();
+  if (sum_rows)
+    for (int column = threadIdx.x; column < keys; column += threads)
+      for (int row = 1; row < rows; row++) value(0, column) += value(row, column);
+  __syncthreads();
+  if (sum_columns)
+    for (int row = threadIdx.x; row < (sum_rows ? 1 : rows); row += threads)
+      for (int column = 1; column < keys; column++) value(row, 0) += value(row, column);
+  __syncthreads();
+  const int64_t first_row = row_tile * rows, first_key = key_tile * keys;
+  for (int i = threadIdx.x; i < (sum_rows ? 1 : rows) * (sum_columns ? 1 : keys); i += threads) {
+    const int row = sum_columns ? i : i / keys, column = sum_columns ? 0 : i % keys;
+    if (first_row + row >= g.size[2] || first_key + column >= g.size[3]) continue;
+    const int64_t to = ((bias_b * g.size[1] + bias_h) * g.size[2] + first_row + row) * g.size[3] + first_key + column;
+    if (s.bias_kind == Bias::stat) ((float*)g.data)[to] = value(row, column);
+    else ((T*)g.data)[to] = from_float<T>(value(row, column));
+  }
+}
+
 // After: dq = scale * the sums of all splits, in their order. The threads lie over a block of queries as in attention_bwd.
 template <class T, int D, bool plain>
 __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps)
@@ -271,6 +360,13 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
              base, delta, out<float4>(sums), unsigned(splits), unsigned(row_blocks));
       launch(GK_KERNEL(attention_bwd_dq<T, D, plain>), unsigned(row_blocks * s.B * s.H), 32 * tile.warps, tile.rows * D * sizeof(T), gpu.stream,
              s, c, data<float4>(sums), unsigned(splits), unsigned(row_blocks));
+      if constexpr (!plain)
+        if (need_dbias) {
+          const BiasGradient g = {dbias.mutable_data_ptr(), {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}};
+          const int64_t tiles = g.size[0] * g.size[1] * (g.size[2] == 1 ? 1 : row_blocks) * (g.size[3] == 1 ? 1 : key_blocks);
+          GK_CHECK(tiles < int64_t{1} << 31, op, ": at most 2147483647 tiles of the bias, got ", tiles);
+          launch(GK_KERNEL(attention_dbias<T, D>), unsigned(tiles), 32 * tile.warps, tile.shared_bytes(D, sizeof(T)), gpu.stream, s, c, g, base, delta);
+        }
     };
     const int D = padded_head_dim(std::max(s.D, s.Dv), c.plain);
     if constexpr (!std::is_same_v<T, float>)
