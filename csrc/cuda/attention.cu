@@ -9,7 +9,7 @@ namespace gk {
 // ---- tiles: queries and keys of a block, its warps; by head dim, for every architecture ----
 struct ForwardTile {
   int rows, keys, warps;
-  constexpr int shared_bytes(int D, int size) const { return (rows + 3 * keys) * D * size; }
+  GK_BOTH constexpr int shared_bytes(int D, int size) const { return (rows + 3 * keys) * D * size; }
 };
 template <class T, int D, bool plain>
 constexpr ForwardTile forward_tile = sizeof(T) == 4 ? (D <= 64 ? ForwardTile{64, 64, 4} : D <= 128 ? ForwardTile{64, 32, 4} : ForwardTile{32, 16, 2})
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
   constexpr int rows = tile.rows, keys = tile.keys, threads = 32 * tile.warps;
   constexpr int M = rows / tile.warps / 16, N = keys / 8, NO = D / 8;
   constexpr int q_bytes = rows * D * int(sizeof(T)), slot_bytes = keys * D * int(sizeof(T));
-  constexpr bool q_stays = sizeof(T) == 2 && M * (D / 4 + 4 * N + 4 * NO) <= 200;  // registers of Q, S and O
+  constexpr bool q_stays = sizeof(T) == 2 && M * (D / 4 + 4 * N + 4 * NO) <= 180;  // registers of Q, S and O
   GK_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * 16 * M;
   // the last rows see the most keys when causal: heavy blocks first, and blocks of a head side by side for L2
-  const int64_t head = blockIdx.x / row_blocks, i0 = int64_t(row_blocks - 1 - blockIdx.x % row_blocks) * rows;
-  const int64_t b = head / s.H, h = head % s.H, hk = h / (s.H / s.Hk), last_row = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
+  const unsigned head = blockIdx.x / row_blocks, b = head / unsigned(s.H), h = head % unsigned(s.H), hk = h / (unsigned(s.H) / unsigned(s.Hk));
+  const int64_t i0 = int64_t(row_blocks - 1 - blockIdx.x % row_blocks) * rows, last_row = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
 
   const bool aligned = plain || c.aligned;
   const Rows<const T> q{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), aligned};
@@ -73,10 +73,15 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
   for (int i = 0; i < M; i++) m[i][0] = m[i][1] = -infinity, l[i][0] = l[i][1] = 0.f;
 
   // tile 2 n of the stream is K of the n-th key block (from the end), tile 2 n + 1 its V; tile i stands in slot i % 3
-  int slot = q_bytes;  // of the tile in use
-  const auto next_slot = [&](int at) { return at == q_bytes + 2 * slot_bytes ? q_bytes : at + slot_bytes; };
-  const auto fetch = [&](auto tail, const Rows<const T>& from, int block, int at) {
-    if (block >= first) load_tile<T, D, keys, threads, decltype(tail)::value>(shared + at, from, int64_t(block) * keys, s.Tk);
+  int slot = q_bytes, used = q_bytes + 2 * slot_bytes;  // of the tile in use and of the one before
+  const auto advance = [&] { used = slot, slot = slot == q_bytes + 2 * slot_bytes ? q_bytes : slot + slot_bytes; };
+  using KeyStream = Stream<T, D, keys, threads, true>;
+  KeyStream k_stream(k, int64_t(end - 1) * keys), v_stream(v, int64_t(end - 1) * keys);
+  const auto fetch = [&](auto tail, const Rows<const T>& from, KeyStream& stream, int block, int at) {
+    if (block >= first) {
+      if constexpr (plain) stream.template load<decltype(tail)::value>(shared + at, from.width, int(s.Tk - int64_t(block) * keys));
+      else load_tile<T, D, keys, threads>(shared + at, from, int64_t(block) * keys, s.Tk);
+    }
     cp_async_commit();
   };
 
@@ -85,7 +90,7 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
     // the oldest tile has landed, for everybody, and everybody is done with the one before: its slot takes the tile after next
     cp_async_wait<1>();
     __syncthreads();
-    fetch(std::false_type(), k, block - 1, next_slot(next_slot(slot)));
+    fetch(std::false_type(), k, k_stream, block - 1, used);
     float p[M][N][4];
     fill(p, 0.f);
     const Operand<T, D, false, false> columns(slot, 0);
@@ -108,18 +113,18 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
       for (int n = 0; n < NO; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) o[i][n][e] *= shrink[i][e / 2];
-    slot = next_slot(slot);
+    advance();
     cp_async_wait<1>();
     __syncthreads();
-    fetch(std::false_type(), v, block - 1, next_slot(next_slot(slot)));
+    fetch(std::false_type(), v, v_stream, block - 1, used);
     multiply<T>(o, shared, p, Operand<T, D, true, false>(slot, 0));
-    slot = next_slot(slot);
+    advance();
   };
 
   if (first < end) {
-    load_tile<T, D, rows, threads, true>(shared, q, i0, s.Tq);
-    fetch(std::true_type(), k, end - 1, slot);
-    fetch(std::true_type(), v, end - 1, next_slot(slot));
+    load_tile<T, D, rows, threads>(shared, q, i0, s.Tq);
+    fetch(std::true_type(), k, k_stream, end - 1, slot);
+    fetch(std::true_type(), v, v_stream, end - 1, slot + slot_bytes);
     if constexpr (q_stays) {
       cp_async_wait<1>();
       __syncthreads();
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
       for (int n = 0; n < NO; n++) o[i][n][2 * half] *= inverse, o[i][n][2 * half + 1] *= inverse;
       const int64_t row = i0 + warp_row + 16 * i + 8 * half + lane / 4;
       if (lane % 4 == 0 && row < s.Tq)
-        ((float*)s.lse)[head * s.Tq + row] = total == 0.f ? -infinity : m[i][half] * unit + logf(total);
+        ((float*)s.lse)[int64_t(head) * s.Tq + row] = total == 0.f ? -infinity : m[i][half] * unit + logf(total);
     }
   cp_async_wait<0>();
   write_fragments<T, D>(shared, o, warp_row, 0);

@@ -62,20 +62,50 @@ template <class T, int columns, int rows, int threads> struct Share {
   }
 };
 
-// Rows [first, first + rows) of a matrix to a tile, zeros beyond `end` (all rows are there if not `tail`) and beyond its width.
-// Asynchronous where aligned.
-template <class T, int columns, int rows, int threads, bool tail>
-GK_DEVICE void load_tile(unsigned char* tile, const Rows<const T>& from, int64_t first, int64_t end, int thread = threadIdx.x) {
-  const T* start = from.at + first * from.stride;
-  const int there = tail && end - first < rows ? int(end - first) : rows;
+// Tiles of a matrix, one after another, copied asynchronously by all threads; its chunks stand on multiples of 16 bytes and are
+// whole. The thread's pointer goes from row to row and on into the next tile: down the matrix, or up it. What lies beyond the
+// matrix's rows [0, end) or beyond its width becomes 0.
+template <class T, int columns, int rows, int threads, bool up> class Stream {
   using S = Share<T, columns, rows, threads>;
+  static_assert(S::group % Tile<T, columns>::period == 0 && S::step % 8 == 0);
+  static constexpr int last = (rows - 1) / S::step * S::step;  // the thread's last row, from its first
+  const T* at;
+  int64_t step;
+  int place;  // of the first row's chunk in a tile
+
+ public:
+  GK_DEVICE Stream(const Rows<const T>& from, int64_t first, int thread = threadIdx.x) {
+    const int row = thread / S::group, chunk = thread % S::group;
+    at = from.at + (first + row + (up ? last : 0)) * from.stride + chunk * per_16<T>;
+    step = (up ? -S::step : S::step) * from.stride, place = Tile<T, columns>::chunk(row, chunk);
+  }
+  // `there`: rows of this tile inside the matrix; of no consequence unless `tail`
+  template <bool tail> GK_DEVICE void load(unsigned char* tile, int width, int there = rows, int thread = threadIdx.x) {
+    const int row = thread / S::group, chunk = thread % S::group;
+#pragma unroll
+    for (int i = 0; i < rows; i += S::step) {
+      const int r = up ? last - i : i;
+      if (rows % S::step == 0 || row + r < rows)
+#pragma unroll
+        for (int c = 0; c < S::chunks; c += S::group) {
+          const bool valid = (!tail || row + r < there) && (chunk + c) * per_16<T> < width;
+          cp_async_16(tile + place + r * Tile<T, columns>::row_bytes + c * 16, at + c * per_16<T>, valid ? 16 : 0);
+        }
+      at += step;
+      opaque(at);
+    }
+  }
+};
+
+// Rows [first, first + rows) of a matrix to a tile, zeros beyond `end` and beyond its width. Asynchronous where aligned.
+template <class T, int columns, int rows, int threads>
+GK_DEVICE void load_tile(unsigned char* tile, const Rows<const T>& from, int64_t first, int64_t end, int thread = threadIdx.x) {
+  const int there = end - first < rows ? int(end - first) : rows;
   if (from.aligned) {
-    S::each(thread, [&](int row, int c) {
-      const bool valid = (!tail || row < there) && c * per_16<T> < from.width;
-      cp_async_16(tile + Tile<T, columns>::chunk(row, c), valid ? start + row * from.stride + c * per_16<T> : from.at, valid ? 16 : 0);
-    });
+    Stream<T, columns, rows, threads, false>(from, first, thread).template load<true>(tile, from.width, there, thread);
   } else {
-    S::each(thread, [&](int row, int c) {
+    const T* start = from.at + first * from.stride;
+    Share<T, columns, rows, threads>::each(thread, [&](int row, int c) {
       float v[per_16<T>];
 #pragma unroll
       for (int e = 0; e < per_16<T>; e++) {
@@ -169,11 +199,13 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
 #pragma unroll 2
     for (int k = 0; k < depth * 16; k += 4) {
       float left[2 * M][4], right[4];
+      int here = 0;
+      opaque(here);
 #pragma unroll
-      for (int i = 0; i < 2 * M; i++) a.load(left[i], shared, i, k);
+      for (int i = 0; i < 2 * M; i++) a.load(left[i], shared + here, i, k);
 #pragma unroll
       for (int j = 0; j < 2 * N; j++) {
-        b.load(right, shared, j, k);
+        b.load(right, shared + here, j, k);
 #pragma unroll
         for (int i = 0; i < 2 * M; i++)
 #pragma unroll
@@ -198,13 +230,15 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
 #pragma unroll
     for (int k = 0; k < depth * 8; k += 4) {
       float left[2 * M][4], right[4];
+      int here = 0;
+      opaque(here);
 #pragma unroll
       for (int i = 0; i < 2 * M; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) left[i][e] = shfl_index(p[i / 2][k / 8][i % 2 * 2 + e % 2], quad + (k % 8 + e) / 2);
 #pragma unroll
       for (int j = 0; j < 2 * N; j++) {
-        b.load(right, shared, j, k);
+        b.load(right, shared + here, j, k);
 #pragma unroll
         for (int i = 0; i < 2 * M; i++)
 #pragma unroll
@@ -224,22 +258,31 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
   }
 }
 
-// Accumulators, times `factor`, to a tile as T: rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise.
+// The lane's places in a tile of accumulators' shape: f(m, n, e, address) for every even e, that is for two neighbours of a row.
+// Rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise.
+template <class T, int columns, int stride, int row_stride, int M, int N, class F>
+GK_DEVICE void each_pair(unsigned char* tile, int row, int first_block, const F& f) {
+  using Tile_ = Tile<T, columns>;
+  const int lane = threadIdx.x % 32, lane_row = row + lane / 4;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const int column = (first_block + n / 2 * stride) * 16 + n % 2 * 8;
+    unsigned char* const top = tile + Tile_::element(lane_row, column + lane % 4 * 2);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e += 2)  // a multiple of 8 rows further down the turn is the same
+        f(m, n, e, top + (16 * row_stride * m + 4 * e) * Tile_::row_bytes);
+  }
+}
+// Accumulators, times `factor`, to a tile as T.
 template <class T, int columns, int stride = 1, int row_stride = 1, int M, int N>
 GK_DEVICE void write_fragments(unsigned char* tile, const float (&acc)[M][N][4], int row, int first_block, float factor = 1.f) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int m = 0; m < M; m++)
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float low = acc[m][n][2 * half] * factor, high = acc[m][n][2 * half + 1] * factor;
-        const int column = (first_block + n / 2 * stride) * 16 + n % 2 * 8 + lane % 4 * 2;
-        unsigned char* p = tile + Tile<T, columns>::element(row + 16 * row_stride * m + 8 * half + lane / 4, column);
-        if constexpr (std::is_same_v<T, float>) *(float2*)p = make_float2(low, high);
-        else *(uint32_t*)p = pack_2<T>(low, high);
-      }
+  each_pair<T, columns, stride, row_stride, M, N>(tile, row, first_block, [&](int m, int n, int e, unsigned char* p) {
+    const float low = acc[m][n][e] * factor, high = acc[m][n][e + 1] * factor;
+    if constexpr (std::is_same_v<T, float>) *(float2*)p = make_float2(low, high);
+    else *(uint32_t*)p = pack_2<T>(low, high);
+  });
 }
 
 template <int M, int N> GK_DEVICE void fill(float (&acc)[M][N][4], float value) {
@@ -275,18 +318,14 @@ template <int M, int N, class F> GK_DEVICE void each_score(const F& f) {
 
 // -inf where a row does not see a column (the columns beyond Tk included)
 template <int M, int N> GK_DEVICE void hide(float (&score)[M][N][4], const AttentionArgs& s, const Place& at) {
-#pragma unroll
-  for (int m = 0; m < M; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int64_t row = at.row + 16 * m + 8 * half, begin = s.first_column(row) - at.column, end = s.end_column(row) - at.column;
-      const int first = begin < 0 ? 0 : begin > 8 * N ? 8 * N : int(begin), last = end < 0 ? 0 : end > 8 * N ? 8 * N : int(end);
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (8 * n + e < first || 8 * n + e >= last) score[m][n][2 * half + e] = -infinity;
-    }
+  // the columns that the lane's first row sees, from its first column; what is far outside the tile may as well be near
+  const auto near = [](int64_t x) { return x < -4096 ? -4096 : x > 4096 ? 4096 : int(x); };
+  const int64_t diagonal = at.row + s.diagonal - at.column;
+  const int first = s.window_left < 0 ? -8192 : near(diagonal - s.window_left), end = s.window_right < 0 ? 8192 : near(diagonal + s.window_right + 1);
+  const int present = near(s.Tk - at.column);
+  each_score<M, N>([&](int m, int n, int e, int row, int column) {
+    if (column < first + row || column >= end + row || column >= present) score[m][n][e] = -infinity;
+  });
 }
 
 template <class B, int M, int N> GK_DEVICE void add_bias(float (&score)[M][N][4], const AttentionArgs& s, const Place& at) {

@@ -13,11 +13,11 @@ struct BackwardTile {
   int rows, keys, warps;
   bool apart;  // P and dS have memory of their own; else dS waits in registers until P has been used
   // how the warps lie over scores, over dK and dV, over dQ: so many along rows, the rest along columns
-  constexpr int score_warp_rows() const { return rows >= 64 ? rows / 32 : rows / 16; }
-  constexpr int score_warp_columns() const { return keys > 16 ? 2 : 1; }
-  constexpr int key_warp_rows() const { return keys >= 64 ? keys / 32 : 1; }
-  constexpr int query_warp_rows() const { return rows / 32; }
-  constexpr int shared_bytes(int D, int size) const {
+  GK_BOTH constexpr int score_warp_rows() const { return rows >= 64 ? rows / 32 : rows / 16; }
+  GK_BOTH constexpr int score_warp_columns() const { return keys > 16 ? 2 : 1; }
+  GK_BOTH constexpr int key_warp_rows() const { return keys >= 64 ? keys / 32 : 1; }
+  GK_BOTH constexpr int query_warp_rows() const { return rows / 32; }
+  GK_BOTH constexpr int shared_bytes(int D, int size) const {
     return (2 * (rows + keys) * D + (1 + apart) * rows * keys) * size + 2 * rows * int(sizeof(float));
   }
 };
@@ -25,7 +25,9 @@ template <class T, int D, bool plain>
 constexpr BackwardTile backward_tile = sizeof(T) == 4 ? (D <= 64    ? BackwardTile{64, 64, 4, true}
                                                          : D <= 128 ? BackwardTile{32, 32, 4, true}
                                                                     : BackwardTile{32, 16, 4, false})
-                                       : !plain       ? (D <= 128 ? BackwardTile{64, 64, 4, true} : BackwardTile{32, 32, 4, true})
+                                       : !plain       ? (D <= 64    ? BackwardTile{64, 64, 4, true}
+                                                         : D <= 128 ? BackwardTile{64, 32, 4, true}
+                                                                    : BackwardTile{32, 32, 4, true})
                                                       : BackwardTile{128, 128, 8, D <= 96};
 
 constexpr int64_t most_splits = 8;
@@ -84,42 +86,46 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
   constexpr int SR = tile.score_warp_rows(), SC = tile.score_warp_columns(), SM = rows / 16 / SR, SN = keys / 8 / SC;
   constexpr int KR = tile.key_warp_rows(), KC = warps / KR, KM = keys / 16 / KR, KN = D / 8 / KC;
   constexpr int QR = tile.query_warp_rows(), QC = warps / QR, QM = rows / 16 / QR, QN = D / 8 / QC;
+  // until dP is there P waits as it is written to shared memory: in half the registers, or there, where dK and dV leave none
+  constexpr bool halve = plain && tile.apart, reread = plain && !tile.apart;
   GK_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int score_row = warp / SC * 16 * SM, score_key = warp % SC * 8 * SN;
-  const unsigned split = blockIdx.x % splits;
-  const int64_t b = blockIdx.x / splits / s.Hk, hk = blockIdx.x / splits % s.Hk, group = s.H / s.Hk;
+  const unsigned split = blockIdx.x % splits, kv_head = blockIdx.x / splits, b = kv_head / unsigned(s.Hk), hk = kv_head % unsigned(s.Hk);
+  const unsigned group = unsigned(s.H) / unsigned(s.Hk);
   const bool aligned = plain || c.aligned;
   const Rows<const T> k{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), aligned}, v{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), aligned};
-  const auto load_queries = [&](int64_t h, int64_t i0) {
-    load_tile<T, D, rows, threads, true>(shared + q_at, Rows<const T>{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), aligned}, i0, s.Tq);
-    for (int r = threadIdx.x; r < rows; r += threads)
+  const auto load_queries = [&](unsigned h, int64_t i0) {
+    load_tile<T, D, rows, threads>(shared + q_at, Rows<const T>{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), aligned}, i0, s.Tq);
+    if (const int r = threadIdx.x; r < rows)
       cp_async_4(shared + base_at + r * 4, i0 + r < s.Tq ? base + (b * s.H + h) * s.Tq + i0 + r : base, i0 + r < s.Tq ? 4 : 0);
   };
-  const auto load_gradients = [&](int64_t h, int64_t i0) {
-    load_tile<T, D, rows, threads, true>(shared + do_at, Rows<const T>{s.dout.at<const T>(b, h, 0), s.dout.row, int(s.Dv), aligned}, i0, s.Tq);
-    for (int r = threadIdx.x; r < rows; r += threads)
+  const auto load_gradients = [&](unsigned h, int64_t i0) {
+    load_tile<T, D, rows, threads>(shared + do_at, Rows<const T>{s.dout.at<const T>(b, h, 0), s.dout.row, int(s.Dv), aligned}, i0, s.Tq);
+    if (const int r = threadIdx.x; r < rows)
       cp_async_4(shared + delta_at + r * 4, i0 + r < s.Tq ? delta + (b * s.H + h) * s.Tq + i0 + r : delta, i0 + r < s.Tq ? 4 : 0);
   };
 
   for (int64_t j0 = int64_t(split) * keys; j0 < s.Tk; j0 += int64_t(splits) * keys) {
     // the rows that see any of the keys
     const int64_t j1 = j0 + keys < s.Tk ? j0 + keys : s.Tk;
-    int64_t i_first = s.window_right < 0 ? 0 : j0 - s.diagonal - s.window_right, i_end = s.window_left < 0 ? s.Tq : j1 - s.diagonal + s.window_left;
-    i_first = i_first < 0 ? 0 : i_first / rows * rows, i_end = i_end > s.Tq ? s.Tq : i_end;
-    int64_t h = hk * group, i0 = i_first;
+    const int64_t first_row = s.window_right < 0 ? 0 : j0 - s.diagonal - s.window_right, end_row = s.window_left < 0 ? s.Tq : j1 - s.diagonal + s.window_left;
+    const unsigned i_first = unsigned(first_row < 0 ? 0 : first_row < s.Tq ? first_row : s.Tq) / rows * rows;
+    const unsigned i_end = unsigned(end_row < 0 ? 0 : end_row < s.Tq ? end_row : s.Tq);
+    unsigned h = hk * group, i0 = i_first;
     float dk[KM][KN][4], dv[KM][KN][4];
     fill(dk, 0.f), fill(dv, 0.f);
     if (i_first < i_end) {
-      load_tile<T, D, keys, threads, true>(shared + k_at, k, j0, s.Tk);
-      load_tile<T, D, keys, threads, true>(shared + v_at, v, j0, s.Tk);
+      load_tile<T, D, keys, threads>(shared + k_at, k, j0, s.Tk);
+      load_tile<T, D, keys, threads>(shared + v_at, v, j0, s.Tk);
       load_queries(h, i0), load_gradients(h, i0);
       cp_async_commit();
     }
 #pragma unroll 1
     while (i_first < i_end && h < (hk + 1) * group) {
-      const int64_t head = b * s.H + h, block = i0 / rows;
-      const int64_t next_h = i0 + rows < i_end ? h : h + 1, next_i0 = i0 + rows < i_end ? i0 + rows : i_first;
+      const bool down = i0 + rows < i_end;
+      const unsigned next_h = down ? h : h + 1, next_i0 = down ? i0 + rows : i_first;
+      const int64_t head = b * s.H + h;
       const bool more = next_h < (hk + 1) * group;
       cp_async_wait<0>();
       __syncthreads();
@@ -128,19 +134,21 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
         // probabilities
         fill(p, 0.f);
         multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(q_at, score_row), Operand<T, D, false, false>(k_at, score_key));
-        const Place at{b, h, i0 + score_row + lane / 4, j0 + score_key + lane % 4 * 2};
+        const Place at{b, h, int64_t(i0) + score_row + lane / 4, j0 + score_key + lane % 4 * 2};
         const int64_t last = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
         const bool whole = j0 + keys <= s.end_column(i0) && s.first_column(last) <= j0;
         // ds: softcap's derivative for the time being
         probabilities<T, plain>(p, ds, s, c, at, whole, shared + base_at + (score_row + lane / 4) * 4);
         uint32_t kept = ~0u;
-        uint32_t rounded[plain ? SM : 1][SN][2];  // P as it is written: half the registers
-        if constexpr (plain) {
+        uint32_t rounded[halve ? SM : 1][SN][2];
+        if constexpr (halve) {
           write_fragments<T, keys>(shared + p_at, p, score_row, score_key / 16);
 #pragma unroll
           for (int m = 0; m < SM; m++)
 #pragma unroll
             for (int n = 0; n < SN; n++) rounded[m][n][0] = pack_2<T>(p[m][n][0], p[m][n][1]), rounded[m][n][1] = pack_2<T>(p[m][n][2], p[m][n][3]);
+        } else if constexpr (plain) {
+          write_fragments<T, keys>(shared + p_at, p, score_row, score_key / 16);
         } else {
           // through softcap, before anything is dropped: what a score's gradient is multiplied by
           each_score<SM, SN>([&](int m, int n, int e, int, int) { ds[m][n][e] *= p[m][n][e]; });
@@ -156,18 +164,26 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
         fill(ds, 0.f);
         multiply<T, D / 16>(ds, shared, Operand<T, D, false, true>(do_at, score_row), Operand<T, D, false, false>(v_at, score_key));
         const float keep_scale = s.philox.drop_below ? s.philox.keep_scale : 1.f;
-        each_score<SM, SN>([&](int m, int n, int e, int row, int) {
-          const float of_row = *(const float*)(shared + delta_at + (score_row + row + lane / 4) * 4);
-          float& d = ds[m][n][e];
-          if constexpr (plain) {
+        if constexpr (reread)
+          each_pair<T, keys, 1, 1, SM, SN>(shared + p_at, score_row, score_key / 16, [&](int m, int n, int e, const unsigned char* at) {
+            const float of_row = ((const float*)(shared + delta_at))[score_row + lane / 4 + 16 * m + 4 * e];
             float low, high;
-            unpack_2<T>(rounded[m][n][e / 2], low, high);
-            d = (e % 2 ? high : low) * (d - of_row);
-          } else {
-            const bool keep = kept >> ((m * SN + n) * 4 + e) & 1;
-            d = p[m][n][e] * ((keep ? d * keep_scale : 0.f) - of_row);
-          }
-        });
+            unpack_2<T>(*(const uint32_t*)at, low, high);
+            ds[m][n][e] = low * (ds[m][n][e] - of_row), ds[m][n][e + 1] = high * (ds[m][n][e + 1] - of_row);
+          });
+        else
+          each_score<SM, SN>([&](int m, int n, int e, int row, int) {
+            const float of_row = ((const float*)(shared + delta_at))[score_row + row + lane / 4];
+            float& d = ds[m][n][e];
+            if constexpr (halve) {
+              float low, high;
+              unpack_2<T>(rounded[m][n][e / 2], low, high);
+              d = (e % 2 ? high : low) * (d - of_row);
+            } else {
+              const bool keep = kept >> ((m * SN + n) * 4 + e) & 1;
+              d = p[m][n][e] * ((keep ? d * keep_scale : 0.f) - of_row);
+            }
+          });
         if constexpr (tile.apart) write_fragments<T, keys>(shared + ds_at, ds, score_row, score_key / 16);
       }
       __syncthreads();
@@ -179,14 +195,8 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
         cp_async_commit();
         __syncthreads();
       }
-      multiply<T, rows / 16>(dk, shared, Operand<T, keys, true, true, KR>(ds_at, 0, warp / KC), Operand<T, D, true, false, KC>(q_at, 0, warp % KC));
-      __syncthreads();
-      // the queries' tile is free, what follows needs only dS and K: the next one is on its way meanwhile
-      if (more) load_queries(next_h, next_i0);
-      if (tile.apart && more) load_gradients(next_h, next_i0);
-      cp_async_commit();
-      float dq[QM][QN][4];
-      float4* sums = dq_sums + (((head * splits + split) * row_blocks + block) * (QM * QN)) * threads + threadIdx.x;
+      float dq[QM][QN][4];  // the sums so far, on their way while dK is made
+      float4* sums = dq_sums + (((head * splits + split) * row_blocks + i0 / rows) * (QM * QN)) * threads + threadIdx.x;
 #pragma unroll
       for (int m = 0; m < QM; m++)
 #pragma unroll
@@ -194,6 +204,12 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
           const float4 sum = sums[(m * QN + n) * threads];
           dq[m][n][0] = sum.x, dq[m][n][1] = sum.y, dq[m][n][2] = sum.z, dq[m][n][3] = sum.w;
         }
+      multiply<T, rows / 16>(dk, shared, Operand<T, keys, true, true, KR>(ds_at, 0, warp / KC), Operand<T, D, true, false, KC>(q_at, 0, warp % KC));
+      __syncthreads();
+      // the queries' tile is free, what follows needs only dS and K: the next one is on its way meanwhile
+      if (more) load_queries(next_h, next_i0);
+      if (tile.apart && more) load_gradients(next_h, next_i0);
+      cp_async_commit();
       multiply<T, keys / 16>(dq, shared, Operand<T, keys, false, true>(ds_at, warp / QC * 16 * QM), Operand<T, D, true, false, QC>(k_at, 0, warp % QC));
 #pragma unroll
       for (int m = 0; m < QM; m++)
@@ -245,10 +261,10 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, false>.warps)
           const int64_t last = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1, hk = h / (s.H / s.Hk), head = b * s.H + h;
           if (j0 >= s.end_column(last) || j0 + keys <= s.first_column(i0)) continue;
           __syncthreads();
-          load_tile<T, D, keys, threads, true>(shared + k_at, Rows<const T>{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), c.aligned}, j0, s.Tk);
-          load_tile<T, D, keys, threads, true>(shared + v_at, Rows<const T>{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), c.aligned}, j0, s.Tk);
-          load_tile<T, D, rows, threads, true>(shared + q_at, Rows<const T>{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), c.aligned}, i0, s.Tq);
-          load_tile<T, D, rows, threads, true>(shared + do_at, Rows<const T>{s.dout.at<const T>(b, h, 0), s.dout.row, int(s.Dv), c.aligned}, i0, s.Tq);
+          load_tile<T, D, keys, threads>(shared + k_at, Rows<const T>{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), c.aligned}, j0, s.Tk);
+          load_tile<T, D, keys, threads>(shared + v_at, Rows<const T>{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), c.aligned}, j0, s.Tk);
+          load_tile<T, D, rows, threads>(shared + q_at, Rows<const T>{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), c.aligned}, i0, s.Tq);
+          load_tile<T, D, rows, threads>(shared + do_at, Rows<const T>{s.dout.at<const T>(b, h, 0), s.dout.row, int(s.Dv), c.aligned}, i0, s.Tq);
           for (int r = threadIdx.x; r < rows; r += threads) {
             *(float*)(shared + base_at + 4 * r) = i0 + r < s.Tq ? base[head * s.Tq + i0 + r] : 0.f;
             *(float*)(shared + delta_at + 4 * r) = i0 + r < s.Tq ? delta[head * s.Tq + i0 + r] : 0.f;
@@ -303,7 +319,7 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps)
   constexpr int QR = tile.query_warp_rows(), QC = tile.warps / QR, QM = rows / 16 / QR, QN = D / 8 / QC;
   GK_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32;
-  const int64_t head = blockIdx.x / row_blocks, block = blockIdx.x % row_blocks;
+  const unsigned head = blockIdx.x / row_blocks, block = blockIdx.x % row_blocks;
   float dq[QM][QN][4];
 #pragma unroll
   for (int m = 0; m < QM; m++)
@@ -311,14 +327,15 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps)
     for (int n = 0; n < QN; n++) {
       float4 sum = make_float4(0, 0, 0, 0);
       for (unsigned split = 0; split < splits; split++) {
-        const float4 more = dq_sums[(((head * splits + split) * row_blocks + block) * (QM * QN) + m * QN + n) * threads + threadIdx.x];
+        const float4 more = dq_sums[(((int64_t(head) * splits + split) * row_blocks + block) * (QM * QN) + m * QN + n) * threads + threadIdx.x];
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
       }
       dq[m][n][0] = sum.x, dq[m][n][1] = sum.y, dq[m][n][2] = sum.z, dq[m][n][3] = sum.w;
     }
   write_fragments<T, D, QC>(shared, dq, warp / QC * 16 * QM, warp % QC, c.scale);
   __syncthreads();
-  store_tile<T, D, rows, threads>(shared, Rows<T>{s.dq.at<T>(head / s.H, head % s.H, 0), s.dq.row, int(s.D), plain || c.aligned}, block * rows, s.Tq);
+  store_tile<T, D, rows, threads>(shared, Rows<T>{s.dq.at<T>(head / unsigned(s.H), head % unsigned(s.H), 0), s.dq.row, int(s.D), plain || c.aligned},
+                               int64_t(block) * rows, s.Tq);
 }
 
 // ==== launcher ====
