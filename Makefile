@@ -9,11 +9,13 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 demo: setup
 	$(BIN)/python -m gpt_kernels demo $(ARGS)
 
-test: setup
+test: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 -m "not slow" -k cuda_sim $(ARGS)
 
-test-full: setup
+test-full: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 --dist loadgroup -k cuda_sim $(ARGS)
 
 mutants: setup
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -43,4 +45,9 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "set-up: building the C++ kernels (about a minute; later only what changed)"
 	@GPT_KERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --inplace || { echo "set-up: the C++ kernels could not be built, see above"; exit 1; }
 	@GPT_KERNELS_BUILD=none $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . || { echo "set-up: the package could not be installed, see above"; exit 1; }
+	@touch $@
+
+$(VENV)/.simulator: $(VENV)/.built $(wildcard csrc/cuda/* csrc/sim/*)
+	@echo "set-up: building the CUDA kernels for their CPU model (tests only)"
+	@GPT_KERNELS_BUILD=sim $(BIN)/python setup.py -q build_ext --inplace || { echo "set-up: the simulator could not be built, see above"; exit 1; }
 	@touch $@

@@ -14,6 +14,7 @@ build environment, so `pip install .` downloads no second torch and takes about 
 import importlib.util
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,6 +54,12 @@ def find_nvcc():
     """nvcc of CUDA_HOME or of the PATH, None when there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which(os.path.join(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+
+
+def cudart_folders():
+    """-L options: where nvcc would look for its runtime library. (nvcc as the linker would leave their paths in the file.)"""
+    said = subprocess.run([find_nvcc(), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return re.findall(r'"(-L[^"]+)"', said)
 
 
 def torch_has_cuda():
@@ -121,7 +128,7 @@ class BuildKernels(build_ext):
         # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
         (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
         flags, link = [*CXXFLAGS, *maps], ["-s", "-Wl,--version-script=exports.map"]
-        libraries, linker = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"], "$cxx"
+        libraries = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"]
         compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
         if kind == "cuda":
             archs = cuda_archs()
@@ -131,8 +138,7 @@ class BuildKernels(build_ext):
                 "-std=c++17", "-O3", *codes, "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(archs)}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
-            libraries[0], linker = "-Xlinker=--no-as-needed", "$nvcc"
-            link = ["-cudart", "static", "-Xlinker", "-s,--version-script=exports.map"]  # nvcc knows where its library is
+            libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         elif kind in SIMULATORS:
             sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []
             # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sim.cpp)
@@ -144,9 +150,10 @@ class BuildKernels(build_ext):
             link = [*sanitizer, "-Wl,--version-script=exports.map"]
         rules = [f"cxx = {find_compiler()}"]
         for suffix, words in compilers.items():
+            compiler = "$nvcc" if suffix == ".cu" and kind == "cuda" else "$cxx"
             rules += [
                 f"rule compile{suffix}",
-                f"  command = {'$nvcc' if suffix == '.cu' and kind == 'cuda' else '$cxx'} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
+                f"  command = {compiler} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = compile $out",
@@ -155,10 +162,12 @@ class BuildKernels(build_ext):
             f"nvcc = {shell(find_nvcc() or 'nvcc')}",
             # --as-needed off: libtorch_cpu holds the stable C entry points and must be named as needed
             "rule link",
-            f"  command = {linker} -shared $in -o $out {shell(*link, *libraries)}",
+            f"  command = $cxx -shared $in -o $out {shell(*link, *libraries)}",
             "  description = link",
         ]
-        objects = [f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources]
+        objects = [
+            f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources
+        ]
         rules += [
             f"build {o}: compile{pathlib.Path(s).suffix} {escape((ROOT / s).resolve())}"
             for o, s in zip(objects, ext.sources, strict=True)
@@ -167,7 +176,8 @@ class BuildKernels(build_ext):
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
-            sys.exit(f"the {'C++' if kind == 'cpu' else 'CUDA'} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
+            what = "C++" if kind == "cpu" else "CUDA"
+            sys.exit(f"the {what} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
 
 
 def shell(*words):

@@ -1,4 +1,4 @@
-"""The CUDA kernels on their CPU model (csrc/sim): the library that `make test` builds, its ops as backend "cuda_sim", its dials.
+"""The CUDA kernels on their CPU model (csrc/sim): the library that `make test` builds, as backend "cuda_sim", and its dials.
 
 GPT_KERNELS_SIM_LIBRARY names another build of it, such as the one for ThreadSanitizer.
 """

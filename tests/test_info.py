@@ -28,7 +28,8 @@ def test_info_is_json_and_true(home):
     assert facts["gpt_kernels"] == gpt_kernels.__version__ and facts["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads() and facts["cpu"]["isa"] == gpt_kernels.isa()
     assert facts["ops"] == {op: gpt_kernels.where(op) for op in dispatch.ops()} and "layer_norm_fwd" in facts["ops"]
-    assert facts["gpu"]["archs_built"] == []
+    assert facts["gpu"]["archs_built"] == (dispatch.cuda_archs() or "").split()
+    assert bool(facts["gpu"]["archs_built"]) is (facts["gpu"]["problem"] is None)
     if dispatch.library:
         assert facts["library"]["torch_stable_abi"] == "2.10" and facts["library"]["compiler"]
     with gpt_kernels.use_isa("base") if dispatch.library else gpt_kernels.use_backend("reference"):

@@ -116,7 +116,7 @@ def test_install_without_kernels(source, tmp_path):
     assert not check(python)["library"]["built"]
     assert not list(python.parents[1].rglob("gpt_kernels/*.so"))
     output = pip(python, "--no-build-isolation", "--no-deps", source, ok=False, GPT_KERNELS_BUILD="everything")
-    assert "GPT_KERNELS_BUILD=everything: expected auto, cpu or none" in output
+    assert "GPT_KERNELS_BUILD=everything: expected auto, cpu, cuda or none" in output
 
 
 @needs_compiler

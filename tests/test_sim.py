@@ -37,7 +37,9 @@ def linked(objects, library, *flags):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """selftest.cu's object: the same for the plain library and ThreadSanitizer's"""
-    return compiled(tmp_path_factory.mktemp("selftest"), "tests/sim/selftest.cu", "selftest.o", "-fsanitize=thread", "-x", "c++")
+    return compiled(
+        tmp_path_factory.mktemp("selftest"), "tests/sim/selftest.cu", "selftest.o", "-fsanitize=thread", "-x", "c++"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def pointer(t):
 
 
 tensor_layouts = pytest.importorskip("tensor_layouts", reason="the oracle is not installed: pip install tensor-layouts")
-from tensor_layouts import atoms_nv as atoms  # noqa: E402
+from tensor_layouts import atoms_nv as atoms  # noqa: E402, I001
 
 
 MMA = {
@@ -89,7 +91,11 @@ def test_mma_maps(lib, kind):
     number, dtype, name = MMA[kind]
     atom = getattr(atoms, name)
     M, N, K = atom.shape_mnk
-    a, b, c = torch.randint(-8, 9, (M, K)).to(dtype), torch.randint(-8, 9, (N, K)).to(dtype), torch.randint(-8, 9, (M, N)).float()
+    a, b, c = (
+        torch.randint(-8, 9, (M, K)).to(dtype),
+        torch.randint(-8, 9, (N, K)).to(dtype),
+        torch.randint(-8, 9, (M, N)).float(),
+    )
 
     def places(layout, rows):  # (lane, value) -> (row, column) of a column-major matrix
         values = range(tensor_layouts.size(layout) // 32)
@@ -262,3 +268,26 @@ def test_bank_conflicts(lib, stride, ways):
 
 def test_dials(lib):
     assert lib.gpt_kernels_sim_configure(b"speed", 1) == 1
+
+
+# ---- the ops under sanitizers ----
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("build, runtimes", (("sim_tsan", ["libtsan.so"]), ("sim_asan", ["libasan.so", "libstdc++.so"])))
+def test_ops_under_sanitizers(build, runtimes):
+    """No race and no missing wait, no byte out of range, no undefined behaviour."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "GPT_KERNELS_BUILD": build}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    found = [subprocess.run([CXX, f"-print-file-name={r}"], capture_output=True, text=True).stdout.strip() for r in runtimes]
+    environment |= {
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "GPT_KERNELS_SIM_LIBRARY": str(ROOT / "gpt_kernels" / f"_cuda_{build}.so"),
+    }
+    command = [sys.executable, str(ROOT / "tests" / "sim" / "ops.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-4000:]
+    assert "54 calls" in done.stdout

@@ -48,7 +48,7 @@ GK_DEVICE void each_chunk(const Row<T, aligned>& row, const uint4 (&raw)[kept ? 
 // y = (x - mean) rstd w + b. The variance is that of the centred row, so that nothing cancels; the sum of the centred row is
 // what the first mean was off by, and makes a mean far from 0 right to the last bit.
 template <class T, class P, bool centred, bool block, int kept, bool aligned>
-__global__ void __launch_bounds__(block ? 512 : 128)
+__global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : 6)
     norm_fwd(T* __restrict__ y, float* mean, float* rstd, const T* __restrict__ x, const P* __restrict__ w,
              const P* __restrict__ b, int64_t M, int64_t N, float eps) {
   constexpr int V = per_16<T>;
@@ -110,6 +110,14 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(
   const int peers = block ? blockDim.x : 32, me = threadIdx.x % peers, rows = blockDim.x / peers, group = threadIdx.x / peers;
   const Row<T, true> row(N);
   float dw[kept][V] = {}, db[kept][V] = {};
+  const auto weighted = [&](int j, const float (&d)[V], float (&g)[V]) {  // g = w dy
+    float scale[V];
+    const int64_t column = row.column(me + j * peers);
+    const bool scales = w && column < N;
+    if (scales) load_columns<true>(w, column, N, scale);
+#pragma unroll
+    for (int k = 0; k < V; k++) g[k] = scales ? d[k] * scale[k] : d[k];
+  };
   // block by block a run of rows, so that the loop is as long for all of them
   for (int64_t m = int64_t(blockIdx.x) * rows + group; m < M; m += int64_t(gridDim.x) * rows) {
     const T *x_row = x + m * N, *dy_row = dy + m * N;
@@ -120,29 +128,26 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(
     float sums[2] = {};  // of g, of g x_hat
 #pragma unroll
     for (int j = 0; j < kept; j++) {
-      float v[V], d[V], scale[V];
+      float v[V], d[V], g[V];
       unpack<T>(raw_x[j], v), unpack<T>(raw_dy[j], d);
-      const int64_t column = row.column(me + j * peers);
-      if (w && column < N) load_columns<true>(w, column, N, scale);
+      weighted(j, d, g);
 #pragma unroll
       for (int k = 0; k < V; k++) {
-        const float x_hat = (v[k] - mu) * rs, g = w && column < N ? d[k] * scale[k] : d[k];
-        if constexpr (centred) sums[0] += g, db[j][k] += d[k];
-        sums[1] += g * x_hat;
+        const float x_hat = (v[k] - mu) * rs;
+        if constexpr (centred) sums[0] += g[k], db[j][k] += d[k];
+        sums[1] += g[k] * x_hat;
         dw[j][k] += d[k] * x_hat;
       }
     }
     row_sum<block>(sums);
-    const float mean_g = centred ? sums[0] / float(N) : 0.f, mean_gx = sums[1] / float(N);
+    const float shift = centred ? sums[0] / float(N) * rs : 0.f, slope = sums[1] / float(N) * rs * rs;
 #pragma unroll
     for (int j = 0; j < kept; j++) {
-      float v[V], d[V], scale[V], out[V];
+      float v[V], d[V], out[V];
       unpack<T>(raw_x[j], v), unpack<T>(raw_dy[j], d);
-      const int64_t column = row.column(me + j * peers);
-      if (w && column < N) load_columns<true>(w, column, N, scale);
+      weighted(j, d, d);
 #pragma unroll
-      for (int k = 0; k < V; k++)
-        out[k] = ((w && column < N ? d[k] * scale[k] : d[k]) - mean_g - (v[k] - mu) * rs * mean_gx) * rs;
+      for (int k = 0; k < V; k++) out[k] = d[k] * rs - shift - (v[k] - mu) * slope;
       row.store(dx + m * N, me + j * peers, out);
     }
   }
@@ -181,7 +186,7 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(
 
 // Rows that do not fit: dx alone, the row read twice.
 template <class T, class P, bool centred, bool block, bool aligned>
-__global__ void __launch_bounds__(block ? 512 : 128)
+__global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : 6)
     norm_bwd_row(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ x, const P* __restrict__ w,
                  const float* __restrict__ mean, const float* __restrict__ rstd, int64_t M, int64_t N) {
   constexpr int V = per_16<T>;
