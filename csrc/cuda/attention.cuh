@@ -27,11 +27,13 @@ constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f, infinity = INFINITY;
 
 // ---- tiles in shared memory ----
 // Rows of `columns` elements in chunks of 16 bytes. Chunk c of a row stands at c ^ turn(row), so that the same chunk of eight
-// neighbouring rows, which is what ldmatrix and a warp's stores of fragments touch, lies in 32 different banks.
+// neighbouring rows, which is what ldmatrix and a warp's stores of 16-bit fragments touch, lies in 32 different banks; and so do
+// two neighbouring chunks of four rows, which is what half a warp's stores of float32 fragments touch.
 template <class T, int columns> struct Tile {
   static constexpr int chunks = columns / per_16<T>, row_bytes = columns * int(sizeof(T));
   static constexpr int period = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : 1;
-  GK_DEVICE static int turn(int row) { return row / (8 / period) % period; }
+  static constexpr int half = period > 1 ? period / 2 : 1;
+  GK_DEVICE static int turn(int row) { return row / (8 / period) % half * 2 % period + row / (8 / period) / half % 2 * (period > 1); }
   GK_DEVICE static int chunk(int row, int c) { return row * row_bytes + (c ^ turn(row)) * 16; }
   GK_DEVICE static int element(int row, int column) {
     return chunk(row, column / per_16<T>) + column % per_16<T> * int(sizeof(T));
@@ -46,11 +48,12 @@ template <class T> struct Rows {
   bool aligned;
 };
 
-// How `threads` share a tile: neighbours take a row's neighbouring chunks, and a thread's rows are a multiple of 8 apart, so
-// that its place in a row and its turn never change.
+// How `threads` share a tile: neighbours take a row's neighbouring chunks, and a thread's rows are a multiple of 8 apart (two warps
+// or more), so that its place in a row and its turn never change.
 template <class T, int columns, int rows, int threads> struct Share {
   static constexpr int chunks = Tile<T, columns>::chunks;
-  static constexpr int lowest_bit = chunks & -chunks, group = lowest_bit < threads / 8 ? lowest_bit : threads / 8, step = threads / group;
+  static constexpr int lowest_bit = chunks & -chunks, widest = threads < 64 ? 8 : threads / 8;
+  static constexpr int group = lowest_bit < widest ? lowest_bit : widest, step = threads / group;
   // f(row, chunk)
   template <class F> GK_DEVICE static void each(int thread, const F& f) {
     const int row = thread / group, chunk = thread % group;
@@ -280,7 +283,7 @@ template <class T, int columns, int stride = 1, int row_stride = 1, int M, int N
 GK_DEVICE void write_fragments(unsigned char* tile, const float (&acc)[M][N][4], int row, int first_block, float factor = 1.f) {
   each_pair<T, columns, stride, row_stride, M, N>(tile, row, first_block, [&](int m, int n, int e, unsigned char* p) {
     const float low = acc[m][n][e] * factor, high = acc[m][n][e + 1] * factor;
-    if constexpr (std::is_same_v<T, float>) *(float2*)p = make_float2(low, high);
+    if constexpr (std::is_same_v<T, float>) *(uint64_t*)p = __float_as_uint(low) | uint64_t(__float_as_uint(high)) << 32;
     else *(uint32_t*)p = pack_2<T>(low, high);
   });
 }

@@ -40,7 +40,7 @@ template <class T>
 __global__ void __launch_bounds__(128)
     attention_bwd_start(const __grid_constant__ AttentionArgs s, bool aligned, float unit, float* base, float* delta, float4* dq, int64_t dq_16) {
   const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32, all = int64_t(gridDim.x) * 128;
-  for (int64_t i = int64_t(blockIdx.x) * 128 + threadIdx.x; i < dq_16; i += all) dq[i] = make_float4(0, 0, 0, 0);
+  for (int64_t i = int64_t(blockIdx.x) * 128 + threadIdx.x; i < dq_16; i += all) store_16(dq + i, make_uint4(0, 0, 0, 0));
   if (row >= s.B * s.H * s.Tq) return;
   const int64_t head = row / s.Tq, i = row % s.Tq;
   const T *dout = s.dout.at<const T>(head / s.H, head % s.H, i), *o = s.o.at<const T>(head / s.H, head % s.H, i);
@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
       for (int m = 0; m < QM; m++)
 #pragma unroll
         for (int n = 0; n < QN; n++) {
-          const float4 sum = sums[(m * QN + n) * threads];
-          dq[m][n][0] = sum.x, dq[m][n][1] = sum.y, dq[m][n][2] = sum.z, dq[m][n][3] = sum.w;
+          unpack<float>(load_16(sums + (m * QN + n) * threads), dq[m][n]);
         }
       multiply<T, rows / 16>(dk, shared, Operand<T, keys, true, true, KR>(ds_at, 0, warp / KC), Operand<T, D, true, false, KC>(q_at, 0, warp % KC));
       __syncthreads();
@@ -214,7 +213,7 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps, plain ?
 #pragma unroll
       for (int m = 0; m < QM; m++)
 #pragma unroll
-        for (int n = 0; n < QN; n++) sums[(m * QN + n) * threads] = make_float4(dq[m][n][0], dq[m][n][1], dq[m][n][2], dq[m][n][3]);
+        for (int n = 0; n < QN; n++) store_16(sums + (m * QN + n) * threads, pack<float>(dq[m][n]));
       h = next_h, i0 = next_i0;
     }
     // dK and dV by way of the tiles of K and V
@@ -321,17 +320,17 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>.warps)
   const int warp = threadIdx.x / 32;
   const unsigned head = blockIdx.x / row_blocks, block = blockIdx.x % row_blocks;
   float dq[QM][QN][4];
+  fill(dq, 0.f);
 #pragma unroll
   for (int m = 0; m < QM; m++)
 #pragma unroll
-    for (int n = 0; n < QN; n++) {
-      float4 sum = make_float4(0, 0, 0, 0);
+    for (int n = 0; n < QN; n++)
       for (unsigned split = 0; split < splits; split++) {
-        const float4 more = dq_sums[(((int64_t(head) * splits + split) * row_blocks + block) * (QM * QN) + m * QN + n) * threads + threadIdx.x];
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        float more[4];
+        unpack<float>(load_16(dq_sums + (((int64_t(head) * splits + split) * row_blocks + block) * (QM * QN) + m * QN + n) * threads + threadIdx.x), more);
+#pragma unroll
+        for (int e = 0; e < 4; e++) dq[m][n][e] += more[e];
       }
-      dq[m][n][0] = sum.x, dq[m][n][1] = sum.y, dq[m][n][2] = sum.z, dq[m][n][3] = sum.w;
-    }
   write_fragments<T, D, QC>(shared, dq, warp / QC * 16 * QM, warp % QC, c.scale);
   __syncthreads();
   store_tile<T, D, rows, threads>(shared, Rows<T>{s.dq.at<T>(head / unsigned(s.H), head % unsigned(s.H), 0), s.dq.row, int(s.D), plain || c.aligned},
