@@ -24,19 +24,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
   AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left,
                                    window_right);
   const ScalarType dtype = q.scalar_type(), stat = stat_dtype(dtype);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"do", dout}, {"o", o}}) {
-    check_heads(op, name, t, dtype);
-    GK_CHECK(t.size(0) == s.B && t.size(1) == s.H && t.size(2) == s.Tq && t.size(3) == s.Dv, op, ": ", name, " must have shape (", s.B,
-             ", ", s.H, ", ", s.Tq, ", ", s.Dv, "), got ", shape_text(t));
-  }
-  check_cpu(op, "lse", lse), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.numel() == s.B * s.H * s.Tq, op, ": lse must have shape (", s.B, ", ", s.H, ", ", s.Tq, "), got ", shape_text(lse));
-  GK_CHECK(!need_dbias || (bias && bias->scalar_type() != ScalarType::Bool), op, ": need_dbias without an additive bias");
-
+  attention_bwd_args(op, s, dout, q, o, lse, bias, need_dbias);
   Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D), dk = new_heads(k, s.B, s.Hk, s.Tk, s.D), dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv);
   Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), bias->scalar_type()) : new_tensor(q, {0}, dtype);
-  s.dout = view_of(dout), s.o = view_of(o), s.dq = view_of(dq), s.dk = view_of(dk), s.dv = view_of(dv);
-  s.lse = const_cast<void*>(lse.const_data_ptr());
+  s.dq = view_of(dq), s.dk = view_of(dk), s.dv = view_of(dv);
 
   with_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);

@@ -28,6 +28,11 @@ constexpr unsigned full_mask = 0xFFFFFFFFu;
 GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
+// Nothing at all, but the compiler no longer knows where the value comes from: a pointer that goes from row to row by one addition
+// each is not turned into a product for each row, addresses of a later step are not computed before an earlier one.
+template <class T> GK_DEVICE void opaque(T*& p) { GK_PURE((void)p, "" : "+l"(p)); }
+GK_DEVICE void opaque(int& x) { GK_PTX((void)x, "" : "+r"(x)); }
+
 // ---- 16 bytes of global or shared memory, where the pointer stands on a multiple of 16 ----
 #ifdef GK_SIM
 GK_DEVICE uint4 load_16(const void* p) { return sim::load<uint4>(p); }

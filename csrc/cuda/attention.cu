@@ -1,0 +1,208 @@
+// attention on NVIDIA GPUs, forward. The op: gpt_kernels/ops/attention.py. The backward: attention_bwd.cu.
+//
+// A block takes `rows` queries of one head and walks over the key blocks that they see, from the last to the first: S = Q K^T,
+// the online softmax in registers, O += P V with P as it lies there. Keys and values stream through a ring of three tiles.
+#include "attention.cuh"
+
+namespace gk {
+
+// ---- tiles: queries and keys of a block, its warps; by head dim, for every architecture ----
+struct ForwardTile {
+  int rows, keys, warps;
+  GK_BOTH constexpr int shared_bytes(int D, int size) const { return (rows + 3 * keys) * D * size; }
+};
+template <class T, int D, bool plain>
+constexpr ForwardTile forward_tile = sizeof(T) == 4 ? (D <= 64 ? ForwardTile{64, 64, 4} : D <= 128 ? ForwardTile{64, 32, 4} : ForwardTile{32, 16, 2})
+                                     : !plain       ? (D <= 128 ? ForwardTile{64, 64, 4} : ForwardTile{64, 32, 4})
+                                                    : (D <= 64 ? ForwardTile{128, 128, 4} : ForwardTile{128, 64, 4});
+
+// ---- kernel ----
+
+// One step of the online softmax: scores to probabilities, in place; the running maximum m and sum l (of the lane's columns),
+// and by what the output so far shrinks. The difference comes before the factor where scores may be near the largest float.
+template <bool plain, int M, int N>
+GK_DEVICE void softmax_step(float (&score)[M][N][4], float (&m)[M][2], float (&l)[M][2], float (&shrink)[M][2], float rate) {
+#pragma unroll
+  for (int i = 0; i < M; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float largest = m[i][half];
+#pragma unroll
+      for (int n = 0; n < N; n++) largest = fmaxf(largest, fmaxf(score[i][n][2 * half], score[i][n][2 * half + 1]));
+      largest = fmaxf(largest, shfl_xor(largest, 1));
+      largest = fmaxf(largest, shfl_xor(largest, 2));
+      const float base = largest == -infinity ? 0.f : largest, start = base * rate;
+      shrink[i][half] = ex2_approx(plain ? fmaf(m[i][half], rate, -start) : (m[i][half] - base) * rate);
+      m[i][half] = largest;
+      float sum = l[i][half] * shrink[i][half];
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          const float p = ex2_approx(plain ? fmaf(score[i][n][e], rate, -start) : (score[i][n][e] - base) * rate);
+          score[i][n][e] = p, sum += p;
+        }
+      l[i][half] = sum;
+    }
+}
+
+template <class T, int D, bool plain>
+__global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
+    attention_fwd(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c, unsigned row_blocks) {
+  constexpr ForwardTile tile = forward_tile<T, D, plain>;
+  constexpr int rows = tile.rows, keys = tile.keys, threads = 32 * tile.warps;
+  constexpr int M = rows / tile.warps / 16, N = keys / 8, NO = D / 8;
+  constexpr int q_bytes = rows * D * int(sizeof(T)), slot_bytes = keys * D * int(sizeof(T));
+  constexpr bool q_stays = sizeof(T) == 2 && M * (D / 4 + 4 * N + 4 * NO) <= 180;  // registers of Q, S and O
+  GK_DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * 16 * M;
+  // the last rows see the most keys when causal: heavy blocks first, and blocks of a head side by side for L2
+  const unsigned head = blockIdx.x / row_blocks, b = head / unsigned(s.H), h = head % unsigned(s.H), hk = h / (unsigned(s.H) / unsigned(s.Hk));
+  const int64_t i0 = int64_t(row_blocks - 1 - blockIdx.x % row_blocks) * rows, last_row = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
+
+  const bool aligned = plain || c.aligned;
+  const Rows<const T> q{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), aligned};
+  const Rows<const T> k{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), aligned}, v{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), aligned};
+  // key blocks that any row sees, and among them those that every row sees whole
+  const int first = int(s.first_column(i0) / keys), end = int((s.end_column(last_row) + keys - 1) / keys);
+  const int whole_first = int((s.first_column(last_row) + keys - 1) / keys), whole_end = int(s.end_column(i0) / keys);
+
+  float o[M][NO][4], m[M][2], l[M][2];
+  fill(o, 0.f);
+#pragma unroll
+  for (int i = 0; i < M; i++) m[i][0] = m[i][1] = -infinity, l[i][0] = l[i][1] = 0.f;
+
+  // tile 2 n of the stream is K of the n-th key block (from the end), tile 2 n + 1 its V; tile i stands in slot i % 3
+  int slot = q_bytes, used = q_bytes + 2 * slot_bytes;  // of the tile in use and of the one before
+  const auto advance = [&] { used = slot, slot = slot == q_bytes + 2 * slot_bytes ? q_bytes : slot + slot_bytes; };
+  using KeyStream = Stream<T, D, keys, threads, true>;
+  KeyStream k_stream(k, int64_t(end - 1) * keys), v_stream(v, int64_t(end - 1) * keys);
+  const auto fetch = [&](auto tail, const Rows<const T>& from, KeyStream& stream, int block, int at) {
+    if (block >= first) {
+      if constexpr (plain) stream.template load<decltype(tail)::value>(shared + at, from.width, int(s.Tk - int64_t(block) * keys));
+      else load_tile<T, D, keys, threads>(shared + at, from, int64_t(block) * keys, s.Tk);
+    }
+    cp_async_commit();
+  };
+
+  uint32_t queries[q_stays ? D / 16 : 1][M][4];
+  const auto step = [&](int block, bool masked) {
+    // the oldest tile has landed, for everybody, and everybody is done with the one before: its slot takes the tile after next
+    cp_async_wait<1>();
+    __syncthreads();
+    fetch(std::false_type(), k, k_stream, block - 1, used);
+    float p[M][N][4];
+    fill(p, 0.f);
+    const Operand<T, D, false, false> columns(slot, 0);
+    if constexpr (q_stays) {
+#pragma unroll
+      for (int kk = 0; kk < D / 16; kk++) multiply_step<T>(p, shared, queries[kk], columns, kk);
+    } else {
+      multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(0, warp_row), columns);
+    }
+    const Place at{b, h, i0 + warp_row + lane / 4, int64_t(block) * keys + lane % 4 * 2};
+    if constexpr (!plain) score_steps<T, false>(p, p, s, c, at);
+    if (masked) hide(p, s, at);
+    float shrink[M][2];
+    softmax_step<plain>(p, m, l, shrink, c.rate);
+    if constexpr (!plain)
+      if (s.philox.drop_below) each_kept<M, N>(s, at, [&](int i, int n, int e, bool kept) { p[i][n][e] = kept ? p[i][n][e] : 0.f; });
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int n = 0; n < NO; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[i][n][e] *= shrink[i][e / 2];
+    advance();
+    cp_async_wait<1>();
+    __syncthreads();
+    fetch(std::false_type(), v, v_stream, block - 1, used);
+    multiply<T>(o, shared, p, Operand<T, D, true, false>(slot, 0));
+    advance();
+  };
+
+  if (first < end) {
+    load_tile<T, D, rows, threads>(shared, q, i0, s.Tq);
+    fetch(std::true_type(), k, k_stream, end - 1, slot);
+    fetch(std::true_type(), v, v_stream, end - 1, slot + slot_bytes);
+    if constexpr (q_stays) {
+      cp_async_wait<1>();
+      __syncthreads();
+#pragma unroll
+      for (int kk = 0; kk < D / 16; kk++)
+#pragma unroll
+        for (int i = 0; i < M; i++) Operand<T, D, false, true>(0, warp_row).load(queries[kk][i], shared, i, kk);
+    }
+    int block = end - 1;
+    if constexpr (plain) {
+      while (block >= first) {  // masked, whole, masked: the two loops have their own code
+#pragma unroll 1
+        for (; block >= first && (block >= whole_end || block < whole_first); block--) step(block, true);
+#pragma unroll 1
+        for (; block >= first && block >= whole_first; block--) step(block, false);
+      }
+    } else {
+#pragma unroll 1
+      for (; block >= first; block--) step(block, block >= whole_end || block < whole_first);
+    }
+  }
+
+  // o / l by way of the queries' tile, of which a warp has its own rows; lse = m + log l
+  const float unit = plain ? c.scale : 1.f, keep_scale = plain || !s.philox.drop_below ? 1.f : s.philox.keep_scale;
+#pragma unroll
+  for (int i = 0; i < M; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float total = l[i][half];
+      total += shfl_xor(total, 1), total += shfl_xor(total, 2);
+      const float inverse = total == 0.f ? 0.f : keep_scale / total;
+#pragma unroll
+      for (int n = 0; n < NO; n++) o[i][n][2 * half] *= inverse, o[i][n][2 * half + 1] *= inverse;
+      const int64_t row = i0 + warp_row + 16 * i + 8 * half + lane / 4;
+      if (lane % 4 == 0 && row < s.Tq)
+        ((float*)s.lse)[int64_t(head) * s.Tq + row] = total == 0.f ? -infinity : m[i][half] * unit + logf(total);
+    }
+  cp_async_wait<0>();
+  write_fragments<T, D>(shared, o, warp_row, 0);
+  warp_sync();
+  store_tile<T, D, 16 * M, 32>(shared + warp_row * D * int(sizeof(T)), Rows<T>{s.o.at<T>(b, h, 0), s.o.row, int(s.Dv), aligned},
+                               i0 + warp_row, s.Tq, lane);
+}
+
+// ==== launcher ====
+
+static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
+                                                     const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
+                                                     double softcap, double dropout_p, int64_t causal_offset, int64_t window_left,
+                                                     int64_t window_right) {
+  const char* op = "attention_fwd";
+  AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left,
+                                   window_right);
+  check_gpu_tensors(op, q, {&k, &v}, {&bias, &alibi_slopes, &rng_state});
+  const Gpu gpu(q);
+  Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, ScalarType::Float);
+  if (lse.numel() == 0) return {o, lse};
+  s.o = view_of(o), s.lse = lse.mutable_data_ptr();
+  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()), true);
+  with_dtype(q.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const auto run = [&](auto dim, auto is_plain) {
+      constexpr int D = decltype(dim)::value;
+      constexpr bool plain = decltype(is_plain)::value;
+      constexpr ForwardTile tile = forward_tile<T, D, plain>;
+      const int64_t row_blocks = cdiv(s.Tq, tile.rows), blocks = row_blocks * s.B * s.H;
+      GK_CHECK(blocks < int64_t{1} << 31, op, ": at most 2147483647 blocks of ", tile.rows, " queries, got ", blocks);
+      launch(GK_KERNEL(attention_fwd<T, D, plain>), unsigned(blocks), 32 * tile.warps, tile.shared_bytes(D, sizeof(T)), gpu.stream, s, c,
+             unsigned(row_blocks));
+    };
+    const int D = padded_head_dim(std::max(s.D, s.Dv), c.plain);
+    if constexpr (!std::is_same_v<T, float>)
+      if (c.plain) return with_dim<64, 80, 96, 128>(D, [&](auto dim) { run(dim, std::true_type()); });
+    with_dim<64, 128, 256>(D, [&](auto dim) { run(dim, std::false_type()); });
+  });
+  return {o, lse};
+}
+
+GK_REGISTER(m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cuda)); }
+
+}  // namespace gk
