@@ -1,7 +1,7 @@
-"""Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there, and csrc/cuda into
-_cuda.so, where nvcc is there and torch has CUDA; installs without them else.
+"""Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there; installs without them
+else. csrc/cuda becomes _cuda.so only where it is asked for: those kernels are not yet tuned, GPUs are served in Triton.
 
-GPT_KERNELS_BUILD=auto (default): build what can be built, say what is left out and why.
+GPT_KERNELS_BUILD=auto (default): the C++ kernels if they can be built; says what is left out and why.
                   cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.
                   none: nothing.
                   sim, sim_tsan, sim_asan: csrc/cuda on its CPU model csrc/sim, for the tests; never part of a wheel.
@@ -62,11 +62,6 @@ def cudart_folders():
     return re.findall(r'"(-L[^"]+)"', said)
 
 
-def torch_has_cuda():
-    torch = find_torch()
-    return torch is not None and any((torch / "lib").glob("libtorch_cuda*"))
-
-
 def plan():
     """(the libraries to build, what to say about it)"""
     wish = os.environ.get("GPT_KERNELS_BUILD") or "auto"
@@ -83,9 +78,9 @@ def plan():
     if wish == "cuda" and not find_nvcc():
         sys.exit("GPT_KERNELS_BUILD=cuda, but there is no nvcc: install the CUDA toolkit, set CUDA_HOME or PATH")
     cpu = f"C++ kernels for the CPU, with {find_compiler()}"
-    if wish == "cuda" or (wish == "auto" and find_nvcc() and torch_has_cuda()):
+    if wish == "cuda":
         return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}"
-    why = "GPT_KERNELS_BUILD=cpu" if wish == "cpu" else "this torch has none" if find_nvcc() else "no nvcc found"
+    why = "GPT_KERNELS_BUILD=cpu" if wish == "cpu" else "not asked for (GPT_KERNELS_BUILD=cuda)"
     return ["cpu"], f"{cpu}; CUDA kernels: none, {why}"
 
 

@@ -170,8 +170,9 @@ template <class T, bool plain, bool block, int kept>
 __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
     cross_entropy_bwd(T* dx, const float* __restrict__ dloss, const T* x, const int64_t* __restrict__ target,
                       const float* __restrict__ lse, const float* __restrict__ count, const __grid_constant__ RowOffsets dx_rows,
-                      const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, int64_t M, int64_t N,
+                      const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, bool made, int64_t M, int64_t N,
                       int64_t span, int parts) {
+  if (made && *dloss == 1.f) return;  // dx is the gradient already
   constexpr int V = per_16<T>;
   const RowPlace<block, kept> at(N, span, parts);
   if (at.row >= M) return;
@@ -336,7 +337,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
 // dlogits may be logits itself
 static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
                                        int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
-                                       double logit_softcap, Tensor dlogits) {
+                                       double logit_softcap, bool made, Tensor dlogits) {
   const char* op = "cross_entropy_bwd";
   check_cross_entropy(op, logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap);
   const CrossEntropy o = {ignore_index, float(label_smoothing), float(lse_square_scale), float(logit_softcap)};
@@ -359,7 +360,7 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
       const auto run = [&](auto block, auto kept, const RowShape& s) {
         launch(GK_KERNEL(cross_entropy_bwd<T, plain, block, kept>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dlogits), data<float>(dloss),
                data<T>(logits), data<int64_t>(target), data<float>(lse), count.numel() ? data<float>(count) : nullptr, to, from, o,
-               reduction == 0, M, V, s.span, s.parts);
+               reduction == 0, made && reduction != 0, M, V, s.span, s.parts);
       };
       constexpr int64_t span = (cross_entropy_bwd_kept * cross_entropy_bwd_threads - 1) * per_16<T> / 64 * 64;
       if (V > row_warp_columns)
@@ -374,7 +375,7 @@ static Tensor cross_entropy_bwd_cuda(const Tensor& dloss, const Tensor& logits, 
                                      double logit_softcap) {
   check_device("cross_entropy_bwd", "logits", logits);
   Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
-  cross_entropy_bwd_out_cuda(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, dlogits);
+  cross_entropy_bwd_out_cuda(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, false, dlogits);
   return dlogits;
 }
 
