@@ -225,7 +225,7 @@ def test_ctrl_c_ends_with_what_there_is(text_file, tmp_path, sent):
         ).stdout.split()
         assert children
         process.send_signal(sent)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in errors, errors

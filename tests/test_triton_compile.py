@@ -68,15 +68,15 @@ def test_every_kernel_is_launched_by_some_case():
 
 
 def test_every_op_architecture_and_dtype_is_in_the_matrix():
-    assert {p.op for p in ALL} == set(backend.OPS.values())
+    assert {p.op for p in ALL} == {module.removesuffix("_bwd") for module in backend.OPS.values()}
     assert {(c.problem.op, c.arch, c.dtype) for c in FULL} == {(p.op, a, d) for p in PROBLEMS for a in ARCHS for d in DTYPES}
     assert {p.op for p in PROBLEMS if not p.aligned} == {p.op for p in PROBLEMS if p.main}
     assert len({c.id for c in FULL}) == len(FULL) and set(PR) < set(FULL)
 
 
-def test_the_baseline_has_every_kernel_once():
-    known = {case.id for case in FULL}
-    assert {id.split()[0] for id in BASELINE["kernels"]} == known
+def test_the_baseline_has_the_usual_subset_and_nothing_unknown():
+    found = {id.split()[0] for id in BASELINE["kernels"]}
+    assert {case.id for case in PR} <= found <= {case.id for case in FULL}
 
 
 # ---- what is compiled is what would be launched ----
@@ -94,7 +94,7 @@ def test_specialised_as_on_a_gpu(arch, aligned):
     source = static.compile_launch(launches[0], arch).src
     pointer = [["tt.divisibility", 16]] * aligned + [["tt.pointer_range", 32]] * (arch == "gfx942")
     types = {"y": "*fp16", "x": "*fp16", "residual": "constexpr", "rng_state": "*i64", "M": "i32", "threshold": "i32",
-             "N": "i32" if aligned else "constexpr", "keep_scale": "fp32", "HAS_RESIDUAL": "constexpr"}  # fmt: skip
+             "N": "i32" if aligned else "constexpr", "keep_scale": "fp32", "chunks": "constexpr", "VEC": "constexpr"}  # fmt: skip
     assert {k: v for k, v in source.signature.items() if not k.startswith("BLOCK")} == types, "None and 1 become constants"
     hints = {source.fn.arg_names[position]: sorted(hint) for (position,), hint in source.attrs.items()}
     assert hints["x"] == sorted(pointer) and hints["M"] == [["tt.divisibility", 16]]
