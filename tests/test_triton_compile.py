@@ -94,7 +94,8 @@ def test_specialised_as_on_a_gpu(arch, aligned):
     source = static.compile_launch(launches[0], arch).src
     pointer = [["tt.divisibility", 16]] * aligned + [["tt.pointer_range", 32]] * (arch == "gfx942")
     types = {"y": "*fp16", "x": "*fp16", "residual": "constexpr", "rng_state": "*i64", "M": "i32", "threshold": "i32",
-             "N": "i32" if aligned else "constexpr", "keep_scale": "fp32", "chunks": "constexpr", "VEC": "constexpr"}  # fmt: skip
+             "N": "i32" if aligned else "constexpr", "keep_scale": "fp32", "chunks": "constexpr",
+             "VEC": "constexpr"}  # fmt: skip
     assert {k: v for k, v in source.signature.items() if not k.startswith("BLOCK")} == types, "None and 1 become constants"
     hints = {source.fn.arg_names[position]: sorted(hint) for (position,), hint in source.attrs.items()}
     assert hints["x"] == sorted(pointer) and hints["M"] == [["tt.divisibility", 16]]

@@ -265,7 +265,7 @@ def attention_bwd_dbias_kernel(
         v0 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, 0, V0, True, TMA)
         v1 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, V0, V1, True, TMA) if V1 else v0
         at = head.to(tl.int64) * padded + row
-        _, ds = score_gradient(
+        p, ds = score_gradient(
             product(q0, q1, k0, k1, D1 > 0, PRECISION), product(do0, do1, v0, v1, V1 > 0, PRECISION),
             tl.load(base + at)[:, None], tl.load(delta + at)[:, None], i0, j0, row[:, None], column[None, :], b, h, head,
             slope_of(steps, b, h), steps, Tq, Tk, True, True, False, BLOCK_M, BLOCK_N,
