@@ -47,23 +47,15 @@ def visible_of(t, T, N, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def scores(x, mask, inside, scale):
+def scores(x, mask, column, STEP: tl.constexpr, inside, scale):
     """z = scale x + mask where inside, else -inf"""
     z = tl.load(x, inside, 0.0).to(tl.float32) * scale
     if mask is not None:
         if mask.dtype.element_ty == tl.int1:
-            inside &= tl.load(mask, inside, 0)
+            inside &= tl.load(mask + column * STEP, inside, 0)
         else:
-            z += tl.load(mask, inside, 0.0).to(tl.float32)
+            z += tl.load(mask + column * STEP, inside, 0.0).to(tl.float32)
     return tl.where(inside, z, float("-inf"))
-
-
-@triton.jit
-def mask_at(mask, column, STEP: tl.constexpr):
-    """Pointers to the mask's elements, or to the one that serves the whole row."""
-    if mask is not None:
-        mask += column * STEP
-    return mask
 
 
 # ---- short rows: a tile of them in registers ----
@@ -89,7 +81,7 @@ def softmax_fwd_kernel(
     read = inside
     if CAUSAL:
         read &= column < floor_to(visible + VEC - 1, VEC)
-    z = scores(x + at, mask_at(mask, column, STEP), read, scale)
+    z = scores(x + at, mask, column, STEP, read, scale)
     if CAUSAL:
         z = tl.where(column < visible, z, float("-inf"))
     top = tl.maximum(tl.max(z, 1, keep_dims=True), LOWEST)
@@ -136,15 +128,15 @@ def softmax_fwd_long_kernel(
         top, total = tl.full([BLOCK_N], LOWEST, tl.float32), tl.zeros([BLOCK_N], tl.float32)
         if EDGES:
             head = is_head(lane, skew, first, visible)
-            top, total = online(top, total, scores(x + lane, mask_at(mask, lane, STEP), head, scale))
+            top, total = online(top, total, scores(x + lane, mask, lane, STEP, head, scale))
         for chunk in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             column = chunk + lane
-            z = scores(x + column, mask_at(mask, column, STEP), is_body(column, first, last), scale)
+            z = scores(x + column, mask, column, STEP, is_body(column, first, last), scale)
             top, total = online(top, total, z)
         if EDGES:
             column = floor_to(last, BLOCK_N) + lane
             tail = is_tail(column, skew, first, last, visible)
-            top, total = online(top, total, scores(x + column, mask_at(mask, column, STEP), tail, scale))
+            top, total = online(top, total, scores(x + column, mask, column, STEP, tail, scale))
         row_top = tl.max(top, 0)
         row_total = tl.sum(unturned(total * tl.exp2((top - row_top) * LOG2E), skew, BLOCK_N, ALIGNED), 0)
         if SPLIT:
@@ -166,13 +158,13 @@ def softmax_fwd_long_kernel(
             inside = body
             if CAUSAL:
                 inside &= column < seen
-            z = scores(x + column, mask_at(mask, column, STEP), inside, scale)
+            z = scores(x + column, mask, column, STEP, inside, scale)
             if CAUSAL:
                 z = tl.where(column < skew + visible, z, float("-inf"))
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), body)
         if not ALIGNED:
             column, edge = edge_columns(skew, first, last, n, VEC)
-            z = scores(x + column, mask_at(mask, column, STEP), edge & (column < skew + visible), scale)
+            z = scores(x + column, mask, column, STEP, edge & (column < skew + visible), scale)
             tl.store(y + column, (tl.exp2((z - row_top) * LOG2E) * inverse).to(y.dtype.element_ty), edge)
 
 
