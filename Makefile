@@ -17,6 +17,7 @@ test: setup $(VENV)/.simulator
 
 test-full: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -k triton $(or $(ARGS),tests) || [ $$? -eq 5 ]
 	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 --dist loadgroup -k cuda_sim $(or $(ARGS),tests) || [ $$? -eq 5 ]
 
 mutants: setup

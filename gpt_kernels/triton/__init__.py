@@ -73,8 +73,6 @@ def register() -> None:
     """Tell the dispatcher: the backend "triton" for every op, and the CUDA slots unless the kernels are interpreted."""
     reason = absence()
     for op in OPS:
-        if not importlib.util.find_spec(f"{__name__}.{OPS[op]}"):
-            continue
         if reason is not None:
             dispatch.explain_absence(op, "triton", reason)
         else:
