@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import gpt_kernels
+from benchmarks.static_cases import PR_ARCHS
 from gpt_kernels import cache, cli, dispatch, triton
 from gpt_kernels.info import _examples, _in_triton, print_table, support
-from gpt_kernels.triton import common
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_support_table_in_readme_is_what_runs(isa):
 def test_readme_tells_how_far_the_triton_kernels_were_taken():
     readme = " ".join((pathlib.Path(__file__).parents[1] / "README.md").read_text().split())
     told = re.search(r"executed under Triton's interpreter.*?, compiled for (.*?), and not yet executed by us on a GPU", readme)
-    assert told and re.findall(r"\w+_?\d+a?", told[1]) == list(common.PROCESSORS)
+    assert told and re.findall(r"\w+_?\d+a?", told[1]) == list(PR_ARCHS)
 
 
 def test_without_triton_the_table_claims_nothing(monkeypatch):
