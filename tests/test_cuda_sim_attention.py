@@ -45,8 +45,8 @@ def test_cuda_sim_no_bank_conflicts(D, dtype):
 @pytest.mark.parametrize("D", DIMS)
 def test_cuda_sim_tiles_outside_the_range_are_not_visited(D):
     """Matrix instructions are those of the tiles that hold a visible score, no more, and five products per tile backward."""
-    T, padded = 512, {80: (80, 96)}.get(D, (D, D))
-    keys = 128 if D == 64 else 64
+    T, padded = 512, 96 if D == 80 else D
+    keys, rows = (128, 64) if D == 64 else (64, 128)  # of a block forward, of queries backward
     for options, sees in (
         ({}, lambda i, j: True),
         ({"right": 0}, lambda i, j: j <= i),
@@ -61,8 +61,8 @@ def test_cuda_sim_tiles_outside_the_range_are_not_visited(D):
             )
 
         counters = counted(*qkv(1, 1, 1, T, T, D, torch.bfloat16), **options)
-        assert counters["attention_fwd"]["mma"] == tiles(128, keys) * 2 * 128 * keys * padded[0] // 2048
-        assert counters["attention_bwd"]["mma"] == tiles(128, 128) * 5 * 128 * 128 * padded[1] // 2048
+        assert counters["attention_fwd"]["mma"] == tiles(128, keys) * 2 * 128 * keys * D // 2048
+        assert counters["attention_bwd"]["mma"] == tiles(rows, 128) * 5 * rows * 128 * padded // 2048
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,37 @@ def test_cuda_sim_integers_are_exact(D, dtype):
         assert torch.equal(o[:, :, : T - shift], v[:, :, shift:]) and (o[:, :, T - shift :] == 0).all()
         assert torch.equal(dv[:, :, shift:].double(), do[:, :, : T - shift]) and (dv[:, :, :shift] == 0).all()
         assert (dq == 0).all() and (dk == 0).all()
+
+
+@pytest.mark.parametrize("options", ({"left": 30}, {"left": 62}, {"left": 94}, {"right": 30}, {"right": 62}, {"right": 94}), ids=str)
+def test_cuda_sim_edges_of_a_warp(options):
+    """One score of a corner hidden, at every place of a warp's tile: lse counts visible keys, dv the queries that see a key."""
+    T = 160
+    zero, v = (torch.zeros(1, 1, T, 64, dtype=torch.bfloat16) for _ in range(2))
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    seen = (j >= i - options.get("left", T)) & (j <= i + options.get("right", T))
+    with use_backend("cuda_sim", "attention_fwd"):
+        lse = module.fwd(zero, zero, v, None, None, None, 1.0, 0.0, 0.0, 0, options.get("left", -1), options.get("right", -1))[1]
+    torch.testing.assert_close(lse[0, 0], seen.sum(1).log(), rtol=1e-5, atol=1e-5)
+    dv = run(zero, zero, v, **options)[3]
+    do = torch.arange(v.numel()).remainder(7).view(T, 64).double() - 3
+    expected = (seen / seen.sum(1, keepdim=True)).double().t() @ do
+    torch.testing.assert_close(dv[0, 0].double(), expected, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("D", (40, 128, 200))
+def test_cuda_sim_tf32(D, monkeypatch):
+    """Where torch is told so, float32 is multiplied on the tensor cores: exact for few bits, near for all; otherwise it is not."""
+    args = qkv(1, 2, 1, 70, 90, D, torch.float32)
+    expected = run(*args, right=3)
+    assert all(c["mma"] == 0 for c in counted(*args, right=3).values())
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert all(c["mma"] > 0 for name, c in counted(*args, right=3).items() if name in ("attention_fwd", "attention_bwd"))
+    for a, e in zip(run(*args, right=3), expected, strict=True):
+        error = (a - e).norm() / e.norm()
+        assert 1e-5 < error < 1e-3
+    zero, v = torch.zeros(1, 1, 64, D), torch.randint(-8, 9, (1, 1, 64, D)).float()
+    assert torch.equal(run(zero, zero, v)[0], v.mean(2, keepdim=True).expand_as(v))
 
 
 @pytest.mark.parametrize("processors", (1, 2, 7))

@@ -4,17 +4,36 @@
 // the online softmax in registers, O += P V with P as it lies there. Keys and values stream through a ring of three tiles.
 #include "attention.cuh"
 
+// torch's own setting, which its stable interface does not have: weak, so that under a torch without it float32 stays float32.
+#define GK_WEAK __attribute__((weak, visibility("default")))
+namespace at {
+enum class Float32Backend { GENERIC, CUDA };
+enum class Float32Op { ALL, CONV, RNN, MATMUL };
+enum class Float32Precision { NONE, IEEE, TF32 };
+struct Context {
+  GK_WEAK Float32Precision float32Precision(Float32Backend, Float32Op) const;
+};
+GK_WEAK Context& globalContext();
+}  // namespace at
+
 namespace gk {
 
-// ---- tiles: queries and keys of a block, its warps; by head dim, for every architecture ----
+// ---- tiles: queries and keys of a block, its warps ----
 struct ForwardTile {
   int rows, keys, warps;
-  GK_BOTH constexpr int shared_bytes(int D, int size) const { return (rows + 3 * keys) * D * size; }
+  // queries, three tiles of keys or values; float32's probabilities; the bias, where there is one
+  GK_BOTH constexpr int p_at(int D, int size) const { return (rows + 3 * keys) * D * size; }
+  GK_BOTH constexpr int bias_at(int D, int size) const { return p_at(D, size) + (size == 4) * rows * keys * 4; }
+  constexpr int shared_bytes(int D, int size, bool bias) const { return bias_at(D, size) + bias * rows * keys * 4; }
 };
-template <class T, int D, bool plain>
-constexpr ForwardTile forward_tile = sizeof(T) == 4 ? (D <= 64 ? ForwardTile{64, 64, 4} : D <= 128 ? ForwardTile{64, 32, 4} : ForwardTile{32, 16, 2})
-                                     : !plain       ? (D <= 128 ? ForwardTile{64, 64, 4} : ForwardTile{64, 32, 4})
-                                                    : (D <= 64 ? ForwardTile{128, 128, 4} : ForwardTile{128, 64, 4});
+// By head dim and architecture; each fits the 99 KB of the smallest. ptxas for later ones keeps more in registers. What the launcher
+// sees is sm_80's; it may differ in keys alone, of which that has the most.
+template <class T, int D, bool plain> GK_BOTH constexpr ForwardTile forward_tile(int arch = tile_arch) {
+  if (sizeof(T) == 4) return D <= 64 ? ForwardTile{64, 32, 4} : D <= 128 ? ForwardTile{64, 16, 4} : ForwardTile{32, 16, 2};
+  if (!plain) return D <= 128 ? ForwardTile{64, 64, 4} : ForwardTile{64, 16, 4};
+  if (arch >= 100) return {128, D <= 80 ? 64 : 48, 4};
+  return {128, D <= 64 ? 128 : D < 128 || arch < 90 ? 64 : 48, 4};
+}
 
 // ---- kernel ----
 
@@ -47,25 +66,27 @@ GK_DEVICE void softmax_step(float (&score)[M][N][4], float (&m)[M][2], float (&l
 }
 
 template <class T, int D, bool plain>
-__global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
-    attention_fwd(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c, unsigned row_blocks) {
-  constexpr ForwardTile tile = forward_tile<T, D, plain>;
+__global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
+    attention_fwd(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c, unsigned first_batch) {
+  constexpr ForwardTile tile = forward_tile<T, D, plain>();
   constexpr int rows = tile.rows, keys = tile.keys, threads = 32 * tile.warps;
   constexpr int M = rows / tile.warps / 16, N = keys / 8, NO = D / 8;
   constexpr int q_bytes = rows * D * int(sizeof(T)), slot_bytes = keys * D * int(sizeof(T));
+  [[maybe_unused]] constexpr int p_at = tile.p_at(D, sizeof(T));
   constexpr bool q_stays = sizeof(T) == 2 && M * (D / 4 + 4 * N + 4 * NO) <= 180;  // registers of Q, S and O
   GK_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * 16 * M;
+  [[maybe_unused]] const int bias_at = tile.bias_at(D, sizeof(T)) + warp_row * keys * 4;
   // the last rows see the most keys when causal: heavy blocks first, and blocks of a head side by side for L2
-  const unsigned head = blockIdx.x / row_blocks, b = head / unsigned(s.H), h = head % unsigned(s.H), hk = h / (unsigned(s.H) / unsigned(s.Hk));
-  const int64_t i0 = int64_t(row_blocks - 1 - blockIdx.x % row_blocks) * rows, last_row = (i0 + rows < s.Tq ? i0 + rows : s.Tq) - 1;
+  const unsigned b = first_batch + blockIdx.z, h = blockIdx.y, hk = h / (unsigned(s.H) / unsigned(s.Hk));
+  const int i0 = int(gridDim.x - 1 - blockIdx.x) * rows, last_row = (i0 + rows < c.Tq ? i0 + rows : c.Tq) - 1;
 
   const bool aligned = plain || c.aligned;
-  const Rows<const T> q{s.q.at<const T>(b, h, 0), s.q.row, int(s.D), aligned};
-  const Rows<const T> k{s.k.at<const T>(b, hk, 0), s.k.row, int(s.D), aligned}, v{s.v.at<const T>(b, hk, 0), s.v.row, int(s.Dv), aligned};
+  const auto q = rows_of<const T>(s.q, b, h, s.D, aligned);
+  const auto k = rows_of<const T>(s.k, b, hk, s.D, aligned), v = rows_of<const T>(s.v, b, hk, s.Dv, aligned);
   // key blocks that any row sees, and among them those that every row sees whole
-  const int first = int(s.first_column(i0) / keys), end = int((s.end_column(last_row) + keys - 1) / keys);
-  const int whole_first = int((s.first_column(last_row) + keys - 1) / keys), whole_end = int(s.end_column(i0) / keys);
+  const int first = c.first_column(i0) / keys, end = (c.end_column(last_row) + keys - 1) / keys;
+  const int whole_first = (c.first_column(last_row) + keys - 1) / keys, whole_end = c.end_column(i0) / keys;
 
   float o[M][NO][4], m[M][2], l[M][2];
   fill(o, 0.f);
@@ -75,13 +96,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
   // tile 2 n of the stream is K of the n-th key block (from the end), tile 2 n + 1 its V; tile i stands in slot i % 3
   int slot = q_bytes, used = q_bytes + 2 * slot_bytes;  // of the tile in use and of the one before
   const auto advance = [&] { used = slot, slot = slot == q_bytes + 2 * slot_bytes ? q_bytes : slot + slot_bytes; };
-  using KeyStream = Stream<T, D, keys, threads, true>;
-  KeyStream k_stream(k, int64_t(end - 1) * keys), v_stream(v, int64_t(end - 1) * keys);
-  const auto fetch = [&](auto tail, const Rows<const T>& from, KeyStream& stream, int block, int at) {
-    if (block >= first) {
-      if constexpr (plain) stream.template load<decltype(tail)::value>(shared + at, from.width, int(s.Tk - int64_t(block) * keys));
-      else load_tile<T, D, keys, threads>(shared + at, from, int64_t(block) * keys, s.Tk);
-    }
+  const auto fetch = [&](auto tail, const Rows<const T>& from, int block, int at) {
+    if (block >= first) load_tile<T, D, keys, threads, plain, !plain || decltype(tail)::value>(shared + at, from, block * keys, c.Tk);
     cp_async_commit();
   };
 
@@ -90,7 +106,9 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
     // the oldest tile has landed, for everybody, and everybody is done with the one before: its slot takes the tile after next
     cp_async_wait<1>();
     __syncthreads();
-    fetch(std::false_type(), k, k_stream, block - 1, used);
+    fetch(std::false_type(), k, block - 1, used);
+    if constexpr (!plain)
+      if (s.bias_kind != Bias::none) load_bias<T, M, N>(shared + bias_at, s, c, {b, h, i0 + warp_row, block * keys});
     float p[M][N][4];
     fill(p, 0.f);
     const Operand<T, D, false, false> columns(slot, 0);
@@ -98,11 +116,11 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
 #pragma unroll
       for (int kk = 0; kk < D / 16; kk++) multiply_step<T>(p, shared, queries[kk], columns, kk);
     } else {
-      multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(0, warp_row), columns);
+      multiply<T, D / 16>(p, shared, Operand<T, D, false, true>(0, warp_row), columns, c.tf32);
     }
-    const Place at{b, h, i0 + warp_row + lane / 4, int64_t(block) * keys + lane % 4 * 2};
-    if constexpr (!plain) score_steps<T, false>(p, p, s, c, at);
-    if (masked) hide(p, s, at);
+    const Place at{b, h, i0 + warp_row + lane / 4, block * keys + lane % 4 * 2};
+    if constexpr (!plain) score_steps<T, false>(p, p, s, c, at, shared + bias_at);
+    if (masked) hide<false>(p, c, at);
     float shrink[M][2];
     softmax_step<plain>(p, m, l, shrink, c.rate);
     if constexpr (!plain)
@@ -113,18 +131,24 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
       for (int n = 0; n < NO; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) o[i][n][e] *= shrink[i][e / 2];
+    // what the product takes, before the barrier: in half the registers, or float32 in the warp's own rows of a tile
+    [[maybe_unused]] uint32_t rounded[M][N][2];
+    if constexpr (sizeof(T) == 4) write_fragments<T, keys>(shared + p_at, p, warp_row, 0);
+    else round_tile<T>(rounded, p);
     advance();
     cp_async_wait<1>();
     __syncthreads();
-    fetch(std::false_type(), v, v_stream, block - 1, used);
-    multiply<T>(o, shared, p, Operand<T, D, true, false>(slot, 0));
+    fetch(std::false_type(), v, block - 1, used);
+    const Operand<T, D, true, false> values(slot, 0);
+    if constexpr (sizeof(T) == 4) multiply<T, keys / 16>(o, shared, Operand<T, keys, false, true>(p_at, warp_row), values, c.tf32);
+    else multiply<T>(o, shared, rounded, values);
     advance();
   };
 
   if (first < end) {
-    load_tile<T, D, rows, threads>(shared, q, i0, s.Tq);
-    fetch(std::true_type(), k, k_stream, end - 1, slot);
-    fetch(std::true_type(), v, v_stream, end - 1, slot + slot_bytes);
+    load_tile<T, D, rows, threads, plain>(shared, q, i0, c.Tq);
+    fetch(std::true_type(), k, end - 1, slot);
+    fetch(std::true_type(), v, end - 1, slot + slot_bytes);
     if constexpr (q_stays) {
       cp_async_wait<1>();
       __syncthreads();
@@ -158,18 +182,23 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>.warps, 2)
       const float inverse = total == 0.f ? 0.f : keep_scale / total;
 #pragma unroll
       for (int n = 0; n < NO; n++) o[i][n][2 * half] *= inverse, o[i][n][2 * half + 1] *= inverse;
-      const int64_t row = i0 + warp_row + 16 * i + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < s.Tq)
-        ((float*)s.lse)[int64_t(head) * s.Tq + row] = total == 0.f ? -infinity : m[i][half] * unit + logf(total);
+      const int row = i0 + warp_row + 16 * i + 8 * half + lane / 4;
+      if (lane % 4 == 0 && row < c.Tq)
+        ((float*)s.lse)[(b * s.H + h) * c.Tq + row] = total == 0.f ? -infinity : m[i][half] * unit + logf(total);
     }
   cp_async_wait<0>();
   write_fragments<T, D>(shared, o, warp_row, 0);
   warp_sync();
-  store_tile<T, D, 16 * M, 32>(shared + warp_row * D * int(sizeof(T)), Rows<T>{s.o.at<T>(b, h, 0), s.o.row, int(s.Dv), aligned},
-                               i0 + warp_row, s.Tq, lane);
+  store_tile<T, D, 16 * M, 32>(shared + warp_row * D * int(sizeof(T)), rows_of<T>(s.o, b, h, s.Dv, aligned), i0 + warp_row, c.Tq, lane);
 }
 
 // ==== launcher ====
+
+bool tf32_wanted() {
+  auto precision = &at::Context::float32Precision;
+  return precision && at::globalContext &&
+         (at::globalContext().*precision)(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
 
 static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
                                                      const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
@@ -178,27 +207,28 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
   const char* op = "attention_fwd";
   AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left,
                                    window_right);
-  check_gpu_tensors(op, q, {&k, &v}, {&bias, &alibi_slopes, &rng_state});
+  check_gpu(op, s, q, {&k, &v}, {&bias, &alibi_slopes, &rng_state});
   const Gpu gpu(q);
   Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, ScalarType::Float);
   if (lse.numel() == 0) return {o, lse};
+  constexpr int64_t most_grid = 65535;
+  GK_CHECK(s.H <= most_grid, op, ": at most ", most_grid, " heads, got ", s.H, " (CUDA kernels)");
   s.o = view_of(o), s.lse = lse.mutable_data_ptr();
-  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()), true);
+  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()));
   with_dtype(q.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, auto is_plain) {
       constexpr int D = decltype(dim)::value;
       constexpr bool plain = decltype(is_plain)::value;
-      constexpr ForwardTile tile = forward_tile<T, D, plain>;
-      const int64_t row_blocks = cdiv(s.Tq, tile.rows), blocks = row_blocks * s.B * s.H;
-      GK_CHECK(blocks < int64_t{1} << 31, op, ": at most 2147483647 blocks of ", tile.rows, " queries, got ", blocks);
-      launch(GK_KERNEL(attention_fwd<T, D, plain>), unsigned(blocks), 32 * tile.warps, tile.shared_bytes(D, sizeof(T)), gpu.stream, s, c,
-             unsigned(row_blocks));
+      constexpr ForwardTile tile = forward_tile<T, D, plain>();
+      const int shared = tile.shared_bytes(D, sizeof(T), s.bias_kind != Bias::none);
+      for (int64_t first = 0; first < s.B; first += most_grid)
+        launch(GK_KERNEL(attention_fwd<T, D, plain>), dim3(cdiv(s.Tq, tile.rows), s.H, std::min(s.B - first, most_grid)), 32 * tile.warps, shared,
+               gpu.stream, s, c, unsigned(first));
     };
-    const int D = padded_head_dim(std::max(s.D, s.Dv), c.plain);
     if constexpr (!std::is_same_v<T, float>)
-      if (c.plain) return with_dim<64, 80, 96, 128>(D, [&](auto dim) { run(dim, std::true_type()); });
-    with_dim<64, 128, 256>(D, [&](auto dim) { run(dim, std::false_type()); });
+      if (c.plain) return with_dim<64, 80, 96, 128>(int(s.D), [&](auto dim) { run(dim, std::true_type()); });
+    with_dim<64, 128, 256>(padded_head_dim(std::max(s.D, s.Dv)), [&](auto dim) { run(dim, std::false_type()); });
   });
   return {o, lse};
 }

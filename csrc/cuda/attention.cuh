@@ -23,7 +23,14 @@ inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropo
 
 namespace gk {
 
-constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f, infinity = INFINITY;
+constexpr float log2_e = 1.44269504f, infinity = INFINITY;
+
+// The GPU that code is compiled for, from which its tiles follow; the simulator's is the oldest.
+#ifdef __CUDA_ARCH__
+constexpr int tile_arch = __CUDA_ARCH__ / 10;
+#else
+constexpr int tile_arch = 80;
+#endif
 
 // ---- tiles in shared memory ----
 // Rows of `columns` elements in chunks of 16 bytes. Chunk c of a row stands at c ^ turn(row), so that the same chunk of eight
@@ -47,6 +54,9 @@ template <class T> struct Rows {
   int width;
   bool aligned;
 };
+template <class T> GK_DEVICE Rows<T> rows_of(const View& view, unsigned b, unsigned h, int64_t width, bool aligned) {
+  return {view.at<T>(b, h, 0), view.row, int(width), aligned};
+}
 
 // How `threads` share a tile: neighbours take a row's neighbouring chunks, and a thread's rows are a multiple of 8 apart (two warps
 // or more), so that its place in a row and its turn never change.
@@ -65,66 +75,54 @@ template <class T, int columns, int rows, int threads> struct Share {
   }
 };
 
-// Tiles of a matrix, one after another, copied asynchronously by all threads; its chunks stand on multiples of 16 bytes and are
-// whole. The thread's pointer goes from row to row and on into the next tile: down the matrix, or up it. What lies beyond the
-// matrix's rows [0, end) or beyond its width becomes 0.
-template <class T, int columns, int rows, int threads, bool up> class Stream {
+// Rows [first, first + rows) of a matrix to a tile, zeros beyond its width unless `full`, and beyond row `end` if `tail`.
+// Asynchronous where aligned: the thread's pointer then goes from row to row by one addition each.
+template <class T, int columns, int rows, int threads, bool full = false, bool tail = true>
+GK_DEVICE void load_tile(unsigned char* tile, const Rows<const T>& from, int first, int end, int thread = threadIdx.x) {
+  using Tile_ = Tile<T, columns>;
   using S = Share<T, columns, rows, threads>;
-  static_assert(S::group % Tile<T, columns>::period == 0 && S::step % 8 == 0);
-  static constexpr int last = (rows - 1) / S::step * S::step;  // the thread's last row, from its first
-  const T* at;
-  int64_t step;
-  int place;  // of the first row's chunk in a tile
-
- public:
-  GK_DEVICE Stream(const Rows<const T>& from, int64_t first, int thread = threadIdx.x) {
+  opaque(first);  // nor is it one that lives on from tile to tile, which would take registers
+  const int there = end - first;
+  if (from.aligned) {
+    static_assert(S::group % Tile_::period == 0 && S::step % 8 == 0);
     const int row = thread / S::group, chunk = thread % S::group;
-    at = from.at + (first + row + (up ? last : 0)) * from.stride + chunk * per_16<T>;
-    step = (up ? -S::step : S::step) * from.stride, place = Tile<T, columns>::chunk(row, chunk);
-  }
-  // `there`: rows of this tile inside the matrix; of no consequence unless `tail`
-  template <bool tail> GK_DEVICE void load(unsigned char* tile, int width, int there = rows, int thread = threadIdx.x) {
-    const int row = thread / S::group, chunk = thread % S::group;
+    int column = chunk * per_16<T>;
+    opaque(column);  // nor twice, in 64 bits
+    int64_t offset = int64_t(first + row) * from.stride + column;
+    opaque(offset);
+    const T* at = from.at + offset;
+    unsigned char* const to = tile + Tile_::chunk(row, chunk);
 #pragma unroll
-    for (int i = 0; i < rows; i += S::step) {
-      const int r = up ? last - i : i;
+    for (int r = 0; r < rows; r += S::step) {
       if (rows % S::step == 0 || row + r < rows)
 #pragma unroll
         for (int c = 0; c < S::chunks; c += S::group) {
-          const bool valid = (!tail || row + r < there) && (chunk + c) * per_16<T> < width;
-          cp_async_16(tile + place + r * Tile<T, columns>::row_bytes + c * 16, at + c * per_16<T>, valid ? 16 : 0);
+          const bool valid = (!tail || row + r < there) && (full || (chunk + c) * per_16<T> < from.width);
+          cp_async_16(to + r * Tile_::row_bytes + c * 16, at + c * per_16<T>, valid ? 16 : 0);
         }
-      at += step;
+      at += S::step * from.stride;
       opaque(at);
     }
-  }
-};
-
-// Rows [first, first + rows) of a matrix to a tile, zeros beyond `end` and beyond its width. Asynchronous where aligned.
-template <class T, int columns, int rows, int threads>
-GK_DEVICE void load_tile(unsigned char* tile, const Rows<const T>& from, int64_t first, int64_t end, int thread = threadIdx.x) {
-  const int there = end - first < rows ? int(end - first) : rows;
-  if (from.aligned) {
-    Stream<T, columns, rows, threads, false>(from, first, thread).template load<true>(tile, from.width, there, thread);
   } else {
-    const T* start = from.at + first * from.stride;
-    Share<T, columns, rows, threads>::each(thread, [&](int row, int c) {
+    const T* start = from.at + int64_t(first) * from.stride;
+    S::each(thread, [&](int row, int c) {
       float v[per_16<T>];
 #pragma unroll
       for (int e = 0; e < per_16<T>; e++) {
         const int column = c * per_16<T> + e;
         v[e] = row < there && column < from.width ? to_float(start[row * from.stride + column]) : 0.f;
       }
-      store_16(tile + Tile<T, columns>::chunk(row, c), pack<T>(v));  // exact: they come from T
+      store_16(tile + Tile_::chunk(row, c), pack<T>(v));  // exact: they come from T
     });
   }
 }
 
 // The other way, of rows that are there and columns of the width.
 template <class T, int columns, int rows, int threads>
-GK_DEVICE void store_tile(const unsigned char* tile, const Rows<T>& to, int64_t first, int64_t end, int thread = threadIdx.x) {
-  T* start = to.at + first * to.stride;
-  const int there = end - first < rows ? int(end - first) : rows;
+GK_DEVICE void store_tile(const unsigned char* tile, const Rows<T>& to, int first, int end, int thread = threadIdx.x) {
+  opaque(thread);  // or the places of all chunks live through a loop around this
+  T* start = to.at + int64_t(first) * to.stride;
+  const int there = end - first;
   Share<T, columns, rows, threads>::each(thread, [&](int row, int c) {
     if (row >= there || c * per_16<T> >= to.width) return;
     const uint4 bits = load_16(tile + Tile<T, columns>::chunk(row, c));
@@ -141,13 +139,14 @@ GK_DEVICE void store_tile(const unsigned char* tile, const Rows<T>& to, int64_t 
 // ---- operands of a product, in blocks of 16 x 16 ----
 // An operand is a tile, stored with the sum's index along rows (`transposed`) or along columns. Its blocks along the other
 // index are `stride` blocks apart in a transposed tile, where warps share columns in turn. is_a: the left operand.
+// first_block: below `stride`, or a multiple of the blocks that a warp takes.
 template <class T, int columns, bool transposed, bool is_a, int stride = 1> struct Operand {
   using Tile_ = Tile<T, columns>;
   static constexpr int apart = transposed ? stride : 1;  // blocks between a lane's chunks of one row
   static constexpr int variants = Tile_::period > 2 * apart ? Tile_::period / (2 * apart) : 1;
   int at[variants];
 
-  // `base`: where the tile is in shared memory; first_block < stride
+  // `base`: where the tile is in shared memory
   GK_DEVICE Operand(int base, int first_row, int first_block = 0) {
     // the four 8 x 8 matrices of an ldmatrix, in the order of a fragment's registers
     const int lane = threadIdx.x % 32;
@@ -164,22 +163,40 @@ template <class T, int columns, bool transposed, bool is_a, int stride = 1> stru
     else ldmatrix_x4(r, p);
   }
 };
-// float32: values one by one
+// float32: values one by one, or, rounded to tf32, the fragments of mma_m16n8k8_tf32
 template <int columns, bool transposed, bool is_a, int stride> struct Operand<float, columns, transposed, is_a, stride> {
+  using Tile_ = Tile<float, columns>;
   int base, row, block;
   GK_DEVICE Operand(int base, int first_row, int first_block = 0) : base(base), row(first_row), block(first_block) {}
+  // of a block of 16 rows: they turn as the tile's first ones do
+  GK_DEVICE int at(int row_block) const { return base + (row + row_block * 16) * Tile_::row_bytes; }
   // four values along the sum from k on, of index `i` of the lane's: row of the left operand, column of the right
   GK_DEVICE void load(float (&v)[4], const unsigned char* shared, int i, int k) const {
     const int lane = threadIdx.x % 32;
     const int block_of_i = i / (is_a ? 2 : 4), inside = is_a ? i % 2 * 8 + lane / 4 : i / 2 % 2 * 8 + lane % 4 * 2 + i % 2;
-    using Tile_ = Tile<float, columns>;
     if constexpr (transposed) {
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        v[e] = *(const float*)(shared + base + Tile_::element(row + k + e, (block + block_of_i * stride) * 16 + inside));
+        v[e] = *(const float*)(shared + at(0) + Tile_::element(k + e, (block + block_of_i * stride) * 16 + inside));
     } else {
-      unpack<float>(load_16(shared + base + Tile_::chunk(row + block_of_i * 16 + inside, k / 4)), v);
+      unpack<float>(load_16(shared + at(block_of_i) + Tile_::chunk(inside, k / 4)), v);
     }
+  }
+  // block i of 16 rows of the left operand, or of 16 columns of the right, from k on: eight of the sum
+  GK_DEVICE void load_tf32(uint32_t (&r)[4], const unsigned char* shared, int i, int k) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (transposed) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int along = (is_a ? e / 2 : e % 2) * 4 + lane % 4, across = (is_a ? e % 2 : e / 2) * 8 + lane / 4;
+        r[e] = *(const uint32_t*)(shared + at(0) + Tile_::element(k + along, (block + i * stride) * 16 + across));
+      }
+    } else {  // an 8 x 8 matrix of 16 bits is one of 8 x 4 floats
+      const int across = is_a ? lane % 16 : lane % 8 + lane / 16 * 8, along = is_a ? lane / 16 : lane / 8 % 2;
+      ldmatrix_x4(r, shared + at(i) + Tile_::chunk(across, k / 4 + along));
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) r[e] = cvt_tf32(__uint_as_float(r[e]));
   }
 };
 
@@ -195,27 +212,10 @@ GK_DEVICE void multiply_step(float (&acc)[M][N][4], const unsigned char* shared,
     for (int m = 0; m < M; m++) mma_m16n8k16<T>(acc[m][n], left[m], right[0]), mma_m16n8k16<T>(acc[m][n + 1], left[m], right[1]);
   }
 }
-// acc += A B over `depth` blocks of 16
+// acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate)
 template <class T, int depth, int M, int N, class A, class B>
-GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b) {
-  if constexpr (std::is_same_v<T, float>) {
-#pragma unroll 2
-    for (int k = 0; k < depth * 16; k += 4) {
-      float left[2 * M][4], right[4];
-      int here = 0;
-      opaque(here);
-#pragma unroll
-      for (int i = 0; i < 2 * M; i++) a.load(left[i], shared + here, i, k);
-#pragma unroll
-      for (int j = 0; j < 2 * N; j++) {
-        b.load(right, shared + here, j, k);
-#pragma unroll
-        for (int i = 0; i < 2 * M; i++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += left[i][e] * right[e];
-      }
-    }
-  } else {
+GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b, [[maybe_unused]] bool tf32 = false) {
+  if constexpr (!std::is_same_v<T, float>) {
 #pragma unroll
     for (int k = 0; k < depth; k++) {
       uint32_t left[M][4];
@@ -223,54 +223,74 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
       for (int m = 0; m < M; m++) a.load(left[m], shared, m, k);
       multiply_step<T>(acc, shared, left, b, k);
     }
-  }
-}
-// acc += P B with P a tile of accumulators: they are, rounded, what the unit takes as a left operand
-template <class T, int M, int N, int depth, class B>
-GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const float (&p)[M][depth][4], const B& b) {
-  if constexpr (std::is_same_v<T, float>) {
-    const int quad = threadIdx.x % 32 & ~3;
+  } else if (tf32) {
+#pragma unroll 1
+    for (int k = 0; k < depth * 16; k += 8) {
+      uint32_t left[M][4], r[4];
 #pragma unroll
-    for (int k = 0; k < depth * 8; k += 4) {
+      for (int m = 0; m < M; m++) a.load_tf32(left[m], shared, m, k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        b.load_tf32(r, shared, n / 2, k);
+        const uint32_t right[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
+#pragma unroll
+        for (int m = 0; m < M; m++)
+          mma_m16n8k8_tf32(acc[m][n], left[m], right[0]), mma_m16n8k8_tf32(acc[m][n + 1], left[m], right[1]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < depth * 16; k += 4) {
+      opaque(k);  // or every address lives through the loop
       float left[2 * M][4], right[4];
-      int here = 0;
-      opaque(here);
 #pragma unroll
-      for (int i = 0; i < 2 * M; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) left[i][e] = shfl_index(p[i / 2][k / 8][i % 2 * 2 + e % 2], quad + (k % 8 + e) / 2);
+      for (int i = 0; i < 2 * M; i++) a.load(left[i], shared, i, k);
 #pragma unroll
       for (int j = 0; j < 2 * N; j++) {
-        b.load(right, shared + here, j, k);
+        b.load(right, shared, j, k);
 #pragma unroll
         for (int i = 0; i < 2 * M; i++)
 #pragma unroll
           for (int e = 0; e < 4; e++) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += left[i][e] * right[e];
       }
     }
-  } else {
+  }
+}
+// Accumulators, rounded, as they lie are what the tensor cores take as a left operand: two registers of each four values.
+template <class T, int M, int N> GK_DEVICE void round_tile(uint32_t (&to)[M][N][2], const float (&from)[M][N][4]) {
 #pragma unroll
-    for (int k = 0; k < depth / 2; k++) {
-      uint32_t left[M][4];
+  for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int r = 0; r < 4; r++) left[m][r] = pack_2<T>(p[m][2 * k + r / 2][r % 2 * 2], p[m][2 * k + r / 2][r % 2 * 2 + 1]);
-      multiply_step<T>(acc, shared, left, b, k);
-    }
+      for (int half = 0; half < 2; half++) to[m][n][half] = pack_2<T>(from[m][n][2 * half], from[m][n][2 * half + 1]);
+}
+// acc += P B with P so rounded
+template <class T, int M, int N, int depth, class B>
+GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const uint32_t (&p)[M][depth][2], const B& b) {
+#pragma unroll
+  for (int k = 0; k < depth / 2; k++) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) left[m][r] = p[m][2 * k + r / 2][r % 2];
+    multiply_step<T>(acc, shared, left, b, k);
   }
 }
 
 // The lane's places in a tile of accumulators' shape: f(m, n, e, address) for every even e, that is for two neighbours of a row.
-// Rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise.
+// Rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise, first_block as an operand's.
 template <class T, int columns, int stride, int row_stride, int M, int N, class F>
 GK_DEVICE void each_pair(unsigned char* tile, int row, int first_block, const F& f) {
   using Tile_ = Tile<T, columns>;
-  const int lane = threadIdx.x % 32, lane_row = row + lane / 4;
+  int lane = threadIdx.x % 32;
+  opaque(lane);  // or an address for every n lives through a loop around this
+  const int start = Tile_::element(row + lane / 4, first_block * 16 + lane % 4 * 2);
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    const int column = (first_block + n / 2 * stride) * 16 + n % 2 * 8;
-    unsigned char* const top = tile + Tile_::element(lane_row, column + lane % 4 * 2);
+    const int chunk = (n / 2 * stride * 16 + n % 2 * 8) / per_16<T>, inside = chunk % Tile_::period;
+    unsigned char* const top = tile + (start ^ inside * 16) + (chunk - inside) * 16;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -298,15 +318,21 @@ template <int M, int N> GK_DEVICE void fill(float (&acc)[M][N][4], float value) 
 }
 
 // ---- what a score is, for kernels ----
+constexpr int far = 1 << 30;  // more tokens than there are; the sum of two of them stays within 32 bits
 // plain: the score is scale * q k^T and nothing else but hidden columns; `rate` then carries the scale into the exponential.
 struct Scores {
-  bool plain, aligned;  // aligned: every matrix's rows are whole chunks of 16 bytes on 16-byte boundaries
+  bool plain, aligned, tf32;  // aligned: every matrix's rows are whole chunks of 16 bytes on 16-byte boundaries
   float scale, softcap, rate;
+  int Tq, Tk, low, high, diagonal;  // row i sees column j where low <= j - i <= high
+  // the columns that rows [i0, i1] can see: begin of the first row, end of the last
+  GK_BOTH int first_column(int i) const { return i + low < 0 ? 0 : i + low > Tk ? Tk : i + low; }
+  GK_BOTH int end_column(int i) const { return i + high < 0 ? 0 : i + high >= Tk ? Tk : i + high + 1; }
 };
 
 // Where a lane's part of a score tile is: its first row and column.
 struct Place {
-  int64_t b, h, row, column;
+  unsigned b, h;
+  int row, column;
 };
 
 // f(m, n, e, row, column) for each of the lane's scores; row and column from its first
@@ -319,60 +345,97 @@ template <int M, int N, class F> GK_DEVICE void each_score(const F& f) {
       for (int e = 0; e < 4; e++) f(m, n, e, 16 * m + e / 2 * 8, 8 * n + e % 2);
 }
 
-// -inf where a row does not see a column (the columns beyond Tk included)
-template <int M, int N> GK_DEVICE void hide(float (&score)[M][N][4], const AttentionArgs& s, const Place& at) {
-  // the columns that the lane's first row sees, from its first column; what is far outside the tile may as well be near
-  const auto near = [](int64_t x) { return x < -4096 ? -4096 : x > 4096 ? 4096 : int(x); };
-  const int64_t diagonal = at.row + s.diagonal - at.column;
-  const int first = s.window_left < 0 ? -8192 : near(diagonal - s.window_left), end = s.window_right < 0 ? 8192 : near(diagonal + s.window_right + 1);
-  const int present = near(s.Tk - at.column);
+// -inf where a row does not see a column (the columns beyond Tk included); flipped: keys lie along rows, queries along columns.
+// A warp whose tile is seen whole does nothing.
+template <bool flipped, int M, int N> GK_DEVICE void hide(float (&score)[M][N][4], const Scores& c, const Place& at) {
+  const int ahead = at.column - at.row, low = c.low - ahead, high = c.high - ahead, present = c.Tk - at.column;
+  constexpr int most_query = flipped ? 8 * N - 7 : 16 * M - 8, most_key = flipped ? 16 * M - 8 : 8 * N - 7;
+  if (warp_all(low <= -most_query && high >= most_key && present > most_key)) return;
   each_score<M, N>([&](int m, int n, int e, int row, int column) {
-    if (column < first + row || column >= end + row || column >= present) score[m][n][e] = -infinity;
+    const int query = flipped ? column : row, key = flipped ? row : column;
+    if (key < low + query || key > high + query || key >= present) score[m][n][e] = -infinity;
   });
 }
 
-template <class B, int M, int N> GK_DEVICE void add_bias(float (&score)[M][N][4], const AttentionArgs& s, const Place& at) {
-  const B* bias = s.bias.at<const B>(at.b, at.h, at.row) + at.column * s.bias_column;
-  each_score<M, N>([&](int m, int n, int e, int row, int column) {
-    if (at.row + row >= s.Tq || at.column + column >= s.Tk) return;
-    const B value = bias[row * s.bias.row + column * s.bias_column];
-    float& x = score[m][n][e];
-    // a hidden key's score may be anything, even NaN: it is replaced, not added to
-    if constexpr (std::is_same_v<B, uint8_t>) x = value ? x : -infinity;
-    else x += to_float(value);
-  });
+// The warp's part of the bias to its tile of floats in shared memory, row by row whatever its type; -inf where it hides a key.
+template <class T, int M, int N> GK_DEVICE void load_bias(unsigned char* tile, const AttentionArgs& s, const Scores& c, Place warp) {
+  const auto to_tile = [&](auto type) {
+    const auto* bias = s.bias.at<const decltype(type)>(warp.b, warp.h, warp.row) + warp.column * s.bias_column;
+#pragma unroll 2
+    for (int i = threadIdx.x % 32; i < 128 * M * N; i += 32) {
+      const int row = i / (8 * N), column = i % (8 * N);
+      float value = 0;
+      if (warp.row + row < c.Tq && warp.column + column < c.Tk) {
+        const auto x = bias[row * s.bias.row + column * s.bias_column];
+        if constexpr (std::is_same_v<decltype(type), uint8_t>) value = x ? 0 : -infinity;
+        else value = to_float(x);
+      }
+      *(float*)(tile + Tile<float, 8 * N>::element(row, column)) = value;
+    }
+  };
+  if (s.bias_kind == Bias::boolean) to_tile(uint8_t());
+  else if (s.bias_kind == Bias::stat) to_tile(float());
+  else to_tile(T());
+  warp_sync();
+}
+
+// x to (-1, 1); for 16 bits an error of 2^-22 is none
+template <class T> GK_DEVICE float tanh_of(float x) {
+  if constexpr (std::is_same_v<T, float>) return tanhf(x);
+  else return 1 - 2 * rcp_approx(ex2_approx(2 * log2_e * x) + 1);
 }
 
 // Every step from products q k^T to scores, in place, but for hide(). slope[m][n][e] becomes softcap's derivative, if wanted.
+// bias: the warp's tile of it
 template <class T, bool derivative, int M, int N>
-GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], const AttentionArgs& s, const Scores& c, const Place& at) {
+GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], const AttentionArgs& s, const Scores& c, const Place& at,
+                           unsigned char* bias) {
   each_score<M, N>([&](int m, int n, int e, int, int) { score[m][n][e] *= c.scale; });
   if constexpr (derivative) fill(slope, 1.f);
-  if (c.softcap > 0)
+  if (c.softcap > 0) {
+    const float inverse = 1 / c.softcap;
     each_score<M, N>([&](int m, int n, int e, int, int) {
-      const float t = tanhf(score[m][n][e] / c.softcap);
+      const float t = tanh_of<T>(score[m][n][e] * inverse);
       score[m][n][e] = c.softcap * t;
       if constexpr (derivative) slope[m][n][e] = 1 - t * t;
     });
+  }
   if (s.slopes) {
     const float alibi = ((const float*)s.slopes)[at.b * s.slopes_batch + at.h * s.slopes_head];
-    const int64_t first = at.row + s.diagonal - at.column;
-    each_score<M, N>([&](int m, int n, int e, int row, int column) {
-      const int64_t distance = first + row - column;
-      score[m][n][e] -= alibi * float(distance < 0 ? -distance : distance);
-    });
+    const int first = at.row - at.column + c.diagonal;
+    each_score<M, N>([&](int m, int n, int e, int row, int column) { score[m][n][e] -= alibi * fabsf(float(first + row - column)); });
   }
-  if (s.bias_kind == Bias::boolean) add_bias<uint8_t>(score, s, at);
-  else if (s.bias_kind == Bias::stat) add_bias<float>(score, s, at);
-  else if (s.bias_kind == Bias::same) add_bias<T>(score, s, at);
+  if (s.bias_kind != Bias::none)
+    each_pair<float, 8 * N, 1, 1, M, N>(bias, 0, 0, [&](int m, int n, int e, const unsigned char* p) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float value = ((const float*)p)[i];
+        // a hidden key's score may be anything, even NaN: it is replaced, not added to
+        float& x = score[m][n][e + i];
+        x = value == -infinity ? -infinity : x + value;
+      }
+    });
 }
 
 // ---- dropout ----
+// A 4 x 4 transpose over the quad: afterwards w[i] is word t of lane i.
+GK_DEVICE void transpose_quad(uint32_t (&w)[4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (!(i & distance)) {
+        const bool upper = t & distance;
+        const uint32_t got = shfl_xor(upper ? w[i] : w[i + distance], distance);
+        w[i] = upper ? got : w[i], w[i + distance] = upper ? w[i + distance] : got;
+      }
+}
 // keep(m, n, e, kept) for each of the lane's scores. A call of Philox serves eight columns of a row, that is the four lanes of
 // a quad: each calls it for another group of columns, then they trade words.
 template <int M, int N, class F> GK_DEVICE void each_kept(const AttentionArgs& s, const Place& at, const F& keep) {
   const uint64_t seed = s.philox.state[0];
-  const uint32_t offset = uint32_t(s.philox.state[1]), plane = uint32_t(at.b * s.H + at.h), t = threadIdx.x % 4;
+  const uint32_t offset = uint32_t(s.philox.state[1]), plane = at.b * unsigned(s.H) + at.h, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -381,16 +444,7 @@ template <int M, int N, class F> GK_DEVICE void each_kept(const AttentionArgs& s
       for (int n = 0; n < N; n += 4) {
         const uint4 words = philox_8(seed, offset, uint32_t(at.column / 8) + n + t, uint32_t(at.row) + 16 * m + 8 * half, plane);
         uint32_t w[4] = {words.x, words.y, words.z, words.w};
-        // a 4 x 4 transpose over the quad: afterwards w[i] is word t of lane i
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (!(i & distance)) {
-              const bool upper = t & distance;
-              const uint32_t got = shfl_xor(upper ? w[i] : w[i + distance], distance);
-              w[i] = upper ? got : w[i], w[i + distance] = upper ? w[i + distance] : got;
-            }
+        transpose_quad(w);
 #pragma unroll
         for (int i = 0; i < 4 && n + i < N; i++) {
           keep(m, n + i, 2 * half, (w[i] & 0xFFFF) >= s.philox.drop_below);
@@ -401,17 +455,15 @@ template <int M, int N, class F> GK_DEVICE void each_kept(const AttentionArgs& s
 
 // ==== host ====
 
-// The head dim a kernel is made for: those of GPT models and a few steps up to the limit. General kernels have fewer.
-inline int padded_head_dim(int64_t D, bool plain) {
-  return D <= 64 ? 64 : plain && D <= 80 ? 80 : plain && D <= 96 ? 96 : D <= 128 ? 128 : 256;
-}
+// The head dim that a kernel of no exact one is made for.
+inline int padded_head_dim(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 // f(integral_constant) of a padded head dim
 template <int... dims, class F> void with_dim(int D, const F& f) {
   ((D == dims ? (f(std::integral_constant<int, dims>()), 0) : 0), ...);
 }
 
-// 163 KB or more of shared memory for a block; 99 KB elsewhere
-inline bool large_shared(int arch) { return arch != 86 && arch != 89 && arch < 120; }
+// bytes of shared memory that a block may have
+inline int most_shared(int arch) { return (arch == 86 || arch == 89 || arch >= 120 ? 99 : arch == 80 || arch == 87 ? 163 : 227) << 10; }
 
 inline bool whole_chunks(const Tensor& t) {
   const int64_t size = element_size(t.scalar_type());
@@ -420,17 +472,26 @@ inline bool whole_chunks(const Tensor& t) {
   return whole;
 }
 
-// The kernels for plain scores are those that are tuned: 16 bits, head dims up to 128.
-inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size, bool tuned) {
+// The kernels for plain scores are those that are tuned: 16 bits, the head dims of GPT models.
+inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size) {
   const bool plain = s.softcap == 0 && !s.slopes && s.bias_kind == Bias::none && !s.philox.drop_below && s.scale > 0 && aligned &&
-                     tuned && size == 2 && s.D <= 128 && s.Dv <= 128;
-  return {plain, aligned, float(s.scale), float(s.softcap), float((plain ? s.scale : 1) * double(log2_e))};
+                     size == 2 && s.D == s.Dv && (s.D == 64 || s.D == 80 || s.D == 96 || s.D == 128);
+  const auto near = [](int64_t x) { return int(std::clamp<int64_t>(x, -far, far)); };
+  const int low = s.window_left < 0 ? -far : near(s.diagonal - s.window_left);
+  const int high = s.window_right < 0 ? far : near(s.diagonal + s.window_right);
+  const float rate = float((plain ? s.scale : 1) * double(log2_e));
+  return {plain, aligned, size == 4 && tf32_wanted(), float(s.scale), float(s.softcap), rate, int(s.Tq), int(s.Tk), low, high, near(s.diagonal)};
 }
 
+// torch.backends.cuda.matmul asks for TF32 in products of float32.
+bool tf32_wanted();
+
 // Everything that AttentionArgs does not check for a GPU.
-inline void check_gpu_tensors(const char* op, const Tensor& q, std::initializer_list<const Tensor*> more,
+inline void check_gpu(const char* op, const AttentionArgs& s, const Tensor& q, std::initializer_list<const Tensor*> more,
                               std::initializer_list<const OptTensor*> optional) {
   GK_CHECK(q.scalar_type() != ScalarType::Double, op, ": q must be float32, bfloat16 or float16, got float64 (CUDA kernels)");
+  constexpr int64_t most = far - 1024;
+  GK_CHECK(s.Tq <= most && s.Tk <= most, op, ": at most ", most, " tokens, got q ", s.Tq, ", k ", s.Tk, " (CUDA kernels)");
   for (const Tensor* t : more) check_same_device(op, "every argument", *t, q);
   for (const OptTensor* t : optional)
     if (*t) check_same_device(op, "every argument", **t, q);

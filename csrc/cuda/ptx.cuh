@@ -31,6 +31,7 @@ GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generi
 // Nothing at all, but the compiler no longer knows where the value comes from: a pointer that goes from row to row by one addition
 // each is not turned into a product for each row, addresses of a later step are not computed before an earlier one.
 template <class T> GK_DEVICE void opaque(T*& p) { GK_PURE((void)p, "" : "+l"(p)); }
+GK_DEVICE void opaque(int64_t& x) { GK_PTX((void)x, "" : "+l"(x)); }
 GK_DEVICE void opaque(int& x) { GK_PTX((void)x, "" : "+r"(x)); }
 
 // ---- 16 bytes of global or shared memory, where the pointer stands on a multiple of 16 ----
