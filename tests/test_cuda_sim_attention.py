@@ -104,15 +104,16 @@ def test_cuda_sim_integers_are_exact(D, dtype):
         assert (dq == 0).all() and (dk == 0).all()
 
 
-@pytest.mark.parametrize("options", ({"left": 30}, {"left": 62}, {"left": 94}, {"right": 30}, {"right": 62}, {"right": 94}), ids=str)
+@pytest.mark.parametrize("options", [{side: size} for side in ("left", "right") for size in (30, 62, 94)], ids=str)
 def test_cuda_sim_edges_of_a_warp(options):
     """One score of a corner hidden, at every place of a warp's tile: lse counts visible keys, dv the queries that see a key."""
     T = 160
     zero, v = (torch.zeros(1, 1, T, 64, dtype=torch.bfloat16) for _ in range(2))
     i, j = torch.arange(T)[:, None], torch.arange(T)
     seen = (j >= i - options.get("left", T)) & (j <= i + options.get("right", T))
+    window = options.get("left", -1), options.get("right", -1)
     with use_backend("cuda_sim", "attention_fwd"):
-        lse = module.fwd(zero, zero, v, None, None, None, 1.0, 0.0, 0.0, 0, options.get("left", -1), options.get("right", -1))[1]
+        lse = module.fwd(zero, zero, v, None, None, None, 1.0, 0.0, 0.0, 0, *window)[1]
     torch.testing.assert_close(lse[0, 0], seen.sum(1).log(), rtol=1e-5, atol=1e-5)
     dv = run(zero, zero, v, **options)[3]
     do = torch.arange(v.numel()).remainder(7).view(T, 64).double() - 3
@@ -120,17 +121,26 @@ def test_cuda_sim_edges_of_a_warp(options):
     torch.testing.assert_close(dv[0, 0].double(), expected, rtol=1e-2, atol=2e-3)
 
 
+@pytest.fixture
+def tf32():
+    """A switch; off again after the test."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield lambda: setattr(matmul, "fp32_precision", "tf32")
+    matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("D", (40, 128, 200))
-def test_cuda_sim_tf32(D, monkeypatch):
-    """Where torch is told so, float32 is multiplied on the tensor cores: exact for few bits, near for all; otherwise it is not."""
+def test_cuda_sim_tf32(D, tf32):
+    """Where torch is told so, float32 is multiplied on the tensor cores: exact for few bits, near for all; otherwise not."""
     args = qkv(1, 2, 1, 70, 90, D, torch.float32)
     expected = run(*args, right=3)
     assert all(c["mma"] == 0 for c in counted(*args, right=3).values())
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert all(c["mma"] > 0 for name, c in counted(*args, right=3).items() if name in ("attention_fwd", "attention_bwd"))
+    tf32()
+    counters = counted(*args, right=3)
+    assert counters["attention_fwd"]["mma"] > 0 and counters["attention_bwd"]["mma"] > 0
     for a, e in zip(run(*args, right=3), expected, strict=True):
-        error = (a - e).norm() / e.norm()
-        assert 1e-5 < error < 1e-3
+        assert 1e-5 < (a - e).norm() / e.norm() < 1e-3
     zero, v = torch.zeros(1, 1, 64, D), torch.randint(-8, 9, (1, 1, 64, D)).float()
     assert torch.equal(run(zero, zero, v)[0], v.mean(2, keepdim=True).expand_as(v))
 

@@ -26,8 +26,8 @@ struct ForwardTile {
   GK_BOTH constexpr int bias_at(int D, int size) const { return p_at(D, size) + (size == 4) * rows * keys * 4; }
   constexpr int shared_bytes(int D, int size, bool bias) const { return bias_at(D, size) + bias * rows * keys * 4; }
 };
-// By head dim and architecture; each fits the 99 KB of the smallest. ptxas for later ones keeps more in registers. What the launcher
-// sees is sm_80's; it may differ in keys alone, of which that has the most.
+// By head dim and architecture; each fits the 99 KB of the smallest. ptxas for later ones keeps more in registers. What the
+// launcher sees is sm_80's: it has the most keys, and the rest alike.
 template <class T, int D, bool plain> GK_BOTH constexpr ForwardTile forward_tile(int arch = tile_arch) {
   if (sizeof(T) == 4) return D <= 64 ? ForwardTile{64, 32, 4} : D <= 128 ? ForwardTile{64, 16, 4} : ForwardTile{32, 16, 2};
   if (!plain) return D <= 128 ? ForwardTile{64, 64, 4} : ForwardTile{64, 16, 4};
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
   int slot = q_bytes, used = q_bytes + 2 * slot_bytes;  // of the tile in use and of the one before
   const auto advance = [&] { used = slot, slot = slot == q_bytes + 2 * slot_bytes ? q_bytes : slot + slot_bytes; };
   const auto fetch = [&](auto tail, const Rows<const T>& from, int block, int at) {
-    if (block >= first) load_tile<T, D, keys, threads, plain, !plain || decltype(tail)::value>(shared + at, from, block * keys, c.Tk);
+    constexpr bool tails = !plain || decltype(tail)::value;
+    if (block >= first) load_tile<T, D, keys, threads, plain, tails>(shared + at, from, block * keys, c.Tk);
     cp_async_commit();
   };
 
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
     float shrink[M][2];
     softmax_step<plain>(p, m, l, shrink, c.rate);
     if constexpr (!plain)
-      if (s.philox.drop_below) each_kept<M, N>(s, at, [&](int i, int n, int e, bool kept) { p[i][n][e] = kept ? p[i][n][e] : 0.f; });
+      if (s.philox.drop_below) each_kept<M, N>(s, at,
+                                               [&](int i, int n, int e, bool kept) { p[i][n][e] = kept ? p[i][n][e] : 0.f; });
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
@@ -140,8 +142,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
     __syncthreads();
     fetch(std::false_type(), v, block - 1, used);
     const Operand<T, D, true, false> values(slot, 0);
-    if constexpr (sizeof(T) == 4) multiply<T, keys / 16>(o, shared, Operand<T, keys, false, true>(p_at, warp_row), values, c.tf32);
-    else multiply<T>(o, shared, rounded, values);
+    if constexpr (sizeof(T) != 4) multiply<T>(o, shared, rounded, values);
+    else multiply<T, keys / 16>(o, shared, Operand<T, keys, false, true>(p_at, warp_row), values, c.tf32);
     advance();
   };
 
@@ -189,7 +191,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
   cp_async_wait<0>();
   write_fragments<T, D>(shared, o, warp_row, 0);
   warp_sync();
-  store_tile<T, D, 16 * M, 32>(shared + warp_row * D * int(sizeof(T)), rows_of<T>(s.o, b, h, s.Dv, aligned), i0 + warp_row, c.Tq, lane);
+  unsigned char* const mine = shared + warp_row * D * int(sizeof(T));
+  store_tile<T, D, 16 * M, 32>(mine, rows_of<T>(s.o, b, h, s.Dv, aligned), i0 + warp_row, c.Tq, lane);
 }
 
 // ==== launcher ====
@@ -202,11 +205,11 @@ bool tf32_wanted() {
 
 static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
                                                      const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
-                                                     double softcap, double dropout_p, int64_t causal_offset, int64_t window_left,
-                                                     int64_t window_right) {
+                                                     double softcap, double dropout_p, int64_t causal_offset,
+                                                     int64_t window_left, int64_t window_right) {
   const char* op = "attention_fwd";
-  AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left,
-                                   window_right);
+  AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
+                                   window_left, window_right);
   check_gpu(op, s, q, {&k, &v}, {&bias, &alibi_slopes, &rng_state});
   const Gpu gpu(q);
   Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, ScalarType::Float);
@@ -214,7 +217,8 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
   constexpr int64_t most_grid = 65535;
   GK_CHECK(s.H <= most_grid, op, ": at most ", most_grid, " heads, got ", s.H, " (CUDA kernels)");
   s.o = view_of(o), s.lse = lse.mutable_data_ptr();
-  const Scores c = scores_of(s, whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o), element_size(q.scalar_type()));
+  const bool aligned = whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o);
+  const Scores c = scores_of(s, aligned, element_size(q.scalar_type()), true);
   with_dtype(q.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, auto is_plain) {
@@ -223,8 +227,10 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
       constexpr ForwardTile tile = forward_tile<T, D, plain>();
       const int shared = tile.shared_bytes(D, sizeof(T), s.bias_kind != Bias::none);
       for (int64_t first = 0; first < s.B; first += most_grid)
-        launch(GK_KERNEL(attention_fwd<T, D, plain>), dim3(cdiv(s.Tq, tile.rows), s.H, std::min(s.B - first, most_grid)), 32 * tile.warps, shared,
-               gpu.stream, s, c, unsigned(first));
+        {
+        const dim3 grid(cdiv(s.Tq, tile.rows), s.H, std::min(s.B - first, most_grid));
+        launch(GK_KERNEL(attention_fwd<T, D, plain>), grid, 32 * tile.warps, shared, gpu.stream, s, c, unsigned(first));
+      }
     };
     if constexpr (!std::is_same_v<T, float>)
       if (c.plain) return with_dim<64, 80, 96, 128>(int(s.D), [&](auto dim) { run(dim, std::true_type()); });

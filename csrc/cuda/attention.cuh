@@ -1,7 +1,9 @@
-// What attention's kernels share: tiles in shared memory, products of tiles, score steps, dropout. The op: gpt_kernels/ops/attention.py.
+// What attention's kernels share: tiles in shared memory, products of tiles, score steps, dropout. The op:
+// gpt_kernels/ops/attention.py.
 //
-// A score tile and an output tile live in registers as the accumulators of mma_m16n8k16: acc[m][n][e] is row 16 m + g + 8 (e / 2),
-// column 8 n + 2 t + e % 2, with g = lane / 4 and t = lane % 4. float32 keeps the same places and multiplies in true float32.
+// A score tile and an output tile live in registers as the accumulators of mma_m16n8k16: acc[m][n][e] is row 16 m + g + 8 (e /
+// 2), column 8 n + 2 t + e % 2, with g = lane / 4 and t = lane % 4. float32 keeps the same places and multiplies in true
+// float32.
 #pragma once
 #include "common.cuh"
 
@@ -12,7 +14,8 @@ inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropo
   if (dropout_p == 0) return {};
   GK_CHECK(rng_state, op, ": dropout_p = ", dropout_p, " needs rng_state, an int64 tensor (seed, offset)");
   check_device(op, "rng_state", *rng_state), check_dtype(op, "rng_state", *rng_state, ScalarType::Long);
-  GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ", shape_text(*rng_state));
+  GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ",
+           shape_text(*rng_state));
   check_contiguous(op, "rng_state", *rng_state);
   const uint32_t drop_below = uint32_t(std::min(int64_t(dropout_p * 65536 + 0.5), int64_t{65535}));
   return {data<int64_t>(*rng_state), drop_below, float(1 / (1 - drop_below / 65536.0))};
@@ -34,13 +37,15 @@ constexpr int tile_arch = 80;
 
 // ---- tiles in shared memory ----
 // Rows of `columns` elements in chunks of 16 bytes. Chunk c of a row stands at c ^ turn(row), so that the same chunk of eight
-// neighbouring rows, which is what ldmatrix and a warp's stores of 16-bit fragments touch, lies in 32 different banks; and so do
-// two neighbouring chunks of four rows, which is what half a warp's stores of float32 fragments touch.
+// neighbouring rows, which is what ldmatrix and a warp's stores of 16-bit fragments touch, lies in 32 different banks; and so
+// do two neighbouring chunks of four rows, which is what half a warp's stores of float32 fragments touch.
 template <class T, int columns> struct Tile {
   static constexpr int chunks = columns / per_16<T>, row_bytes = columns * int(sizeof(T));
   static constexpr int period = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : 1;
   static constexpr int half = period > 1 ? period / 2 : 1;
-  GK_DEVICE static int turn(int row) { return row / (8 / period) % half * 2 % period + row / (8 / period) / half % 2 * (period > 1); }
+  GK_DEVICE static int turn(int row) {
+    return row / (8 / period) % half * 2 % period + row / (8 / period) / half % 2 * (period > 1);
+  }
   GK_DEVICE static int chunk(int row, int c) { return row * row_bytes + (c ^ turn(row)) * 16; }
   GK_DEVICE static int element(int row, int column) {
     return chunk(row, column / per_16<T>) + column % per_16<T> * int(sizeof(T));
@@ -58,8 +63,8 @@ template <class T> GK_DEVICE Rows<T> rows_of(const View& view, unsigned b, unsig
   return {view.at<T>(b, h, 0), view.row, int(width), aligned};
 }
 
-// How `threads` share a tile: neighbours take a row's neighbouring chunks, and a thread's rows are a multiple of 8 apart (two warps
-// or more), so that its place in a row and its turn never change.
+// How `threads` share a tile: neighbours take a row's neighbouring chunks, and a thread's rows are a multiple of 8 apart (two
+// warps or more), so that its place in a row and its turn never change.
 template <class T, int columns, int rows, int threads> struct Share {
   static constexpr int chunks = Tile<T, columns>::chunks;
   static constexpr int lowest_bit = chunks & -chunks, widest = threads < 64 ? 8 : threads / 8;
@@ -67,7 +72,7 @@ template <class T, int columns, int rows, int threads> struct Share {
   // f(row, chunk)
   template <class F> GK_DEVICE static void each(int thread, const F& f) {
     const int row = thread / group, chunk = thread % group;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < rows; r += step)
       if (rows % step == 0 || row + r < rows)
 #pragma unroll
@@ -81,13 +86,13 @@ template <class T, int columns, int rows, int threads, bool full = false, bool t
 GK_DEVICE void load_tile(unsigned char* tile, const Rows<const T>& from, int first, int end, int thread = threadIdx.x) {
   using Tile_ = Tile<T, columns>;
   using S = Share<T, columns, rows, threads>;
-  opaque(first);  // nor is it one that lives on from tile to tile, which would take registers
+  opaque(first);  // here and below: nothing that follows from it shall live on from tile to tile, which would take registers
   const int there = end - first;
   if (from.aligned) {
     static_assert(S::group % Tile_::period == 0 && S::step % 8 == 0);
     const int row = thread / S::group, chunk = thread % S::group;
     int column = chunk * per_16<T>;
-    opaque(column);  // nor twice, in 64 bits
+    opaque(column);
     int64_t offset = int64_t(first + row) * from.stride + column;
     opaque(offset);
     const T* at = from.at + offset;
@@ -202,19 +207,22 @@ template <int columns, bool transposed, bool is_a, int stride> struct Operand<fl
 
 // acc += A B, the k-th block of 16 of the sum, with A in registers
 template <class T, int M, int N, class B>
-GK_DEVICE void multiply_step(float (&acc)[M][N][4], const unsigned char* shared, const uint32_t (&left)[M][4], const B& b, int k) {
+GK_DEVICE void multiply_step(float (&acc)[M][N][4], const unsigned char* shared, const uint32_t (&left)[M][4], const B& b,
+                             int k) {
 #pragma unroll
   for (int n = 0; n < N; n += 2) {
     uint32_t r[4];
     b.load(r, shared, n / 2, k);
     const uint32_t right[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
 #pragma unroll
-    for (int m = 0; m < M; m++) mma_m16n8k16<T>(acc[m][n], left[m], right[0]), mma_m16n8k16<T>(acc[m][n + 1], left[m], right[1]);
+    for (int m = 0; m < M; m++)
+      mma_m16n8k16<T>(acc[m][n], left[m], right[0]), mma_m16n8k16<T>(acc[m][n + 1], left[m], right[1]);
   }
 }
 // acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate)
 template <class T, int depth, int M, int N, class A, class B>
-GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b, [[maybe_unused]] bool tf32 = false) {
+GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b,
+                        [[maybe_unused]] bool tf32 = false) {
   if constexpr (!std::is_same_v<T, float>) {
 #pragma unroll
     for (int k = 0; k < depth; k++) {
@@ -279,8 +287,8 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
   }
 }
 
-// The lane's places in a tile of accumulators' shape: f(m, n, e, address) for every even e, that is for two neighbours of a row.
-// Rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise, first_block as an operand's.
+// The lane's places in a tile of accumulators' shape: f(m, n, e, address) for every even e, that is for two neighbours of a
+// row. Rows from `row` on, in blocks of 16 that are row_stride blocks apart; columns likewise, first_block as an operand's.
 template <class T, int columns, int stride, int row_stride, int M, int N, class F>
 GK_DEVICE void each_pair(unsigned char* tile, int row, int first_block, const F& f) {
   using Tile_ = Tile<T, columns>;
@@ -358,7 +366,8 @@ template <bool flipped, int M, int N> GK_DEVICE void hide(float (&score)[M][N][4
 }
 
 // The warp's part of the bias to its tile of floats in shared memory, row by row whatever its type; -inf where it hides a key.
-template <class T, int M, int N> GK_DEVICE void load_bias(unsigned char* tile, const AttentionArgs& s, const Scores& c, Place warp) {
+template <class T, int M, int N>
+GK_DEVICE void load_bias(unsigned char* tile, const AttentionArgs& s, const Scores& c, const Place& warp) {
   const auto to_tile = [&](auto type) {
     const auto* bias = s.bias.at<const decltype(type)>(warp.b, warp.h, warp.row) + warp.column * s.bias_column;
 #pragma unroll 2
@@ -388,8 +397,8 @@ template <class T> GK_DEVICE float tanh_of(float x) {
 // Every step from products q k^T to scores, in place, but for hide(). slope[m][n][e] becomes softcap's derivative, if wanted.
 // bias: the warp's tile of it
 template <class T, bool derivative, int M, int N>
-GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], const AttentionArgs& s, const Scores& c, const Place& at,
-                           unsigned char* bias) {
+GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], const AttentionArgs& s, const Scores& c,
+                           const Place& at, unsigned char* bias) {
   each_score<M, N>([&](int m, int n, int e, int, int) { score[m][n][e] *= c.scale; });
   if constexpr (derivative) fill(slope, 1.f);
   if (c.softcap > 0) {
@@ -403,7 +412,9 @@ GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], con
   if (s.slopes) {
     const float alibi = ((const float*)s.slopes)[at.b * s.slopes_batch + at.h * s.slopes_head];
     const int first = at.row - at.column + c.diagonal;
-    each_score<M, N>([&](int m, int n, int e, int row, int column) { score[m][n][e] -= alibi * fabsf(float(first + row - column)); });
+    each_score<M, N>([&](int m, int n, int e, int row, int column) {
+      score[m][n][e] -= alibi * fabsf(float(first + row - column));
+    });
   }
   if (s.bias_kind != Bias::none)
     each_pair<float, 8 * N, 1, 1, M, N>(bias, 0, 0, [&](int m, int n, int e, const unsigned char* p) {
@@ -442,7 +453,8 @@ template <int M, int N, class F> GK_DEVICE void each_kept(const AttentionArgs& s
     for (int half = 0; half < 2; half++)
 #pragma unroll
       for (int n = 0; n < N; n += 4) {
-        const uint4 words = philox_8(seed, offset, uint32_t(at.column / 8) + n + t, uint32_t(at.row) + 16 * m + 8 * half, plane);
+        const uint32_t group = at.column / 8 + n + t, row = at.row + 16 * m + 8 * half;
+        const uint4 words = philox_8(seed, offset, group, row, plane);
         uint32_t w[4] = {words.x, words.y, words.z, words.w};
         transpose_quad(w);
 #pragma unroll
@@ -463,7 +475,9 @@ template <int... dims, class F> void with_dim(int D, const F& f) {
 }
 
 // bytes of shared memory that a block may have
-inline int most_shared(int arch) { return (arch == 86 || arch == 89 || arch >= 120 ? 99 : arch == 80 || arch == 87 ? 163 : 227) << 10; }
+inline int most_shared(int arch) {
+  return (arch == 86 || arch == 89 || arch >= 120 ? 99 : arch == 80 || arch == 87 ? 163 : 227) << 10;
+}
 
 inline bool whole_chunks(const Tensor& t) {
   const int64_t size = element_size(t.scalar_type());
@@ -472,19 +486,20 @@ inline bool whole_chunks(const Tensor& t) {
   return whole;
 }
 
-// The kernels for plain scores are those that are tuned: 16 bits, the head dims of GPT models.
-inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size) {
-  const bool plain = s.softcap == 0 && !s.slopes && s.bias_kind == Bias::none && !s.philox.drop_below && s.scale > 0 && aligned &&
-                     size == 2 && s.D == s.Dv && (s.D == 64 || s.D == 80 || s.D == 96 || s.D == 128);
+// torch.backends.cuda.matmul asks for TF32 in products of float32.
+bool tf32_wanted();
+
+// The kernels for plain scores are those that are tuned: 16 bits, the head dims of GPT models; `fits`: the GPU can run them.
+inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size, bool fits) {
+  const bool tuned = size == 2 && s.D == s.Dv && (s.D == 64 || s.D == 80 || s.D == 96 || s.D == 128) && aligned && fits;
+  const bool plain = tuned && s.softcap == 0 && !s.slopes && s.bias_kind == Bias::none && !s.philox.drop_below && s.scale > 0;
   const auto near = [](int64_t x) { return int(std::clamp<int64_t>(x, -far, far)); };
   const int low = s.window_left < 0 ? -far : near(s.diagonal - s.window_left);
   const int high = s.window_right < 0 ? far : near(s.diagonal + s.window_right);
   const float rate = float((plain ? s.scale : 1) * double(log2_e));
-  return {plain, aligned, size == 4 && tf32_wanted(), float(s.scale), float(s.softcap), rate, int(s.Tq), int(s.Tk), low, high, near(s.diagonal)};
+  return {plain, aligned, size == 4 && tf32_wanted(), float(s.scale), float(s.softcap), rate,
+          int(s.Tq), int(s.Tk), low, high, near(s.diagonal)};
 }
-
-// torch.backends.cuda.matmul asks for TF32 in products of float32.
-bool tf32_wanted();
 
 // Everything that AttentionArgs does not check for a GPU.
 inline void check_gpu(const char* op, const AttentionArgs& s, const Tensor& q, std::initializer_list<const Tensor*> more,
