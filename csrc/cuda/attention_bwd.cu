@@ -275,8 +275,8 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>().warps, D > (
     write_fragments<T, D, KC, key_stride>(shared + v_at, dv, own_key, warp % KC, keep_scale);
     __syncthreads();
     int batch = b, head = hk;
-    opaque(head);  // or where the two begin takes registers through the loop; of the batch's part ptxas judges so for sm_80
-    if constexpr (tile_arch >= 90) opaque(batch);
+    opaque(head);  // or where the two begin takes registers through the loop; of the batch's part ptxas judges so for some
+    if constexpr (tile_arch >= 90 || D == 96) opaque(batch);
     store_tile<T, D, keys, threads>(shared + k_at, rows_of<T>(s.dk, batch, head, s.D, aligned), j0, c.Tk);
     store_tile<T, D, keys, threads>(shared + v_at, rows_of<T>(s.dv, batch, head, s.Dv, aligned), j0, c.Tk);
     __syncthreads();
