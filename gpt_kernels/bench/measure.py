@@ -64,7 +64,7 @@ class Trial:
     units: int = 1  # that one call does: its time, bytes and flops are divided by them
 
 
-@dataclass
+@dataclass(eq=False)
 class Settings:
     """What a user chose; the command line's flags in gpt_kernels/cli.py say what each does."""
 
@@ -86,7 +86,7 @@ class Settings:
         return 0.1 if self.quick else 0.3
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """One op on one set of inputs. Inputs that require grad are differentiated in "bwd" and "fwd+bwd"."""
 

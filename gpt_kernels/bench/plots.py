@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 TITLES = {
     "speed": "Time of the others over ours",
+    "speed-16": "Time of the others over ours, in 16 bits",
     "memory": "Peak extra memory of one call",
     "length-throughput": "Attention: throughput against sequence length",
     "length-memory": "Attention: peak extra memory against sequence length",
     "roofline": "Roofline: what was reached under this machine's limits",
     "launch": "What a call costs on tiny inputs",
 }
+WIDTH = 4.0  # inches: a phone shows the letters nearly at their own size
 INK, FAINT, PAPER = "#2b2b2c", "#bcbcbd", "#fefefe"
 # distinct also for the colour-blind, and in grey
 COLORS = {
@@ -31,7 +34,7 @@ LABELS = {"compile": "torch.compile", "hf": "HF", "reference": "naive", "GPT": "
 MARKERS = dict(zip(("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax", "gpt", "decode"),
                    "osDv^<>P*", strict=True))  # fmt: skip
 STYLE: Any = {
-    "font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gpt_kernels", "text.color": INK,
+    "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gpt_kernels", "text.color": INK,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "grid.color": FAINT, "grid.linewidth": 0.4, "axes.grid": True, "axes.axisbelow": True,
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "legend.frameon": False,
@@ -66,43 +69,49 @@ def dots(rows: Sequence[dict], values: Callable[[dict], dict[str, float]], xlabe
     shown = [(row, v) for row, v in shown if v]
     if not shown:
         return None
-    figure = Figure(figsize=(4.3, 0.75 + 0.2 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.85 + 0.2 * len(shown)), layout="constrained")
     ax = figure.subplots()
     for y, (_, v) in enumerate(shown):
         for name, x in v.items():
             ax.plot(x, y, "o", color=COLORS[name], label=label(name), markersize=6 if name == "ours" else 5, alpha=0.9)
         ax.plot([min(v.values()), max(v.values())], [y, y], color=FAINT, linewidth=1, zorder=0)
-    short = {"float32": "", "bfloat16": " bf16", "float16": " fp16"}
-    ax.set_yticks(range(len(shown)), [f"{r['op']}{short[r['dtype']]} {r['direction']}" for r, _ in shown])
+    names = [f"{row['op']} {row['direction']}" for row, _ in shown]
+    last = [row["shape"].split()[-1] for row, _ in shown]
+    labels = [f"{name}, {word}" if names.count(name) > 1 else name for name, word in zip(names, last, strict=True)]
+    ax.set_yticks(range(len(shown)), labels)
     ax.set(xscale="log", xlabel=xlabel)
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     if one:
         ax.axvline(1.0, color=COLORS["ours"], linewidth=1.2)
     log_axis(ax.xaxis)
     ax.xaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
-    ax.tick_params(axis="x", which="minor", labelsize=7)
+    ax.tick_params(axis="x", which="minor", labelsize=8)
     legend(figure)
     return figure
 
 
-def main_rows(result: dict) -> list[dict]:
-    """One case per op, direction and dtype: those made for it."""
-    return [row for row in result["rows"] if row["main"] and not row["mismatch"]]
+def main_rows(result: dict, nth: int = 0) -> list[dict]:
+    """The main cases in the nth of the dtypes that were measured."""
+    rows = [row for row in result["rows"] if row["main"] and not row["mismatch"]]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    return [row for row in rows if row["dtype"] in dtypes[nth : nth + 1]]
 
 
-def speed(result: dict) -> Figure | None:
+def speed(result: dict, nth: int = 0) -> Figure | None:
     def over_ours(row: dict) -> dict[str, float]:
         return {name: v["seconds"] / seconds(row, "ours") for name, v in row["variants"].items() if name != "ours"}
 
-    return dots(main_rows(result), over_ours, "times as long as ours (right of the line: ours is faster)", one=True)
+    rows = main_rows(result, nth)
+    return dots(rows, over_ours, f"times as long as ours, {rows[0]['dtype']}" if rows else "", one=True)
 
 
 def memory(result: dict) -> Figure | None:
     def peaks(row: dict) -> dict[str, float]:
         return {n: v["memory"] / 2**20 for n, v in row["variants"].items() if v["memory"] and v["memory"] >= 2**18}
 
-    return dots(main_rows(result), peaks, "MiB")
+    rows = main_rows(result)
+    return dots(rows, peaks, f"MiB, {rows[0]['dtype']}" if rows else "")
 
 
 def launch(result: dict) -> Figure | None:
@@ -121,7 +130,7 @@ def by_length(result: dict) -> Iterator[tuple[str, str, list[dict]]]:
 
 
 def curves(result: dict, value: Callable[[dict, str], float | None], ylabel: str) -> tuple[Figure, Axes] | None:
-    figure = Figure(figsize=(4.3, 3.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     ax = figure.subplots()
     for variant, direction, rows in by_length(result):
         points = [(row["length"], y) for row in rows if (y := value(row, variant))]
@@ -169,7 +178,7 @@ def roofline(result: dict) -> Figure | None:
     dtype = "float32" if "float32" in dtypes else sorted(dtypes)[0]
     rows = [row for row in rows if row["dtype"] == dtype]
     copy, gemm = result["limits"]["copy"] / 1e9, result["limits"][f"gemm {dtype}"] / 1e9
-    figure = Figure(figsize=(4.3, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     ax = figure.subplots()
     intensity = [row["flops"] / row["bytes"] for row in rows]
     low, high = min([*intensity, gemm / copy]) / 2, max([*intensity, gemm / copy]) * 2
@@ -193,7 +202,7 @@ def roofline(result: dict) -> Figure | None:
 
 
 PLOTS: dict[str, Callable[[dict], Figure | None]] = {
-    "speed": speed, "memory": memory, "length-throughput": length_throughput, "length-memory": length_memory,
+    "speed": speed, "speed-16": functools.partial(speed, nth=1), "memory": memory, "length-throughput": length_throughput, "length-memory": length_memory,
     "roofline": roofline, "launch": launch,
 }  # fmt: skip
 

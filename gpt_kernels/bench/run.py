@@ -102,18 +102,23 @@ def check(settings: Settings) -> list[str]:
     return list(dict.fromkeys(t for name in settings.targets for t in GROUPS.get(name, (name,))))
 
 
+def plain(value: Any) -> Any:
+    """A flag's value as it is typed."""
+    return ",".join(value) if isinstance(value, (list, tuple)) else value
+
+
 def command(settings: Settings) -> str:
     """What was typed, without --out: that may name a folder of the machine."""
     words = ["python", "-m", "gpt_kernels", "bench", *settings.targets]
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if f.name in ("targets", "out") or value == default:
+        if f.name in ("targets", "out") or plain(value) == plain(default):
             continue
         if isinstance(value, bool):
             words.append(f"--{f.name}" if value else f"--no-{f.name}")
         else:
-            words += [f"--{f.name}", str(value) if isinstance(value, (str, int)) else ",".join(value)]
+            words += [f"--{f.name}", str(plain(value))]
     return shlex.join(words)
 
 
