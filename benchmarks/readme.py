@@ -14,7 +14,7 @@ from gpt_kernels.demo import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-PLOTS = ("speed", "length-memory", "length-throughput")
+PLOTS = ("speed", "memory", "length-throughput", "length-memory")
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
 
 
@@ -39,7 +39,7 @@ def small(rows: list[dict]) -> str:
     tiny = [row for row in rows if not row["mismatch"] and row["tiny"]]
     if not tiny:
         return ""
-    slow = [row for row in tiny if row["ratio"] < 1]
+    slow = [row for row in tiny if row["ratio"] is not None and row["ratio"] < 1]
     times = [row["variants"]["ours"]["seconds"] for row in tiny]
     return (
         f"On tiny inputs a call costs {duration(min(times))} to {duration(max(times))}; in {len(slow)} of {len(tiny)} such rows"

@@ -79,7 +79,7 @@ def liger_cross_entropy(inplace: bool = False):
 def flash_attention(causal: bool, dropout_p: float):
     from flash_attn import flash_attn_func
 
-    return lambda q, k, v: flash_attn_func(q, k, v, dropout_p=dropout_p, causal=causal)
+    return lambda q, k, v: flash_attn_func(q, k, v, dropout_p=dropout_p, causal=causal).transpose(1, 2)
 
 
 def flash_layer_norm():
@@ -111,7 +111,7 @@ def xformers_attention(causal: bool, dropout_p: float):
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     mask = LowerTriangularMask() if causal else None
-    return lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout_p)
+    return lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout_p).transpose(1, 2)
 
 
 def apex_layer_norm():

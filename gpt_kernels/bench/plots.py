@@ -202,7 +202,8 @@ def roofline(result: dict) -> Figure | None:
 
 
 PLOTS: dict[str, Callable[[dict], Figure | None]] = {
-    "speed": speed, "speed-16": functools.partial(speed, nth=1), "memory": memory, "length-throughput": length_throughput, "length-memory": length_memory,
+    "speed": speed, "speed-16": functools.partial(speed, nth=1), "memory": memory,
+    "length-throughput": length_throughput, "length-memory": length_memory,
     "roofline": roofline, "launch": launch,
 }  # fmt: skip
 
