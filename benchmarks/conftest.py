@@ -28,6 +28,10 @@ def settings(config):
     )  # fmt: skip
 
 
+def pytest_configure(config):
+    settings(config)  # a wrong option ends it before anything is collected
+
+
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return

@@ -71,7 +71,7 @@ class Settings:
     targets: Sequence[str] = ("all",)
     quick: bool = False
     huge: bool = False
-    device: str = "cpu"
+    device: str = "auto"  # which run.py settles
     threads: int | None = None
     dtypes: Sequence[str] = ("float32", "bfloat16")
     against: Sequence[str] = ()

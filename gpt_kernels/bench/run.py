@@ -131,11 +131,12 @@ def scrub(text: str) -> str:
 def bench(settings: Settings) -> int:
     """Everything, from the first row to the report; returns the exit code. Ctrl-C ends it with the rows there are."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
+    typed = command(settings)
     targets = check(settings)
     from . import report
 
     began, status = time.monotonic(), 0
-    result: dict[str, Any] = {"schema": SCHEMA, "command": command(settings), "environment": {}, "rows": [], "failed": {}}
+    result: dict[str, Any] = {"schema": SCHEMA, "command": typed, "environment": {}, "rows": [], "failed": {}}
     try:
         with tempfile.TemporaryDirectory(prefix="gpt_kernels-bench-", ignore_cleanup_errors=True) as folder:
             collect(targets, settings, folder, result)
