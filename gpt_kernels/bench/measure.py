@@ -83,7 +83,7 @@ class Settings:
     @property
     def seconds(self) -> float:
         """Timing of one variant of one row, about."""
-        return 0.1 if self.quick else 0.3
+        return 0.1 if self.quick else 0.25
 
 
 @dataclass(eq=False)
@@ -306,16 +306,20 @@ def first_call(call: Callable) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(variants: dict[str, Variant], seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample."""
+def interleaved(
+    variants: dict[str, Variant], seconds: float, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample.
+
+    known: about how long a call of each takes; the slow ones are not called once more to find out.
+    """
     if on_gpu():
         return interleaved_on_gpu(variants)
-    repeats, once, rounds = {}, {}, {}
+    repeats, once, rounds = {}, dict(known or {}), {}
     for name, variant in variants.items():
-        with variant.around():
-            once[name] = stopwatch(variant.call)
-            if once[name] < SLOW / 10:
-                once[name] = min(once[name], stopwatch(variant.call))
+        if once.get(name, 0.0) < SLOW:
+            with variant.around():
+                once[name] = min(stopwatch(variant.call) for _ in range(2))
         repeats[name] = max(1, int(2e-4 / once[name]))
     lap = sum(once[name] * repeats[name] for name in variants)
     usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
@@ -415,16 +419,21 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
     if trial.mismatch:
         return row
     figures: dict[str, dict[str, Any]] = {}
+    about: dict[str, float] = {}
     for name, variant in list(trial.variants.items()):
         try:
             with variant.around():
-                figures[name] = {"first": first_call(variant.call), "memory": peak_memory(variant.call)}
+                figures[name] = {"first": first_call(variant.call)}
+                begin = time.perf_counter()
+                figures[name]["memory"] = peak_memory(variant.call)
+                about[name] = time.perf_counter() - begin
         except Exception as error:  # only ours must work; the row says what became of the others
             if name == "ours":
                 raise
             trial.absent[name] = first_line(error)
             del trial.variants[name]
-    samples = interleaved(trial.variants, settings.seconds)
+            figures.pop(name, None)
+    samples = interleaved(trial.variants, settings.seconds, about)
     median = {name: statistics.median(s) for name, s in samples.items()}
     other = other_temperature(trial.variants, median)
     kept, measured_too = ("cold", "warm") if on_gpu() else ("warm", "cold")

@@ -185,12 +185,12 @@ def decoding(case: ModelCase, settings: Settings) -> Trial:
 def gpt(settings: Settings) -> Iterator[ModelCase]:
     s = sizes_for(settings)
     shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
-    for name in settings.dtypes:
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
         yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training)
 
 
 def decode(settings: Settings) -> Iterator[ModelCase]:
     s = sizes_for(settings)
     shape = f"{s.layers} layers, width {s.width}, {s.new} tokens after {s.prompt}"
-    for name in settings.dtypes:
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
         yield ModelCase("decode", s, getattr(torch, name), shape, ("token",), decoding)

@@ -55,7 +55,7 @@ def log_axis(axis: Any, text: Callable[[float], str] = "{:g}".format) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure: Figure, columns: int = 4) -> None:
+def legend(figure: Figure, columns: int = 3) -> None:
     """Under the plot, each name once."""
     handles = {str(h.get_label()): h for ax in figure.axes for h in ax.get_legend_handles_labels()[0]}
     figure.legend(
@@ -157,7 +157,7 @@ def length_throughput(result: dict) -> Figure | None:
     figure, ax = drawn
     dtype = next(row["dtype"] for row in result["rows"] if row["length"])
     ax.axhline(result["limits"][f"gemm {dtype}"] / 1e9, color=INK, linewidth=0.8, label="matrix product here")
-    legend(figure, 3)
+    legend(figure)
     return figure
 
 
@@ -165,7 +165,7 @@ def length_memory(result: dict) -> Figure | None:
     drawn = curves(result, lambda row, variant: (row["variants"][variant]["memory"] or 0) / 2**20, "MiB")
     if drawn is None:
         return None
-    legend(drawn[0], 3)
+    legend(drawn[0])
     return drawn[0]
 
 
@@ -197,7 +197,7 @@ def roofline(result: dict) -> Figure | None:
     ax.set(xscale="log", yscale="log", xlabel=f"flops per byte that must move ({dtype})", ylabel="GFLOP/s")
     log_axis(ax.xaxis)
     log_axis(ax.yaxis)
-    legend(figure, 4)
+    legend(figure)
     return figure
 
 
