@@ -175,6 +175,15 @@ def test_other_backends_run_with_their_kernels_around_the_call(monkeypatch):
     assert gpt_kernels.where("layer_norm_fwd")["CPU"].startswith("cpu")
 
 
+def test_another_backend_that_is_wrong_has_no_number(monkeypatch):
+    def ours(x, w):
+        pushed = gpt_kernels.where("layer_norm_fwd")["CPU"].startswith("cpu (pushed")
+        return gpt_kernels.layer_norm(x, w) * (1.01 if pushed else 1.0)
+
+    row = row_of(case(ours), "fwd", Settings(quick=True, compile=False, backends=("cpu",)))
+    assert row["mismatch"] is None and row["absent"]["cpu"].startswith("wrong: output 0")
+
+
 def test_the_naive_reference_is_left_out_where_memory_ends(monkeypatch):
     made = attention.case(1, 2, 64, 16, True, 0.0, torch.float32, naive=True, length=64)
     assert "reference" in row_of(made, "fwd")["variants"]
@@ -305,7 +314,10 @@ def test_gpu_times_and_memory(monkeypatch):
     order = []
     variants = {name: Variant(lambda name=name: order.append(name)) for name in "ab"}
     assert interleaved(variants, 0.02) == {"a": [2e-3] * 9, "b": [2e-3] * 9} and order == ["a", "b"] * 9
-    assert other_temperature(variants, {}) == {"a": 1e-3, "b": 1e-3} and asked == [False, True]
+    assert other_temperature(variants, dict.fromkeys("ab", 2e-3)) == {"a": 1e-3, "b": 1e-3} and asked == [False, True]
+    assert other_temperature(variants, {"a": 2e-3, "b": 9.0}) == {"a": 1e-3}
+    slow = interleaved(variants, 0.02, {"a": 9.0})
+    assert [len(s) for s in slow.values()] == [5, 5] and max(slow["a"]) < 1e-3 and slow["b"] == [2e-3] * 5, "a by the clock"
     held = {"now": 100, "peak": 100}
 
     def briefly():

@@ -156,6 +156,8 @@ class Case:
                 if name == "reference" and (reason := too_large(self, inputs, direction)):
                     raise peers.Absent(reason)
                 with around():
+                    if name != "reference" and (reason := judge.wrong(self.ours)):
+                        raise peers.Absent(f"wrong: {reason}")
                     trial.variants[name] = variant(self.ours, around=around, brief=True)
             except Exception as error:
                 trial.absent[name] = first_line(error)
@@ -298,7 +300,8 @@ def stopwatch(call: Callable, repeats: int = 1) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def first_call(call: Callable) -> float:
+def one_call(call: Callable) -> float:
+    """Seconds until it is done, on a GPU too."""
     begin = time.perf_counter()
     call()
     if on_gpu():
@@ -314,7 +317,7 @@ def interleaved(
     known: about how long a call of each takes; the slow ones are not called once more to find out.
     """
     if on_gpu():
-        return interleaved_on_gpu(variants)
+        return interleaved_on_gpu(variants, known=known)
     repeats, once, rounds = {}, dict(known or {}), {}
     for name, variant in variants.items():
         if once.get(name, 0.0) < SLOW:
@@ -343,14 +346,18 @@ def interleaved(
     return samples
 
 
-def interleaved_on_gpu(variants: dict[str, Variant], rounds: int = 9, warm: bool = False) -> dict[str, list[float]]:
-    """The same by CUDA events: a sample is the median of some calls, each on a cold L2, or right after another one."""
+def interleaved_on_gpu(
+    variants: dict[str, Variant], rounds: int = 9, warm: bool = False, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:  # fmt: skip
+    """The same by CUDA events: a sample is the median of some calls, each on a cold L2, or right after another one. A call that
+    is known to be slow is timed by the clock, once a sample: no cache holds what it needs."""
+    slow = {name for name in variants if known and known.get(name, 0.0) > SLOW}
     milliseconds = event_timer(torch.device("cuda", torch.cuda.current_device()), warm=warm)
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    for _ in range(5 if slow else rounds):
         for name, variant in variants.items():
             with variant.around():
-                samples[name].append(milliseconds(variant.call) * 1e-3)
+                samples[name].append(one_call(variant.call) if name in slow else milliseconds(variant.call) * 1e-3)
     return samples
 
 
@@ -366,9 +373,9 @@ def cache_bytes() -> int:
 
 def other_temperature(variants: dict[str, Variant], once: dict[str, float]) -> dict[str, float]:
     """Median seconds with cold caches on a CPU, where the samples are warm; on a GPU with a warm L2, where they are cold."""
-    if on_gpu():
-        return {name: statistics.median(s) for name, s in interleaved_on_gpu(variants, 3, warm=True).items()}
     quick = {name: v for name, v in variants.items() if once[name] <= SLOW}  # beyond it, no cache holds what a call needs
+    if on_gpu():
+        return {name: statistics.median(s) for name, s in interleaved_on_gpu(quick, 3, warm=True).items()}
     samples: dict[str, list[float]] = {name: [] for name in quick}
     other = torch.ones(min(2 * cache_bytes(), 1 << 30) // 4) if quick else None
     for _ in range(COLD_ROUNDS):
@@ -419,11 +426,11 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
     if trial.mismatch:
         return row
     figures: dict[str, dict[str, Any]] = {}
-    about: dict[str, float] = {}
+    about: dict[str, float] = {}  # seconds of a call, its memory being watched
     for name, variant in list(trial.variants.items()):
         try:
             with variant.around():
-                figures[name] = {"first": first_call(variant.call)}
+                figures[name] = {"first": one_call(variant.call)}
                 begin = time.perf_counter()
                 figures[name]["memory"] = peak_memory(variant.call)
                 about[name] = time.perf_counter() - begin

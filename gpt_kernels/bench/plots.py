@@ -73,7 +73,7 @@ def dots(rows: Sequence[dict], values: Callable[[dict], dict[str, float]], xlabe
     ax = figure.subplots()
     for y, (_, v) in enumerate(shown):
         for name, x in v.items():
-            ax.plot(x, y, "o", color=COLORS[name], label=label(name), markersize=6 if name == "ours" else 5, alpha=0.9)
+            ax.plot(x, y, "o", color=COLORS[name], label=label(name), markersize=8 if name == "ours" else 5)
         ax.plot([min(v.values()), max(v.values())], [y, y], color=FAINT, linewidth=1, zorder=0)
     names = [f"{row['op']} {row['direction']}" for row, _ in shown]
     last = [row["shape"].split()[-1] for row, _ in shown]
