@@ -228,6 +228,12 @@ def test_commands_that_are_absent_or_fail(monkeypatch, tmp_path):
     assert environment.commit() is None, "an installed package has no commit"
 
 
+def test_scrub(monkeypatch):
+    assert run.scrub(f"{environment.ROOT}/a {os.path.expanduser('~')}/b /usr/c") == "./a ~/b /usr/c"
+    monkeypatch.setenv("HOME", "/")
+    assert run.scrub("/usr/c") == "/usr/c"
+
+
 def test_limits_are_medians_by_dtype():
     rows = [bench_tools.row(dtype=d) | {"limits": {"copy": c, "gemm": 10 * c}} for d, c in (("float32", 1.0), ("float32", 3.0),
                                                                                          ("bfloat16", 2.0))]  # fmt: skip

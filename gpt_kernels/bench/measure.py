@@ -2,7 +2,7 @@
 
 1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run ends with 1. Another
    variant that is wrong gets no number either, and the row says so;
-2. each variant's first call is timed by itself (compilation, tuning), then the peak extra memory of one call is taken
+2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of one call is taken
    (high-water mark of the process above what it held before; on a GPU that of torch's allocator);
 3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: back to back (warm),
    and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a model finds
@@ -62,6 +62,7 @@ class Trial:
     absent: dict[str, str] = field(default_factory=dict)  # variant -> why it has no numbers
     mismatch: str | None = None  # why ours has none, and the whole row with it
     units: int = 1  # that one call does: its time, bytes and flops are divided by them
+    first: dict[str, float] = field(default_factory=dict)  # variant -> seconds of the call that checked it
 
 
 @dataclass(eq=False)
@@ -116,6 +117,7 @@ class Case:
         return gpt_kernels.where(f"{self.op}_fwd")["CUDA" if on_gpu() else "CPU"]
 
     def trial(self, direction: str, settings: Settings) -> Trial:
+        torch.manual_seed(0)  # the same inputs in every run
         inputs = self.inputs()
         with torch.no_grad():
             out = self.eager(*inputs)
@@ -129,6 +131,7 @@ class Case:
             return Variant(closure(function, inputs, direction, grad_out), **more)
 
         trial = Trial({}, moved, flops, mismatch=judge.wrong(self.ours))
+        trial.first["ours"] = judge.taken
         if trial.mismatch:
             return trial
         trial.variants = {"eager": variant(self.eager), "ours": variant(self.ours)}
@@ -146,6 +149,7 @@ class Case:
                 function = make()
                 if not self.random and (reason := judge.wrong(function)):
                     raise peers.Absent(f"wrong: {reason}")
+                trial.first |= {} if self.random else {name: judge.taken}
                 trial.variants[name] = variant(function, brief=True)
             except Exception as error:  # whatever somebody else's code raises, the row says it
                 trial.absent[name] = first_line(error)
@@ -243,7 +247,13 @@ class Judge:
     def results(self, function: Callable, inputs: Sequence | None = None, grad_out: Tensor | None = None) -> list[Tensor]:
         torch.manual_seed(0)
         grad_out = self.grad_out if grad_out is None else grad_out
-        return closure(function, self.inputs if inputs is None else inputs, self.direction, grad_out)()
+        found: list[Tensor] = []
+
+        def call():
+            found.extend(closure(function, self.inputs if inputs is None else inputs, self.direction, grad_out)())
+
+        self.taken = one_call(call)
+        return found
 
     def wrong(self, function: Callable) -> str | None:
         for i, (a, e, t) in enumerate(zip(self.results(function), self.eager, self.truth, strict=True)):
@@ -430,7 +440,8 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
     for name, variant in list(trial.variants.items()):
         try:
             with variant.around():
-                figures[name] = {"first": one_call(variant.call)}
+                first = one_call(variant.call)
+                figures[name] = {"first": trial.first.get(name, first)}
                 begin = time.perf_counter()
                 figures[name]["memory"] = peak_memory(variant.call)
                 about[name] = time.perf_counter() - begin

@@ -124,8 +124,14 @@ def command(settings: Settings) -> str:
 
 def scrub(text: str) -> str:
     """Without the folders of this machine: reports are there to be shown."""
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    return text.replace(root, ".").replace(str(pathlib.Path.home()), "~").replace(tempfile.gettempdir(), "(tmp)")
+    folders = {
+        str(pathlib.Path(__file__).resolve().parents[2]): ".",
+        str(pathlib.Path.home()): "~",
+        tempfile.gettempdir(): "(tmp)",
+    }
+    for folder, name in folders.items():
+        text = text.replace(folder, name) if len(folder) > 1 else text
+    return text
 
 
 def bench(settings: Settings) -> int:
