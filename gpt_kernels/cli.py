@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     bench.add_argument("targets", nargs="*", metavar="TARGET", default=["all"], help="what to measure")
-    bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter timing: about two minutes")
+    bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter timing: a few minutes")
     bench.add_argument("--huge", action="store_true", help="also the largest sizes, of several GB")
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     bench.add_argument("--threads", type=_positive, help="torch's threads (otherwise its own choice)")
