@@ -23,8 +23,9 @@ test-full: setup $(VENV)/.simulator
 mutants: setup
 	$(BIN)/python -m tests.mutants $(ARGS)
 
+# the ops under pytest-benchmark; `python -m gpt_kernels bench` is the command for people
 bench: setup
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 # for a machine with a GPU; not yet executed by us on one
 gpu: setup
@@ -34,7 +35,7 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info gpt_kernels/*.so demo-out benchmarks/out
+	rm -rf $(VENV) build dist *.egg-info gpt_kernels/*.so demo-out bench-out .benchmarks benchmarks/out
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 setup: $(VENV)/.built

@@ -1,1 +1,1 @@
-"""Benchmarks that show no number for a wrong result: python -m benchmarks, or python benchmarks/bench_<op>.py."""
+"""What needs the repository: micro-benchmarks under pytest-benchmark, README's numbers, the GPU kit, the static table."""

@@ -25,13 +25,12 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from gpt_kernels import triton
-from gpt_kernels.triton.common import arch
+from gpt_kernels import cache, triton
+from gpt_kernels.bench.environment import ROOT, environment
+from gpt_kernels.bench.report import markdown as row_table
+from gpt_kernels.bench.run import TARGETS, scrub
+from gpt_kernels.cli import FAMILIES
 
-from .harness import ROOT, environment
-from .readme import op_table
-
-OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 DRY = "dry run on a CPU: no figures"
 HOURS = 3600
@@ -43,7 +42,7 @@ class Stage:
     status: str  # passed, failed or skipped
     summary: str
     failures: list[str] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)  # of benchmarks: as harness.py writes them
+    rows: list[dict] = field(default_factory=list)  # of benchmarks: as python -m gpt_kernels bench writes them
     seconds: float = 0.0
 
 
@@ -90,7 +89,7 @@ def op_tests(device: str, quick: bool) -> Stage:
     """The tests that every backend passes, with every tensor on the device."""
     if device == "cpu":
         return pytest_stage("op tests", ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
-    files = [f"tests/test_{op}.py" for op in OPS]
+    files = [f"tests/test_{op}.py" for op in FAMILIES]
     chosen = ["-k", "triton and (truth or float64 or bad_input)"] if quick else ["-k", "triton"]
     return pytest_stage("op tests", [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device)
 
@@ -130,24 +129,29 @@ def run_slice(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def benchmark(device: str, op: str, quick: bool) -> Stage:
-    """One bench_<op>.py, in a process of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        flags = ["--quick"] * quick + ["--first", "--no-compile"] * (device == "cpu")
-        script = str(ROOT / "benchmarks" / f"bench_{op}.py")
-        done = command([sys.executable, script, "--device", device, "--json", file.name, *flags])
-        text = pathlib.Path(file.name).read_text()
-    part = json.loads(text) if text else {"rows": []}
-    rows = part["rows"]
+def benchmark(device: str, target: str, quick: bool) -> Stage:
+    """python -m gpt_kernels bench TARGET"""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--quick"] * quick + ["--cases", "1", "--no-compile"] * (device == "cpu")
+        arguments = ["-m", "gpt_kernels", "bench", target, "--device", device, "--out", folder, *flags]
+        done = command([sys.executable, *arguments])
+        path = pathlib.Path(folder, "bench.json")
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
     wrong = [f"{r['shape']} {r['dtype']} {r['direction']}: {r['mismatch']}" for r in rows if r["mismatch"]]
     failures = wrong or (last_lines(done.stderr) if done.returncode else [])
     summary = f"{len(rows)} rows" if device != "cpu" else f"{len(rows)} rows, {DRY}"
-    rows = [] if device == "cpu" else [r | {"limits": part["limits"]} for r in rows]
-    return Stage(f"benchmark {op}", "failed" if done.returncode or not text else "passed", summary, failures, rows)
+    rows = [] if device == "cpu" else rows
+    return Stage(
+        f"benchmark {target}",
+        "failed" if done.returncode or not rows and device != "cpu" else "passed",
+        summary,
+        failures,
+        rows,
+    )
 
 
 def last_lines(text: str, count: int = 12) -> list[str]:
-    return [line.replace(str(ROOT), ".").replace(str(pathlib.Path.home()), "~") for line in text.strip().splitlines()[-count:]]
+    return [scrub(line) for line in text.strip().splitlines()[-count:]]
 
 
 def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
@@ -155,8 +159,8 @@ def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
     if consan:
         chosen.append(lambda: launch_tests(device, True, TRITON_INSTRUMENTATION_MODE="consan"))
     chosen += [lambda tool=tool: sanitizer(device, tool) for tool in TOOLS]  # type: ignore[misc]
-    benches = OPS if device == "cuda" else ("dropout",)
-    return chosen + [lambda op=op: benchmark(device, op, quick or device == "cpu") for op in benches]  # type: ignore[misc]
+    targets = TARGETS if device == "cuda" else ("dropout",)
+    return chosen + [lambda t=t: benchmark(device, t, quick or device == "cpu") for t in targets]  # type: ignore[misc]
 
 
 # ---- the report ----
@@ -165,16 +169,7 @@ def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
 def fingerprint(device: str) -> dict[str, object]:
     with torch.device(device):
         facts = environment()
-    facts |= {
-        "triton": triton.version(),
-        "interpreted": triton.INTERPRETED,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-    }
-    if device == "cuda":
-        p = torch.cuda.get_device_properties(torch.cuda.current_device())
-        facts |= {"gpus": torch.cuda.device_count(), "processors": p.multi_processor_count, "memory": p.total_memory}
-        facts |= {"L2": getattr(p, "L2_cache_size", None), "arch": arch(torch.device("cuda", torch.cuda.current_device()))}
+    facts |= {"triton": triton.version(), "interpreted": triton.INTERPRETED}
     return facts
 
 
@@ -187,10 +182,10 @@ def markdown(report: dict) -> str:
     lines += [f"| {s['name']} | {s['status']} | {s['summary']} | {s['seconds']:.0f} |" for s in done]
     for s in (s for s in done if s["failures"]):
         lines += ["", f"## {s['name']}", "", "```", *s["failures"], "```"]
-    parts = [{"rows": s["rows"]} for s in done if s["rows"]]
-    if parts:
+    rows = [row for s in done for row in s["rows"]]
+    if rows:
         lines += ["", "## Benchmarks", "", "How often faster than the better of eager and `torch.compile`, and our time.", ""]
-        lines.append(op_table(parts))
+        lines.append(row_table(rows))
     return "\n".join(lines) + "\n"
 
 
@@ -200,8 +195,8 @@ def write(report: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     name = f"{report['date']}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(report, indent=1) + "\n")
-    paths[1].write_text(markdown(report))
+    cache.write_atomically(paths[0], (json.dumps(report, indent=1) + "\n").encode(), mode=0o644)
+    cache.write_atomically(paths[1], markdown(report).encode(), mode=0o644)
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Writes the measured numbers of README.md from a JSON file of `python -m benchmarks --json` and one of the demo.
+"""Writes the measured numbers and plots of README.md from results: of `python -m gpt_kernels bench`, and of the demo.
 
 python -m benchmarks.readme benchmarks/results/NAME.json benchmarks/results/DEMO.json
 """
@@ -7,74 +7,94 @@ import argparse
 import json
 import pathlib
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+from gpt_kernels.bench import plots
+from gpt_kernels.bench.report import duration, growth_text, markdown_cell
+from gpt_kernels.bench.run import load, write_text
+from gpt_kernels.demo import table
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PLOTS = ("speed", "memory", "length-throughput", "length-memory")
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
 
 
-def cell(row: dict | None) -> str:
-    if row is None:
+def rows_table(lines: list[list[str]]) -> str:
+    header, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def ops(rows: list[dict]) -> str:
+    """A line per main case, a column per direction and dtype."""
+    main = [row for row in rows if row["main"]]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in main))
+    lines = [["", *dtypes]]
+    for op, shape, direction in dict.fromkeys((row["op"], row["shape"], row["direction"]) for row in main):
+        found = {row["dtype"]: row for row in main if (row["op"], row["shape"], row["direction"]) == (op, shape, direction)}
+        lines.append([f"{op} {shape}, {direction}", *(markdown_cell(found.get(dtype)) for dtype in dtypes)])
+    return rows_table(lines)
+
+
+def small(rows: list[dict]) -> str:
+    """What tiny calls cost, in a sentence: they are slower than eager where Python is what costs."""
+    tiny = [row for row in rows if not row["mismatch"] and row["tiny"]]
+    if not tiny:
         return ""
-    if row["mismatch"]:
-        return row["mismatch"]
-    spread = row["spread"]["ours"] / row["seconds"]["ours"]
-    noisy = f" ±{spread:.0%}" if spread > 0.2 else ""
-    return f"{row['ratio']:.2f}x ({row['seconds']['ours'] * 1e3:.3g} ms{noisy})"
+    slow = [row for row in tiny if row["ratio"] is not None and row["ratio"] < 1]
+    times = [row["variants"]["ours"]["seconds"] for row in tiny]
+    return (
+        f"On tiny inputs a call costs {duration(min(times))} to {duration(max(times))}; in {len(slow)} of {len(tiny)} such rows"
+        " eager or the compiler is faster, the JSON says where."
+    )
 
 
-def op_table(parts: list[dict]) -> str:
-    rows = [row for part in parts for row in part["rows"]]
-    lines = ["| op | direction | float32 | bfloat16 | peak MiB, float32: eager / compile / ours |", "|---|---|---|---|---|"]
-    for op, shape, direction in dict.fromkeys((r["op"], r["shape"], r["direction"]) for r in rows):
-        by_dtype = {r["dtype"]: r for r in rows if (r["op"], r["shape"], r["direction"]) == (op, shape, direction)}
-        memory = by_dtype["float32"].get("memory", {})
-        peaks = " / ".join(
-            f"{memory[v] / 2**20:.0f}" if memory.get(v) is not None else "-" for v in ("eager", "compile", "ours")
-        )
-        cells = (f"{op} {shape}", direction, cell(by_dtype["float32"]), cell(by_dtype.get("bfloat16")), peaks)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def demo_table(demo: dict) -> str:
-    from gpt_kernels.demo import table
-
-    header, rows = table(demo["runs"])
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def numbers(parts: list[dict], demo: dict) -> str:
-    environment, limits, s = parts[0]["environment"], parts[0]["limits"], demo["settings"]
-    machine = f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads, torch {environment['torch']}"
-    measured = f"copy {limits['copy'] / 1e9:.0f} GB/s, sgemm {limits['gemm'] / 1e9:.0f} GFLOP/s in the same run"
+def numbers(result: dict, demo: dict, names: tuple[str, str], drawn: list[str]) -> str:
+    environment, limits, s = result["environment"], result["limits"], demo["settings"]
+    where = environment.get("gpu") or f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads"
+    measured = ", ".join(f"{key} {value / 1e9:.0f} {'GB/s' if key == 'copy' else 'GFLOP/s'}" for key, value in limits.items())
     sizes = (
         f"{s['layers']} layers, width {s['width']}, {s['batch']} x {s['context']} tokens, dropout {s['dropout']}, {s['dtype']}"
     )
-    return f"""
-On {machine}, {environment["date"][:10]}; {measured}. The machine is shared: read the ratios.
+    header, rows = table(demo["runs"])
+    pictures = [f"![{plots.TITLES[plot]}](benchmarks/results/plots/{plot}.svg)" for plot in drawn]
+    files = " and ".join(f"`benchmarks/results/{name}`" for name in names)
+    growth = "; ".join(growth_text(result["rows"]))
+    return (
+        f"""
+On {where}, torch {environment["torch"]}, {environment["date"][:10]}; in the same run {measured}.
+The machine is shared: read the ratios. All of it: {files}.
 
 `make demo`, a GPT-2 of {sizes}:
 
-{demo_table(demo)}
+{rows_table([header, *map(list, rows)])}
 
-`python -m benchmarks --quick --threads {environment["threads"]}`: how often faster than the better of
-eager and `torch.compile`, our time, and half the distance between its quartiles where that is above 20 %
-(fresh pages of large outputs). Tiny calls are often slower than eager's: a Python
-autograd function costs more than torch's own.
+`{result["command"]}`: how often faster than the better of eager and `torch.compile`, our time, and half the
+distance between its quartiles where that is above 20 %. {small(result["rows"])}
 
-{op_table(parts)}
-"""
+{ops(result["rows"])}
+
+{" ".join(pictures)}
+{f"{growth}." if growth else ""}
+""".rstrip()
+        + "\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmarks", type=pathlib.Path)
+    parser.add_argument("result", type=pathlib.Path)
     parser.add_argument("demo", type=pathlib.Path)
     args = parser.parse_args()
-    text = numbers(json.loads(args.benchmarks.read_text()), json.loads(args.demo.read_text()))
+    result, demo = load(args.result), json.loads(args.demo.read_text())
+    svgs, _ = plots.draw(result)
+    folder = ROOT / "benchmarks" / "results" / "plots"
+    folder.mkdir(exist_ok=True)
+    drawn = [plot for plot in PLOTS if plot in svgs]
+    for plot in drawn:
+        write_text(folder / f"{plot}.svg", svgs[plot])
     readme = README.read_text()
     before, rest = readme.split(BEGIN)
-    README.write_text(before + BEGIN + text + END + rest.split(END)[1])
+    after = rest.split(END)[1]
+    write_text(README, before + BEGIN + numbers(result, demo, (args.result.name, args.demo.name), drawn) + END + after)
 
 
 if __name__ == "__main__":

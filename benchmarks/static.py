@@ -54,7 +54,7 @@ SPILLS = {
     "32x64, the model is 0.54 instead of 0.60",
     "attention-sm_100 attention_fwd<float, 256, false>": "CUDA C++: one register, of an address, outside the products",
     "attention_bwd-sm_8[69] attention_bwd<b?f16, 128, true>": "CUDA C++: never launched there, it needs more than 99 KB",
-    "attention_bwd-sm_8[69] attention_bwd<bf16, 64, true>": "CUDA C++: 42 accesses, to be mended; the same PTX has none on sm_80",
+    "attention_bwd-sm_8[69] attention_bwd<bf16, 64, true>": "CUDA C++: 42 accesses, to be mended; none of them on sm_80",
 }
 
 
@@ -312,6 +312,12 @@ def _figure(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def _occupancy(f: Facts, arch: str) -> str:
+    """Resident warps of those that a processor can hold; of AMD's, waves."""
+    warp, most = (64, 32) if arch.startswith("gfx") else (32, sass.GPUS[int(arch[3:])].warps)
+    return f"{f.ctas * f.threads / warp / most:.0%}"
+
+
 def show(row: Row, baseline: dict) -> dict[str, str]:
     """A row's cells by column; of its regions the hottest."""
     cells = {"whose": row.whose, "problem": row.case.problem.id, "dtype": row.case.dtype, "arch": row.case.arch,
@@ -320,7 +326,8 @@ def show(row: Row, baseline: dict) -> dict[str, str]:
         return {**cells, "notes": row.error if row.whose != "ours" else ""}
     f, hot = row.facts, next(iter(row.regions), None)
     cells |= {"regs": str(f.registers), "spills": str(f.spills), "smem KB": f"{f.shared / 1024:.3g}",
-              "CTAs x threads": f"{f.ctas}x{f.threads}", "limit": f.limit, "code KB": f"{f.code / 1024:.1f}",
+              "CTAs x threads": f"{f.ctas}x{f.threads}",
+              "occupancy": _occupancy(f, row.case.arch), "limit": f.limit, "code KB": f"{f.code / 1024:.1f}",
               "16 B": f"{f.wide:.0%}", "matrix": " ".join(f"{n} {op}" for op, n in f.matrix.items())}  # fmt: skip
     if hot:
         cells |= {
@@ -408,6 +415,8 @@ def main() -> int:
     for cells in shown:
         table.add_row(*(cells.get(n, "") for n in names), style="dim" if cells["whose"] != "ours" else None)
     console.print(table)
+    if args.against and (lacking := {case.problem.id: None for case in cases if case.problem.liger is None}):
+        console.print(f"{args.against} has no kernel beside ours for {', '.join(lacking)}")
     if not comparable(baseline):
         console.print(f"The baseline is of {args.backend} {baseline[args.backend]}, this is {made_by}: not compared.")
     if args.markdown:

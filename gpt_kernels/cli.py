@@ -1,4 +1,4 @@
-"""Command line: python -m gpt_kernels info | demo | support | tune.
+"""Command line: python -m gpt_kernels info | demo | support | tune | bench.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or nothing to run on, 130 Ctrl-C.
 """
@@ -38,11 +38,15 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpt_kernels", description="Fused GPT kernels.")
     parser.add_argument("--version", action="version", version=f"gpt_kernels {__version__}")
-    # no metavar list: the demo's own worker command stays out of the usage line
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support,tune}")
+    # no metavar list: commands of our own workers stay out of the usage line
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,support,tune,bench}")
 
     info = commands.add_parser(
         "info", help="versions, instruction set, which backend serves each op and why, compilers, caches"
@@ -84,14 +88,71 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 trains under autocast")
     demo.add_argument("--no-compile", dest="compile", action="store_false", help="leave the torch.compile run out")
 
-    commands.add_parser("demo-worker").add_argument("job")
+    bench = commands.add_parser(
+        "bench",
+        help="time and memory of our kernels beside eager, torch.compile and peers; a report",
+        description="Targets: all (the default), ops, " + ", ".join(FAMILIES) + ", sweep (attention over sequence lengths), "
+        "gpt (a training step), decode (generation). `bench diff A.json B.json` compares two results, "
+        "`bench report FILE.json` writes tables and plots anew from one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument("targets", nargs="*", metavar="TARGET", default=["all"], help="what to measure")
+    bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter timing: a few minutes")
+    bench.add_argument("--huge", action="store_true", help="also the largest sizes, of several GB")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    bench.add_argument("--threads", type=_positive, help="torch's threads (otherwise its own choice)")
+    dtypes = "the first everywhere, all of them in the main cases"
+    bench.add_argument("--dtypes", type=_names, metavar="A,B", default=["float32", "bfloat16"], help=dtypes)
+    peers = "kernels of others beside ours: liger, flash_attn, xformers, apex"
+    bench.add_argument("--against", type=_names, metavar="A,B", default=[], help=peers)
+    backends = "our other backends beside the one that serves: reference, cpu, triton, cuda"
+    bench.add_argument("--backends", type=_names, metavar="A,B", default=[], help=backends)
+    bench.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    bench.add_argument("--cases", type=_positive, metavar="N", help="the first N of each target alone")
+    bench.add_argument("--out", metavar="DIR", default="bench-out", help="for bench.json, bench.csv, report.html and plots")
+
+    diff = commands.add_parser("bench-diff", prog=f"{parser.prog} bench diff", description="Is B slower than A, beyond noise?")
+    diff.add_argument("a", metavar="A.json")
+    diff.add_argument("b", metavar="B.json")
+    diff.add_argument("--threshold", type=_fraction, default=0.05, help="smallest change that counts (default: 0.05)")
+    diff.add_argument("--alpha", type=_fraction, default=0.01, help="share of false alarms (default: 0.01)")
+
+    report = commands.add_parser(
+        "bench-report", prog=f"{parser.prog} bench report", description="Tables and plots of a result."
+    )
+    report.add_argument("result", metavar="FILE.json")
+    report.add_argument("--out", metavar="DIR", default="bench-out", help="for bench.csv, report.html and plots")
+
+    for worker in ("demo-worker", "bench-worker"):
+        commands.add_parser(worker).add_argument("job")
     return parser
+
+
+def _bench(command: str, arguments: dict) -> int:
+    from .bench import run
+
+    if command == "bench-worker":
+        return run.worker(arguments["job"])
+    if command == "bench":
+        return run.bench(run.Settings(**arguments))
+    if command == "bench-report":
+        from .bench import report
+
+        report.rewrite(**arguments)
+        return 0
+    from .bench.diff import diff
+
+    return diff(**arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"] and argv[1:2] in (["diff"], ["report"]):  # commands of their own, not targets
+        argv = [f"bench-{argv[1]}", *argv[2:]]
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
+    spoken = command.replace("-", " ")
     try:
         if command == "info":
             from .info import print_info
@@ -107,20 +168,22 @@ def main(argv: list[str] | None = None) -> int:
             from .triton.tune import tune
 
             return tune(**arguments)
+        if command.startswith("bench"):
+            return _bench(command, arguments)
         from . import demo
 
         if command == "demo-worker":
             return demo.worker(arguments["job"])
         return demo.demo(demo.Settings(**arguments))
     except UserError as error:
-        print(f"gpt_kernels {command}: {error}", file=sys.stderr)
+        print(f"gpt_kernels {spoken}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left (| head): not worth a word, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"gpt_kernels {command}: {error}", file=sys.stderr)
+        print(f"gpt_kernels {spoken}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"gpt_kernels {command}: stopped", file=sys.stderr)
+        print(f"gpt_kernels {spoken}: stopped", file=sys.stderr)
         return 130

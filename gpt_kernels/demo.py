@@ -19,17 +19,17 @@ import pathlib
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from . import cache
 from .cli import UserError
 from .info import info, print_table
+from .worker import RunFailed, events, start
 
 END = "<|endoftext|>"
 MOST_TEXT = 8_000_000  # bytes; minutes of training read a small part of it, the tokenizer profits from the rest
@@ -161,15 +161,7 @@ def encode(tokenizer: Any, texts: list[str]):
 
 def worker(job_path: str) -> int:
     """Entry point of `demo-worker`: runs one job, one JSON object per line to the parent."""
-    job = json.loads(pathlib.Path(job_path).read_text())
-    # whatever prints goes to the log; only our lines go to the parent
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def send(**facts):
-        channel.write(json.dumps(facts) + "\n")
-        channel.flush()  # a parent that is gone ends us here
-
+    job, send = start(job_path)
     settings = Settings(**job["settings"])
     (_verify if job["run"] == "verify" else _train)(job, settings, send)
     return 0
@@ -317,38 +309,6 @@ def _generate(model: Any, job: dict, settings: Settings, send: Callable) -> None
 # ---- the parent ----
 
 
-class RunFailed(Exception):
-    pass
-
-
-def events(job: dict, folder: str) -> Generator[dict, None, None]:
-    """What a worker sends, as it sends it. The worker and all it started are gone when this ends, however it ends."""
-    path, log = pathlib.Path(folder, "job.json"), pathlib.Path(folder, "worker.log")
-    path.write_text(json.dumps(job))
-    # its own session: Ctrl-C reaches us alone, and we end it, with the compiler processes that it may have
-    command = [sys.executable, "-m", "gpt_kernels", "demo-worker", str(path)]
-    # torch.compile pays its own way: nothing is taken from an earlier run's cache
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(pathlib.Path(folder, "inductor"))}
-    with open(log, "w") as stderr:
-        process = subprocess.Popen(  # noqa: S603
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=environment
-        )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            yield json.loads(line)
-        if process.wait() != 0:
-            tail = log.read_text(errors="replace").strip().splitlines()[-12:]
-            end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-            raise RunFailed(f"the {job['run']} process ended with {end}:\n  " + "\n  ".join(tail))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-
 def no_compile(settings: Settings) -> str | None:
     """Why there is no torch.compile run, or None."""
     if not settings.compile:
@@ -444,7 +404,7 @@ def _run_all(settings: Settings, documents: list[str], folder: str, result: dict
 
     print("verify: eager and ours against float64 ...", flush=True)
     try:
-        for event in events({**job, "run": "verify"}, folder):
+        for event in events("demo-worker", {**job, "run": "verify"}, folder):
             result["verified"] = event["verdict"]
             print(event["text"], flush=True)
     except RunFailed as error:
@@ -476,8 +436,10 @@ def _run(settings: Settings, job: dict, folder: str, facts: dict[str, Any]) -> N
     from tqdm import tqdm
 
     tokens = settings.batch * settings.context
+    # torch.compile pays its own way: nothing is taken from an earlier run's cache
+    own_cache = {"TORCHINDUCTOR_CACHE_DIR": str(pathlib.Path(folder, "inductor"))}
     bar = tqdm(total=settings.steps, desc=f"{LABELS[job['run']]:>13}", unit="step", disable=None, dynamic_ncols=True)
-    with bar, contextlib.closing(events(job, folder)) as stream:
+    with bar, contextlib.closing(events("demo-worker", job, folder, **own_cache)) as stream:
         for event in stream:
             if "loss" not in event:
                 if "doing" in event:

@@ -97,6 +97,9 @@ class Dropout(nn.Dropout):
     """torch.nn.Dropout on our kernel; a residual is added in the same pass."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:  # as an addition would: under autocast x is in 16 bits and the residual in float32
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
         return dropout(x, self.p, self.training, residual)
 
 

@@ -22,7 +22,7 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "required: {info,demo,support,tune}"),
+        ((), "required: {info,demo,support,tune,bench}"),
         (("dance",), "invalid choice: 'dance'"),
         (("info", "--xml"), "unrecognized arguments: --xml"),
         (("demo", "--steps", "0"), "--steps: must be at least 1, got 0"),
@@ -90,7 +90,7 @@ def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "info" in text and "demo" in text and "worker" not in text
+    assert stop.value.code == 0 and "info" in text and "demo" in text and "bench" in text and "worker" not in text
 
 
 IMPORT = """

@@ -159,7 +159,7 @@ def test_plot_writes_a_whole_picture(tmp_path, runs):
 def test_a_worker_that_dies_is_reported_with_its_last_words(tmp_path):
     job = {"run": "eager", "settings": {"no_such_setting": 1}}
     with pytest.raises(demo.RunFailed, match=r"(?s)the eager process ended with exit code 1.*no_such_setting"):
-        list(demo.events(job, str(tmp_path)))
+        list(demo.events("demo-worker", job, str(tmp_path)))
 
 
 def test_no_compile_reasons(monkeypatch):

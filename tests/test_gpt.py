@@ -212,6 +212,15 @@ def test_autocast():
     torch.testing.assert_close(low.float(), logits, rtol=0.1, atol=0.2)
 
 
+def test_training_under_autocast_with_dropout():
+    """A block adds what a product gave in 16 bits to a stream in float32."""
+    model, x = tiny(dropout=0.1).train(), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = model(x, shifted(x))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_compile_fullgraph():
     model, x = tiny(), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -86,7 +86,8 @@ def test_slice_runs_every_call():
 
 ROW = {
     "op": "dropout", "shape": "1x64", "dtype": "float32", "direction": "fwd", "mismatch": None, "ratio": 2.0,
-    "seconds": {"eager": 2e-3, "ours": 1e-3}, "spread": {"ours": 1e-5}, "memory": {"eager": 2**21, "ours": 2**20},
+    "variants": {"eager": {"seconds": 2e-3, "spread": 1e-5, "memory": 2**21},
+                 "ours": {"seconds": 1e-3, "spread": 1e-5, "memory": 2**20}},
 }  # fmt: skip
 
 
@@ -94,14 +95,15 @@ def test_benchmark(monkeypatch):
     answer = types.SimpleNamespace(rows=[ROW], code=0)
 
     def command(arguments, **_):
+        assert arguments[1:5] == ["-m", "gpt_kernels", "bench", "dropout"]
         if answer.rows is not None:
-            with open(arguments[arguments.index("--json") + 1], "w") as file:
-                json.dump({"environment": {}, "limits": {"copy": 1.0}, "rows": answer.rows}, file)
+            with open(os.path.join(arguments[arguments.index("--out") + 1], "bench.json"), "w") as file:
+                json.dump({"rows": answer.rows}, file)
         return types.SimpleNamespace(returncode=answer.code, stdout="", stderr="Traceback\nValueError: x")
 
     monkeypatch.setattr(gpu, "command", command)
     stage = gpu.benchmark("cuda", "dropout", quick=True)
-    assert (stage.status, stage.summary, stage.rows) == ("passed", "1 rows", [ROW | {"limits": {"copy": 1.0}}])
+    assert (stage.status, stage.summary, stage.rows) == ("passed", "1 rows", [ROW])
     rehearsed = gpu.benchmark("cpu", "dropout", quick=True)
     assert rehearsed.summary == "1 rows, dry run on a CPU: no figures" and not rehearsed.rows
     answer.rows, answer.code = [ROW | {"mismatch": "output 0 is off"}], 1
@@ -112,9 +114,9 @@ def test_benchmark(monkeypatch):
 
 
 def test_stages_of_a_gpu():
-    """Which stages there are, without running them: sanitizer's tools, every op's benchmark, ConSan only when asked for."""
+    """Which stages there are, without running them: sanitizer's tools, every target's benchmark, ConSan only when asked for."""
     plain, more = gpu.stages("cuda", False, False), gpu.stages("cuda", False, True)
-    assert len(plain) == 2 + len(gpu.TOOLS) + len(gpu.OPS) and len(more) == len(plain) + 1
+    assert len(plain) == 2 + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
 
 
 def test_report(tmp_path, monkeypatch, capsys):

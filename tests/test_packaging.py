@@ -151,7 +151,11 @@ def test_wheel_holds_what_it_should(built):
             data = archive.read(name)
             assert [p for p in paths if len(p) > 1 and p.encode() in data] == [], name
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "gpt_kernels").rglob("*.py")}
-    assert {n for n in names if ".dist-info/" not in n} == package | {"gpt_kernels/_cpu.so", "gpt_kernels/py.typed"}
+    assert {n for n in names if ".dist-info/" not in n} == package | {
+        "gpt_kernels/_cpu.so",
+        "gpt_kernels/py.typed",
+        "gpt_kernels/bench/report.html",
+    }
     assert any(n.endswith("LICENSE") for n in names)
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}

@@ -272,6 +272,13 @@ def test_liger(monkeypatch, capsys):
     forward, backward = static.rows(Case(problem, "sm_90", "bf16"), "liger", figures=True)
     assert backward.kernel == "_layer_norm_backward_kernel" and backward.regions[0].in_flight_sm == 40 * 128, "one CTA on an SM"
     assert forward.regions[0].bound == 1.0 and forward.facts.wide > 0.8
+    assert static.show(backward, {"triton": "0", "kernels": {}})["occupancy"].endswith("%")
+
+
+def test_where_liger_has_no_kernel_is_said(monkeypatch, capsys):
+    pytest.importorskip("liger_kernel")
+    assert command(monkeypatch, "--op", "dropout", "--arch", "sm_80", "--against", "liger", "--facts") == 0
+    assert "liger has no kernel beside ours for dropout-8192x768-residual" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def event_timer(device: torch.device) -> Timer:
-    """Median over calls on a cold L2, by CUDA events; about 20 ms of GPU time per candidate and round."""
+def event_timer(device: torch.device, warm: bool = False) -> Timer:
+    """Median over calls on a cold L2, or each after another one, by CUDA events; about 20 ms of GPU time per round."""
     cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     # written before each call: the call finds nothing of its inputs in cache, and the CPU is ahead when it begins
     flush = torch.empty(max(4 * cache_bytes, 256 << 20), dtype=torch.int8, device=device)
@@ -216,6 +216,8 @@ def event_timer(device: torch.device) -> Timer:
         events = [[torch.cuda.Event(enable_timing=True) for _ in "be"] for _ in range(calls)]
         for begin, end in events:
             flush.zero_()
+            if warm:
+                call()
             begin.record()
             call()
             end.record()

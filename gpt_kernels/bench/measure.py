@@ -1,0 +1,490 @@
+"""One row of the benchmark: a case in one direction, every variant of it on the same inputs.
+
+1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run ends with 1. Another
+   variant that is wrong gets no number either, and the row says so;
+2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of one call is taken
+   (high-water mark of the process above what it held before; on a GPU that of torch's allocator);
+3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: back to back (warm),
+   and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a model finds
+   its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
+The limits (copy bandwidth, rate of a matrix product in the case's dtype) are measured anew before each case. Share of the
+limit is the least time that the bytes and flops of the op's cost function need at these limits, over the time of ours; above
+100 % the data came from cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpt_kernels
+
+from ..dispatch import ops
+from ..triton.tuning import event_timer
+from . import peers
+
+# largest error over the largest value, beyond what eager itself errs; tests/ hold the kernels to much less
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
+SLOW = 0.5  # seconds per call, from which on there are fewer rounds
+COLD_ROUNDS = 5
+MOST_SAMPLES = 32  # kept of a variant, for bench diff
+
+
+@dataclass
+class Variant:
+    """One way to do it: a call without arguments, and what must be in force around it but is none of its time."""
+
+    call: Callable[[], Any]
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    brief: bool = False  # where it is slow, once is enough
+
+
+@dataclass
+class Trial:
+    """A case in one direction, ready to be timed."""
+
+    variants: dict[str, Variant]
+    bytes: int  # that must move, and flops, of `units` of work
+    flops: int
+    absent: dict[str, str] = field(default_factory=dict)  # variant -> why it has no numbers
+    mismatch: str | None = None  # why ours has none, and the whole row with it
+    units: int = 1  # that one call does: its time, bytes and flops are divided by them
+    first: dict[str, float] = field(default_factory=dict)  # variant -> seconds of the call that checked it
+
+
+@dataclass(eq=False)
+class Settings:
+    """What a user chose; the command line's flags in gpt_kernels/cli.py say what each does."""
+
+    targets: Sequence[str] = ("all",)
+    quick: bool = False
+    huge: bool = False
+    device: str = "auto"  # which run.py settles
+    threads: int | None = None
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    against: Sequence[str] = ()
+    backends: Sequence[str] = ()
+    compile: bool = True
+    cases: int | None = None
+    out: str = "bench-out"
+
+    @property
+    def seconds(self) -> float:
+        """Timing of one variant of one row, about."""
+        return 0.1 if self.quick else 0.25
+
+
+@dataclass(eq=False)
+class Case:
+    """One op on one set of inputs. Inputs that require grad are differentiated in "bwd" and "fwd+bwd"."""
+
+    op: str  # as in gpt_kernels.where(op + "_fwd")
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[], Sequence]  # made when it is measured
+    eager: Callable  # called with the inputs, returns a tensor
+    ours: Callable
+    cost: Callable[..., tuple[int, int]]  # (inputs, backward) -> (bytes, flops)
+    directions: Sequence[str] = ("fwd", "fwd+bwd")
+    # variant -> returns its function of the inputs, or raises peers.Absent or ImportError with the reason
+    others: dict[str, Callable[[], Callable]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # for peers
+    random: bool = False  # eager draws other numbers: ours is checked against our reference from the same seed
+    main: bool = False  # one of those that the README shows
+    length: int | None = None  # of the sequence, where lengths are swept over
+    naive: bool = False  # our reference beside ours
+    opaque: str = ""  # why there is nothing in it for torch.compile
+
+    def __post_init__(self):
+        unknown = set(self.directions) - set(DIRECTIONS)
+        if unknown:
+            raise ValueError(f"Case: unknown direction {unknown.pop()!r}, expected one of {', '.join(DIRECTIONS)}")
+
+    def served(self) -> str:
+        return gpt_kernels.where(f"{self.op}_fwd")["CUDA" if on_gpu() else "CPU"]
+
+    def trial(self, direction: str, settings: Settings) -> Trial:
+        torch.manual_seed(0)  # the same inputs in every run
+        inputs = self.inputs()
+        with torch.no_grad():
+            out = self.eager(*inputs)
+        grad_out = torch.randn_like(out) if out.dim() else torch.ones_like(out)
+        del out
+        judge = Judge(self, inputs, direction, grad_out)
+        costs = [self.cost(inputs, b) for b in (False, True) if direction in ("fwd+bwd", "bwd" if b else "fwd")]
+        moved, flops = (sum(c) for c in zip(*costs, strict=True))
+
+        def variant(function, **more):
+            return Variant(closure(function, inputs, direction, grad_out), **more)
+
+        trial = Trial({}, moved, flops, mismatch=judge.wrong(self.ours))
+        trial.first["ours"] = judge.taken
+        if trial.mismatch:
+            return trial
+        trial.variants = {"eager": variant(self.eager), "ours": variant(self.ours)}
+        if settings.compile and not self.opaque:
+            try:
+                torch._dynamo.reset()  # or the limit on recompilations makes later cases eager in silence
+                trial.variants["compile"] = variant(torch.compile(self.eager, dynamic=False))
+            except Exception as error:
+                trial.absent["compile"] = first_line(error)
+        elif settings.compile:
+            trial.absent["compile"] = self.opaque
+        others = self.others | peers.functions(settings.against, self.op, self.options)
+        for name, make in others.items():
+            try:
+                function = make()
+                if not self.random and (reason := judge.wrong(function)):
+                    raise peers.Absent(f"wrong: {reason}")
+                trial.first |= {} if self.random else {name: judge.taken}
+                trial.variants[name] = variant(function, brief=True)
+            except Exception as error:  # whatever somebody else's code raises, the row says it
+                trial.absent[name] = first_line(error)
+        for name in dict.fromkeys((*settings.backends, *("reference",) * self.naive)):
+            # autograd saves the forward's results for the backward, so both run on that backend
+            around = functools.partial(gpt_kernels.use_backend, name, *(op for op in ops() if op.startswith(f"{self.op}_")))
+            try:
+                if name == "reference" and (reason := too_large(self, inputs, direction)):
+                    raise peers.Absent(reason)
+                with around():
+                    if name != "reference" and (reason := judge.wrong(self.ours)):
+                        raise peers.Absent(f"wrong: {reason}")
+                    trial.variants[name] = variant(self.ours, around=around, brief=True)
+            except Exception as error:
+                trial.absent[name] = first_line(error)
+        return trial
+
+
+def grid(settings: Settings, sizes: dict[str, tuple[int, int]]) -> Iterator[tuple[int, int, torch.dtype, bool]]:
+    """(rows, columns, dtype, main) of an op over rows. "main" in every dtype, the others in the first; --quick takes "tiny" and
+    "main"; "huge" needs --huge. A GPU gets eight times the rows, beyond its cache, where the size is not about being small."""
+    for kind, (M, N) in sizes.items():
+        if (settings.quick and kind not in ("tiny", "main")) or (kind == "huge" and not settings.huge):
+            continue
+        scale = 8 if settings.device == "cuda" and kind in ("main", "more") else 1
+        for name in settings.dtypes if kind in ("main", "huge") else settings.dtypes[:1]:
+            yield M * scale, N, getattr(torch, name), kind == "main"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def too_large(case: Case, inputs: Sequence, direction: str) -> str | None:
+    """Why the reference, which keeps every pair of query and key, is not run."""
+    if case.op != "attention":
+        return None
+    B, T, H, _ = inputs[0].shape
+    scores = B * H * T * inputs[1].shape[1] * torch.promote_types(case.dtype, torch.float32).itemsize
+    needed, free = scores * (8 if direction == "fwd" else 11), free_memory()
+    return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if free is not None and needed > 0.7 * free else None
+
+
+def free_memory() -> int | None:
+    if on_gpu():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return next(int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+# ---- one direction of one variant, as a function without arguments ----
+
+
+def closure(function: Callable, inputs: Sequence, direction: str, grad_out: Tensor | None) -> Callable[[], list[Tensor]]:
+    """Returns the output ("fwd"), the gradients ("bwd", forward done once here) or both ("fwd+bwd")."""
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+    def forward():
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    def both():
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, wanted, grad_out)]
+
+    if direction == "fwd":
+        return forward
+    if direction == "fwd+bwd":
+        return both
+    out = function(*inputs)
+    return lambda: list(torch.autograd.grad(out, wanted, grad_out, retain_graph=True))
+
+
+class Judge:
+    """Says what is wrong with a function's results on the inputs to be timed; eager's and the truth are computed once."""
+
+    def __init__(self, case: Case, inputs: Sequence, direction: str, grad_out: Tensor):
+        self.case, self.inputs, self.direction, self.grad_out = case, inputs, direction, grad_out
+        if case.random:
+            with gpt_kernels.use_backend("reference"):
+                self.eager = self.truth = self.results(case.ours)
+            return
+        self.eager = self.results(case.eager)
+        # in float32 for 16-bit inputs: eager's own 16-bit sums over rows can be far off
+        wide = [x.detach().float().requires_grad_(x.requires_grad) if is_16_bit(x) else x for x in inputs]
+        self.truth = (
+            self.results(case.eager, wide, grad_out.float() if is_16_bit(grad_out) else grad_out)
+            if case.dtype.itemsize == 2
+            else self.eager
+        )
+
+    def results(self, function: Callable, inputs: Sequence | None = None, grad_out: Tensor | None = None) -> list[Tensor]:
+        torch.manual_seed(0)
+        grad_out = self.grad_out if grad_out is None else grad_out
+        found: list[Tensor] = []
+
+        def call():
+            found.extend(closure(function, self.inputs if inputs is None else inputs, self.direction, grad_out)())
+
+        self.taken = one_call(call)
+        return found
+
+    def wrong(self, function: Callable) -> str | None:
+        for i, (a, e, t) in enumerate(zip(self.results(function), self.eager, self.truth, strict=True)):
+            if a.shape != t.shape:
+                return f"output {i} has shape {tuple(a.shape)}, eager's has {tuple(t.shape)}"
+            if t.numel():
+                limit = 2 * (e - t).abs().max().item() + TOLERANCE[self.case.dtype] * t.abs().max().item()
+                error = (a - t).abs().max().item()
+                if not error <= limit:  # also for NaN
+                    return f"output {i} is off by {error:.3e}, allowed {limit:.3e}"
+        return None
+
+
+def is_16_bit(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+# ---- measuring ----
+
+
+def on_gpu() -> bool:
+    """Cases are made on torch's default device, which run.py sets."""
+    return torch.get_default_device().type == "cuda"
+
+
+def peak_memory(call: Callable) -> int | None:
+    """Bytes by which one call raises the memory in use at most; None where Linux's marks of a process are not there."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks kept by malloc would hide what the call needs
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(key: str) -> int:
+    line = next(s for s in pathlib.Path("/proc/self/status").read_text().splitlines() if s.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def stopwatch(call: Callable, repeats: int = 1) -> float:
+    """Seconds per call by the host's clock; on a GPU nothing waits for the device."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def one_call(call: Callable) -> float:
+    """Seconds until it is done, on a GPU too."""
+    begin = time.perf_counter()
+    call()
+    if on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    variants: dict[str, Variant], seconds: float, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample.
+
+    known: about how long a call of each takes; the slow ones are not called once more to find out.
+    """
+    if on_gpu():
+        return interleaved_on_gpu(variants, known=known)
+    repeats, once, rounds = {}, dict(known or {}), {}
+    for name, variant in variants.items():
+        if once.get(name, 0.0) < SLOW:
+            with variant.around():
+                once[name] = min(stopwatch(variant.call) for _ in range(2))
+        repeats[name] = max(1, int(2e-4 / once[name]))
+    lap = sum(once[name] * repeats[name] for name in variants)
+    usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
+    for name, variant in variants.items():
+        rounds[name] = 1 if variant.brief and once[name] > SLOW else usual
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    # the first rounds touch memory that the system has not handed out before, which costs more than many an op
+    unseen = 0 if lap > SLOW else 3
+    gc.collect()
+    gc.disable()
+    try:
+        for n in range(-unseen, usual):
+            for name, variant in variants.items():
+                if n < rounds[name]:
+                    with variant.around():
+                        taken = stopwatch(variant.call, repeats[name])
+                    if n >= 0:
+                        samples[name].append(taken)
+    finally:
+        gc.enable()
+    return samples
+
+
+def interleaved_on_gpu(
+    variants: dict[str, Variant], rounds: int = 9, warm: bool = False, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:  # fmt: skip
+    """The same by CUDA events: a sample is the median of some calls, each on a cold L2, or right after another one. A call that
+    is known to be slow is timed by the clock, once a sample: no cache holds what it needs."""
+    slow = {name for name in variants if known and known.get(name, 0.0) > SLOW}
+    milliseconds = event_timer(torch.device("cuda", torch.cuda.current_device()), warm=warm)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(5 if slow else rounds):
+        for name, variant in variants.items():
+            with variant.around():
+                samples[name].append(one_call(variant.call) if name in slow else milliseconds(variant.call) * 1e-3)
+    return samples
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The last-level cache's size as Linux tells it, else a guess."""
+    try:
+        text = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
+    except (OSError, ValueError, KeyError):
+        return 64 << 20
+
+
+def other_temperature(variants: dict[str, Variant], once: dict[str, float]) -> dict[str, float]:
+    """Median seconds with cold caches on a CPU, where the samples are warm; on a GPU with a warm L2, where they are cold."""
+    quick = {name: v for name, v in variants.items() if once[name] <= SLOW}  # beyond it, no cache holds what a call needs
+    if on_gpu():
+        return {name: statistics.median(s) for name, s in interleaved_on_gpu(quick, 3, warm=True).items()}
+    samples: dict[str, list[float]] = {name: [] for name in quick}
+    other = torch.ones(min(2 * cache_bytes(), 1 << 30) // 4) if quick else None
+    for _ in range(COLD_ROUNDS):
+        for name, variant in quick.items():
+            with variant.around():
+                other.add_(1.0)  # type: ignore[union-attr]
+                samples[name].append(stopwatch(variant.call))
+    return {name: statistics.median(s) for name, s in samples.items()}
+
+
+def measure_limits(dtype: torch.dtype) -> dict[str, float]:
+    """copy: bytes read plus bytes written per second, beyond cache; gemm: flop per second of a square product in dtype."""
+    elements, n = (1 << 28, 8192) if on_gpu() else (1 << 25, 1024)
+    source, target, a = torch.ones(elements), torch.empty(elements), torch.randn(n, n)
+    target.fill_(0)  # page faults are not the copy's
+    calls = {"copy": Variant(lambda: target.copy_(source)), "gemm": Variant(lambda: torch.mm(a, a))}
+    if dtype.itemsize == 2:
+        b = a.to(dtype)
+        # a CPU may have no units for the dtype: then float32's rate is the limit of ours, too
+        calls["gemm 16"] = Variant(lambda: torch.mm(b, b))
+        if on_gpu():
+            del calls["gemm"]
+    work = {"copy": 2 * source.nbytes, "gemm": 2 * n**3, "gemm 16": 2 * n**3}
+    rates = {name: work[name] / statistics.median(s) for name, s in interleaved(calls, 0.05).items()}
+    return {"copy": rates.pop("copy"), "gemm": max(rates.values())}
+
+
+# ---- a row ----
+
+
+def half_interquartile(samples: Sequence[float]) -> float:
+    q = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0, 0.0, 0.0]
+    return (q[2] - q[0]) / 2
+
+
+def thinned(samples: Sequence[float]) -> list[float]:
+    """At most MOST_SAMPLES of them, evenly over the run."""
+    step = max(1.0, len(samples) / MOST_SAMPLES)
+    return [float(f"{samples[int(i * step)]:.5g}") for i in range(int(len(samples) / step))]
+
+
+def measure(case: Any, direction: str, limits: dict[str, float], settings: Settings) -> dict[str, Any]:
+    """case: a Case or a models.ModelCase."""
+    row: dict[str, Any] = {name: getattr(case, name) for name in ("op", "shape", "main", "length")}
+    row |= {"dtype": str(case.dtype).removeprefix("torch."), "direction": direction, "served": case.served()}
+    trial = case.trial(direction, settings)
+    row |= {"mismatch": trial.mismatch, "absent": trial.absent}
+    if trial.mismatch:
+        return row
+    figures: dict[str, dict[str, Any]] = {}
+    about: dict[str, float] = {}  # seconds of a call, its memory being watched
+    for name, variant in list(trial.variants.items()):
+        try:
+            with variant.around():
+                first = one_call(variant.call)
+                figures[name] = {"first": trial.first.get(name, first)}
+                begin = time.perf_counter()
+                figures[name]["memory"] = peak_memory(variant.call)
+                about[name] = time.perf_counter() - begin
+        except Exception as error:  # only ours must work; the row says what became of the others
+            if name == "ours":
+                raise
+            trial.absent[name] = first_line(error)
+            del trial.variants[name]
+            figures.pop(name, None)
+    samples = interleaved(trial.variants, settings.seconds, about)
+    median = {name: statistics.median(s) for name, s in samples.items()}
+    other = other_temperature(trial.variants, median)
+    kept, measured_too = ("cold", "warm") if on_gpu() else ("warm", "cold")
+    row["timed"] = kept
+    tiny = trial.bytes < TINY
+    for name, variant in trial.variants.items():
+        per = [s / trial.units for s in samples[name]]
+        figures[name] |= {
+            "seconds": statistics.median(per),
+            "spread": half_interquartile(per),
+            measured_too: other[name] / trial.units if name in other else None,
+            "samples": thinned(per),
+        }
+        if tiny:
+            with variant.around():
+                figures[name]["launch"] = stopwatch(variant.call, 100) if on_gpu() else figures[name]["seconds"]
+    row |= {"variants": figures, "bytes": trial.bytes, "flops": trial.flops, "tiny": tiny, "limits": limits}
+    ours = figures["ours"]["seconds"]
+    floors = {"copy": trial.bytes / limits["copy"], "gemm": trial.flops / limits["gemm"]}
+    row["bound"] = max(floors, key=lambda name: floors[name])
+    row["of_limit"] = floors[row["bound"]] / ours
+    rivals = [figures[name]["seconds"] for name in ("eager", "compile") if name in figures]
+    row["ratio"] = min(rivals) / ours if rivals else None
+    return row
+
+
+def configure(settings: Settings) -> None:
+    """This process measures and does nothing else."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._functorch.config.donated_buffer = False  # else a compiled forward allows one backward only, and "bwd" repeats it
+    torch._inductor.config.compile_threads = 1  # no compiler processes beside the timing
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.set_default_device(settings.device)

@@ -1,0 +1,196 @@
+"""A Hugging Face GPT-2 with fresh weights, eager, compiled and patched, and our GPT: a training step, and generation.
+
+Checked first: `verify` on the very tokens of the step. A generated token counts as right where eager's own logits, on the same
+tokens before it, rank it first or as good as first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import gpt_kernels
+
+from .measure import TOLERANCE, Settings, Trial, Variant, first_line, on_gpu
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    batch: int
+    length: int
+    prompt: int
+    new: int
+
+
+FULL = Sizes(6, 768, 12, 50257, 2, 512, 32, 32)
+QUICK = Sizes(2, 256, 4, 8192, 2, 256, 16, 16)
+GPU = Sizes(12, 768, 12, 50257, 16, 1024, 32, 128)
+
+
+def sizes_for(settings: Settings) -> Sizes:
+    return QUICK if settings.quick else GPU if settings.device == "cuda" else FULL
+
+
+def build(sizes: Sizes, dropout: float) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=sizes.vocab, n_positions=max(sizes.length, sizes.prompt + sizes.new), n_embd=sizes.width,
+        n_layer=sizes.layers, n_head=sizes.heads, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model: Any = GPT2LMHeadModel(config)
+    return model.to(torch.get_default_device())
+
+
+def patched(model: Any) -> Any:
+    gpt_kernels.patch(model)
+    return model
+
+
+@dataclass
+class ModelCase:
+    """What measure() asks of a Case, for a whole model."""
+
+    op: str
+    sizes: Sizes
+    dtype: torch.dtype
+    shape: str
+    directions: tuple[str, ...]
+    make: Callable[[ModelCase, Settings], Trial]
+    main: bool = True
+    length: int | None = None
+
+    def served(self) -> str:
+        return gpt_kernels.where("attention_fwd")["CUDA" if on_gpu() else "CPU"]
+
+    def trial(self, direction: str, settings: Settings) -> Trial:
+        return self.make(self, settings)
+
+
+def refusals(settings: Settings) -> dict[str, str]:
+    """Peers and backends are compared op by op."""
+    return dict.fromkeys((*settings.against, *settings.backends), "compared op by op, not in a whole model")
+
+
+def parameters(model: nn.Module, position_embedding: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in position_embedding.parameters())
+
+
+# ---- training ----
+
+
+def wrong_step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> str | None:
+    report = gpt_kernels.verify(copy.deepcopy(model).to(dtype), {"input_ids": ids, "labels": ids}, show=False)
+    return None if report.ok else str(report).splitlines()[-1]
+
+
+def step(model: Any, forward: Callable, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward, backward and the optimizer; weights in float32, a 16-bit dtype by autocast."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    autocast = torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32)
+
+    def call():
+        with autocast:
+            loss = forward(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def training(case: ModelCase, settings: Settings) -> Trial:
+    s = case.sizes
+    eager = build(s, dropout=0.1).train()
+    ids = torch.randint(s.vocab, (s.batch, s.length))
+    tokens, positions = ids.numel(), eager.transformer.wpe
+    # 6 flops per weight and token, and the attention's products: as GPT.estimate_flops
+    flops = 3 * tokens * (2 * parameters(eager, positions) + 4 * s.layers * s.width * s.length)
+    moved = 4 * sum(p.numel() for p in eager.parameters()) * 8  # weights, gradients and AdamW's two moments, read and written
+    trial = Trial({}, moved, flops, refusals(settings), wrong_step(eager, ids, case.dtype))
+    if trial.mismatch:
+        return trial
+    models = {"eager": eager, "ours": patched(copy.deepcopy(eager)), "GPT": gpt_kernels.GPT.from_hf(eager).train()}
+    if settings.compile:
+        models["compile"] = copy.deepcopy(eager)
+    for name, model in models.items():
+        try:
+            # the compiled one is compiled at its first call, which measure() makes; the loss is part of what is compiled
+            if name == "GPT":
+                call = lambda x, m=model: m(x, targets=nn.functional.pad(x[:, 1:], (0, 1), value=-1))[1]  # noqa: E731
+            else:
+                run = torch.compile(model) if name == "compile" else model
+                call = lambda x, m=run: m(input_ids=x, labels=x, use_cache=False).loss  # noqa: E731
+            trial.variants[name] = Variant(step(model, call, ids, case.dtype))
+        except Exception as error:
+            trial.absent[name] = first_line(error)
+    return trial
+
+
+# ---- generation ----
+
+
+def wrong_tokens(model: Any, ids: torch.Tensor, prompt: int, dtype: torch.dtype) -> str | None:
+    """Every token after the prompt must be eager's own first choice, or as good."""
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, prompt - 1 :].float()
+    chosen = logits.gather(-1, ids[:, prompt:, None])[..., 0]
+    best, largest = logits.amax(-1), logits.abs().max().item()
+    # two sets of logits may each be off by the tolerance
+    behind = (best - chosen).max().item()
+    allowed = 4 * TOLERANCE[dtype] * largest
+    return None if behind <= allowed else f"a token is {behind:.3e} behind eager's best, allowed {allowed:.3e}"
+
+
+def decoding(case: ModelCase, settings: Settings) -> Trial:
+    s = case.sizes
+    eager = build(s, dropout=0.0).to(case.dtype).eval()
+    prompt = torch.randint(1, s.vocab, (1, s.prompt))
+    ours, own = patched(copy.deepcopy(eager)), gpt_kernels.GPT.from_hf(eager).eval()
+    fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": s.new, "max_new_tokens": s.new}
+
+    def generate(model):
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **fixed)
+
+    def own_generate():
+        return own.generate(prompt, max_new_tokens=s.new, temperature=0.0)
+
+    weights = parameters(eager, eager.transformer.wpe)
+    cached = 2 * s.layers * s.width * (s.prompt + s.new // 2)
+    trial = Trial({}, (weights + cached) * case.dtype.itemsize, 2 * (weights + cached), refusals(settings), units=s.new)
+    trial.mismatch = wrong_tokens(eager, generate(ours), s.prompt, case.dtype)
+    if trial.mismatch:
+        return trial
+    trial.variants = {"eager": Variant(lambda: generate(eager)), "ours": Variant(lambda: generate(ours))}
+    if settings.compile:
+        trial.absent["compile"] = "generation is not compiled: its shapes change at every token"
+    if reason := wrong_tokens(eager, own_generate(), s.prompt, case.dtype):
+        trial.absent["GPT"] = f"wrong: {reason}"
+    else:
+        trial.variants["GPT"] = Variant(own_generate)
+    return trial
+
+
+def gpt(settings: Settings) -> Iterator[ModelCase]:
+    s = sizes_for(settings)
+    shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
+        yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training)
+
+
+def decode(settings: Settings) -> Iterator[ModelCase]:
+    s = sizes_for(settings)
+    shape = f"{s.layers} layers, width {s.width}, {s.new} tokens after {s.prompt}"
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
+        yield ModelCase("decode", s, getattr(torch, name), shape, ("token",), decoding)

@@ -1,0 +1,238 @@
+"""The command: each target measured in a process of its own, one result written, whole or not at all, however the run ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import cache
+from ..cli import FAMILIES, UserError
+from ..worker import RunFailed, events, start
+from .measure import Settings
+
+TARGETS = {op: (op, "cases") for op in FAMILIES} | {
+    "sweep": ("attention", "sweep"),
+    "gpt": ("models", "gpt"),
+    "decode": ("models", "decode"),
+}
+GROUPS = {"all": tuple(TARGETS), "ops": FAMILIES}
+SCHEMA = 1
+PACKAGES = ("rich", "matplotlib", "numpy", "jinja2", "transformers")
+
+
+def need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'gpt-kernels[bench]'")
+
+
+def cases(target: str, settings: Settings) -> Iterator[Any]:
+    module, function = TARGETS[target]
+    made = getattr(importlib.import_module(f"{__package__}.{module}"), function)(settings)
+    return itertools.islice(made, settings.cases)
+
+
+# ---- the worker: one target ----
+
+
+def worker(job_path: str) -> int:
+    """Entry point of `bench-worker`."""
+    from .measure import configure, measure, measure_limits
+
+    job, send = start(job_path)
+    settings = Settings(**job["settings"])
+    configure(settings)
+    from .environment import environment
+
+    send(environment=environment())
+    for case in cases(job["run"], settings):
+        limits = measure_limits(case.dtype)
+        for direction in case.directions:
+            send(doing=f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {direction}")
+            send(row={"target": job["run"]} | measure(case, direction, limits, settings))
+    return 0
+
+
+# ---- the parent ----
+
+
+def check(settings: Settings) -> list[str]:
+    """Completes the settings; returns the targets. Raises UserError for what cannot be."""
+    import torch
+
+    from ..dispatch import BACKENDS
+    from .measure import TOLERANCE
+    from .peers import PEERS
+
+    def choice(flag: str, given: Any, known: Any) -> None:
+        for name in given:
+            if name not in known:
+                raise UserError(f"{flag}: unknown {name!r}, expected {', '.join(known)}")
+
+    choice("target", settings.targets, (*GROUPS, *TARGETS))
+    choice("--against", settings.against, PEERS)
+    choice("--backends", settings.backends, BACKENDS)
+    choice("--dtypes", settings.dtypes, [str(d).removeprefix("torch.") for d in TOLERANCE if d != torch.float64])
+    if not settings.dtypes:
+        raise UserError("--dtypes: none is left")
+    need(*PACKAGES)
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} sees no GPU here")
+    out = pathlib.Path(settings.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return list(dict.fromkeys(t for name in settings.targets for t in GROUPS.get(name, (name,))))
+
+
+def plain(value: Any) -> Any:
+    """A flag's value as it is typed."""
+    return ",".join(value) if isinstance(value, (list, tuple)) else value
+
+
+def command(settings: Settings) -> str:
+    """What was typed, without --out: that may name a folder of the machine."""
+    words = ["python", "-m", "gpt_kernels", "bench", *settings.targets]
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.name in ("targets", "out") or plain(value) == plain(default):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{f.name}" if value else f"--no-{f.name}")
+        else:
+            words += [f"--{f.name}", str(plain(value))]
+    return shlex.join(words)
+
+
+def scrub(text: str) -> str:
+    """Without the folders of this machine: reports are there to be shown."""
+    folders = {
+        str(pathlib.Path(__file__).resolve().parents[2]): ".",
+        str(pathlib.Path.home()): "~",
+        tempfile.gettempdir(): "(tmp)",
+    }
+    for folder, name in folders.items():
+        text = text.replace(folder, name) if len(folder) > 1 else text
+    return text
+
+
+def bench(settings: Settings) -> int:
+    """Everything, from the first row to the report; returns the exit code. Ctrl-C ends it with the rows there are."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
+    typed = command(settings)
+    targets = check(settings)
+    from . import report
+
+    began, status = time.monotonic(), 0
+    result: dict[str, Any] = {"schema": SCHEMA, "command": typed, "environment": {}, "rows": [], "failed": {}}
+    try:
+        with tempfile.TemporaryDirectory(prefix="gpt_kernels-bench-", ignore_cleanup_errors=True) as folder:
+            collect(targets, settings, folder, result)
+    except KeyboardInterrupt:
+        status = 130
+        print("\nstopped; the rows there are:", file=sys.stderr, flush=True)
+    # a second Ctrl-C must not cut the files in half
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result |= {
+            "interrupted": status == 130,
+            "seconds": round(time.monotonic() - began, 1),
+            "limits": medians(result["rows"]),
+        }
+        report.show(result)
+        report.write(result, pathlib.Path(settings.out))
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return status or int(bool(result["failed"]) or any(row["mismatch"] for row in result["rows"]))
+
+
+def collect(targets: list[str], settings: Settings, folder: str, result: dict[str, Any]) -> None:
+    say = progress()
+    for target in targets:
+        job = {"run": target, "settings": dataclasses.asdict(settings)}
+        stream = events("bench-worker", job, folder)
+        try:
+            for event in stream:
+                if "doing" in event:
+                    say(event["doing"])
+                elif "row" in event:
+                    result["rows"].append(event["row"])
+                else:
+                    result["environment"] = result["environment"] or event["environment"]
+        except RunFailed as error:
+            result["failed"][target] = scrub(str(error))
+            print(error, file=sys.stderr, flush=True)
+        finally:
+            stream.close()
+    say("")
+
+
+def progress() -> Callable[[str], None]:
+    """What is being measured, on standard error: one line that is rewritten on a terminal, lines elsewhere."""
+    terminal, counter = sys.stderr.isatty(), itertools.count(1)
+
+    def say(text: str) -> None:
+        if terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
+        elif text:
+            print(f"{next(counter):4} {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The limits of the run: "copy", and "gemm float32" etc."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if not row["mismatch"]:
+            found.setdefault("copy", []).append(row["limits"]["copy"])
+            found.setdefault(f"gemm {row['dtype']}", []).append(row["limits"]["gemm"])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+# ---- results on disk ----
+
+
+def dumps(result: dict[str, Any]) -> str:
+    """JSON with a row per line: readable, and a diff of two says which rows changed."""
+    rest = {name: value for name, value in result.items() if name != "rows"}
+    rows = ",\n".join("  " + json.dumps(row) for row in result["rows"])
+    return json.dumps(rest, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
+
+
+def load(path: str | os.PathLike) -> dict[str, Any]:
+    """A result's JSON. Raises UserError for anything else."""
+    try:
+        result = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON: {error}") from None
+    if not isinstance(result, dict) or not {"schema", "rows", "environment", "limits"} <= result.keys():
+        raise UserError(f"{path}: not a result of python -m gpt_kernels bench")
+    if result["schema"] != SCHEMA:
+        raise UserError(f"{path}: its schema is {result['schema']!r}, expected {SCHEMA}")
+    return result
+
+
+def write_text(path: pathlib.Path, text: str | bytes) -> None:
+    cache.write_atomically(path, text if isinstance(text, bytes) else text.encode(), mode=0o644)

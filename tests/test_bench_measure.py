@@ -1,0 +1,546 @@
+"""One row of the benchmark: right first, turns, temperatures, memory, limits, and every variant that is missing says why."""
+
+import contextlib
+import itertools
+import sys
+import time
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt_kernels
+from gpt_kernels.bench import attention, measure, models, peers, run
+from gpt_kernels.bench.measure import Case, Settings, Variant
+from gpt_kernels.cli import FAMILIES
+from gpt_kernels.triton import tuning
+
+LIMITS = {"copy": 2e9, "gemm": 4e9}
+PLAIN = Settings(compile=False, quick=True)
+interleaved, other_temperature = measure.interleaved, measure.other_temperature  # the real ones
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch):
+    """Where time is not the matter, each variant is called once and got its samples from nowhere."""
+
+    def called(variants, seconds, known):
+        for variant in variants.values():
+            with variant.around():
+                variant.call()
+        return {name: [1e-3 * (1 + n / 100) for n in range(9)] for name in variants}
+
+    monkeypatch.setattr(measure, "interleaved", called)
+    monkeypatch.setattr(measure, "other_temperature", lambda variants, once: once)
+
+
+def case(ours=gpt_kernels.layer_norm, eager=lambda x, w: F.layer_norm(x, (8,), w), dtype=torch.float32, **options):
+    def inputs():
+        return [torch.randn(*s, dtype=dtype).requires_grad_() for s in ((6, 8), (8,))]
+
+    def cost(inputs, backward):
+        return 1000 * (1 + backward), 1
+
+    return Case("layer_norm", "6x8", dtype, inputs, eager, ours, cost, **options)
+
+
+def row_of(case, direction="fwd+bwd", settings=PLAIN):
+    return measure.measure(case, direction, LIMITS, settings)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.01
+
+
+WRONG = {
+    "off by 1 %": lambda x, w: gpt_kernels.layer_norm(x, w) * 1.01,
+    "nan": lambda x, w: gpt_kernels.layer_norm(x, w) + torch.tensor(float("nan")),
+    "shape": lambda x, w: gpt_kernels.layer_norm(x, w)[None],
+}
+
+
+# ---- right first ----
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_no_number_for_a_wrong_output(how):
+    for direction in ("fwd", "fwd+bwd") if how != "shape" else ("fwd",):
+        row = row_of(case(WRONG[how]), direction)
+        assert row["mismatch"].startswith("output 0") and "variants" not in row
+
+
+def test_no_number_for_a_wrong_gradient():
+    wrong = case(lambda x, w: gpt_kernels.layer_norm(WrongGradient.apply(x), w))
+    assert row_of(wrong, "fwd")["mismatch"] is None
+    assert row_of(wrong, "bwd")["mismatch"].startswith("output 0")
+    assert row_of(wrong, "fwd+bwd")["mismatch"].startswith("output 1")
+
+
+def test_another_variant_that_is_wrong_has_no_number_and_the_row_says_so():
+    row = row_of(case(others={"hf": lambda: WRONG["nan"]}))
+    assert row["mismatch"] is None and "hf" not in row["variants"] and row["absent"]["hf"].startswith("wrong: output 0")
+
+
+def test_random_ops_are_checked_against_the_reference():
+    def attend(sdpa, p):
+        return lambda q: sdpa(q, q, q, dropout_p=p)
+
+    ours = attend(gpt_kernels.scaled_dot_product_attention, 0.5)
+    eager = attend(F.scaled_dot_product_attention, 0.5)
+
+    def dropout_case(random):
+        def inputs():
+            return [torch.randn(1, 2, 16, 8).requires_grad_()]
+
+        return Case("attention", "", torch.float32, inputs, eager, ours, lambda inputs, backward: (1, 1), random=random)
+
+    assert row_of(dropout_case(True))["mismatch"] is None
+    assert row_of(dropout_case(False))["mismatch"] is not None
+
+
+# ---- the row ----
+
+
+def test_row():
+    for dtype in (torch.float32, torch.bfloat16):
+        for direction, moved in (("fwd", 1000), ("bwd", 2000), ("fwd+bwd", 3000)):
+            row = row_of(case(dtype=dtype), direction)
+            assert row["mismatch"] is None and row["bytes"] == moved and row["bound"] == "copy" and row["tiny"]
+            ours, eager = row["variants"]["ours"], row["variants"]["eager"]
+            assert row["timed"] == "warm" and ours["cold"] > 0 and ours["first"] > 0 and ours["launch"] == ours["seconds"]
+            assert len(ours["samples"]) == 9
+            assert row["of_limit"] == pytest.approx(moved / LIMITS["copy"] / ours["seconds"])
+            assert row["ratio"] == eager["seconds"] / ours["seconds"]
+            assert row["served"] == gpt_kernels.where("layer_norm_fwd")["CPU"] and row["limits"] == LIMITS
+
+
+def test_time_of_many_units_is_per_unit(monkeypatch):
+    trial = measure.Trial({name: Variant(lambda: None) for name in ("eager", "ours")}, 1 << 20, 8, units=4)
+    made = types.SimpleNamespace(op="decode", shape="", main=True, length=None, dtype=torch.float32, served=lambda: "cpu",
+                                 trial=lambda direction, settings: trial)  # fmt: skip
+    monkeypatch.setattr(measure, "interleaved", lambda variants, seconds, known: {"eager": [8.0] * 9, "ours": [4.0] * 9})
+    row = measure.measure(made, "token", LIMITS, PLAIN)
+    assert row["variants"]["ours"]["seconds"] == 1.0 and row["variants"]["ours"]["cold"] == 1.0 and row["ratio"] == 2.0
+    assert row["variants"]["ours"]["samples"] == [1.0] * 9
+
+
+def test_a_failing_compiler_is_told(monkeypatch):
+    def broken(function, **options):
+        raise NotImplementedError("not this one\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    row = row_of(case(), settings=Settings(quick=True))
+    assert "compile" not in row["variants"] and row["absent"]["compile"] == "not this one"
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 1 / 0)
+    row = row_of(case(), "fwd", Settings(quick=True))  # not at compiling but at the first call
+    assert "compile" not in row["variants"] and row["absent"]["compile"] == "division by zero"
+
+
+def test_compile_is_timed_and_opaque_says_why_it_is_not(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    row = row_of(case(), settings=Settings(quick=True))
+    assert row["variants"].keys() == {"eager", "compile", "ours"} and row["ratio"] == 1.0
+    assert row_of(case(opaque="why"), settings=Settings(quick=True))["absent"] == {"compile": "why"}
+
+
+def test_our_failure_is_not_swallowed():
+    calls = itertools.count()
+
+    def once_then_not(x, w):
+        if next(calls):
+            raise RuntimeError("later")
+        return gpt_kernels.layer_norm(x, w)
+
+    with pytest.raises(RuntimeError, match="later"):
+        row_of(case(once_then_not), "fwd")
+
+
+def test_other_backends_run_with_their_kernels_around_the_call(monkeypatch):
+    served = []
+
+    def ours(x, w):
+        served.append(gpt_kernels.where("layer_norm_fwd")["CPU"].split()[0])
+        return gpt_kernels.layer_norm(x, w)
+
+    row = row_of(case(ours), "fwd", Settings(quick=True, compile=False, backends=("reference", "triton")))
+    assert {"cpu", "reference"} == set(served) and row["variants"].keys() == {"eager", "ours", "reference"}
+    assert "triton" in row["absent"] and "GPU" in row["absent"]["triton"]
+    assert gpt_kernels.where("layer_norm_fwd")["CPU"].startswith("cpu")
+
+
+def test_another_backend_that_is_wrong_has_no_number(monkeypatch):
+    def ours(x, w):
+        pushed = gpt_kernels.where("layer_norm_fwd")["CPU"].startswith("cpu (pushed")
+        return gpt_kernels.layer_norm(x, w) * (1.01 if pushed else 1.0)
+
+    row = row_of(case(ours), "fwd", Settings(quick=True, compile=False, backends=("cpu",)))
+    assert row["mismatch"] is None and row["absent"]["cpu"].startswith("wrong: output 0")
+
+
+def test_the_naive_reference_is_left_out_where_memory_ends(monkeypatch):
+    made = attention.case(1, 2, 64, 16, True, 0.0, torch.float32, naive=True, length=64)
+    assert "reference" in row_of(made, "fwd")["variants"]
+    monkeypatch.setattr(measure, "free_memory", lambda: 1e5)
+    row = row_of(made, "bwd")
+    assert "reference" not in row["variants"] and row["absent"]["reference"] == "needs about 0.0 GB, 0.0 are free"
+    monkeypatch.setattr(measure, "free_memory", lambda: None)
+    assert measure.too_large(made, made.inputs(), "fwd") is None
+
+
+def test_the_first_call_is_the_one_that_compiles(monkeypatch):
+    calls = itertools.count()
+
+    def ours(x, w):
+        time.sleep(0 if next(calls) else 0.2)
+        return gpt_kernels.layer_norm(x, w)
+
+    row = row_of(case(ours), "fwd")
+    assert row["variants"]["ours"]["first"] > 0.2 > row["variants"]["eager"]["first"]
+
+
+def test_real_clocks():
+    assert measure.stopwatch(lambda: time.sleep(2e-3)) > 1e-3
+    samples = interleaved({"a": Variant(lambda: time.sleep(2e-3))}, 0.01)
+    assert len(samples["a"]) == 9 and min(samples["a"]) > 1e-3
+    assert other_temperature({"a": Variant(lambda: time.sleep(2e-3))}, {"a": 2e-3})["a"] > 1e-3
+
+
+# ---- clocks ----
+
+
+class Clock:
+    """Fake calls that take fixed times."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.order = 0.0, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def variant(self, name, seconds, **more):
+        def call():
+            self.order.append(name)
+            self.now += seconds
+
+        return Variant(call, **more)
+
+
+def test_variants_take_turns(monkeypatch):
+    clock = Clock(monkeypatch)
+    samples = interleaved({"a": clock.variant("a", 1e-3), "b": clock.variant("b", 2e-3)}, 0.03)
+    assert len(samples["a"]) == len(samples["b"]) == 20
+    assert samples["a"] == pytest.approx([1e-3] * 20) and samples["b"] == pytest.approx([2e-3] * 20)
+    assert clock.order[4:] == ["a", "b"] * 23  # after two calls each to estimate; three rounds do not count
+
+
+def test_tiny_calls_are_repeated_and_slow_ones_are_few(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert len(interleaved({"a": clock.variant("a", 1e-6)}, 0.01)["a"]) == 50
+    assert 50 * 200 <= len(clock.order) <= 60 * 200
+    clock.order.clear()
+    variants = {"a": clock.variant("a", 1.0), "naive": clock.variant("naive", 9.0, brief=True)}
+    known = {"a": 1.1, "naive": 8.0}
+    assert {name: len(s) for name, s in interleaved(variants, 0.3, known).items()} == {"a": 5, "naive": 1}
+    assert len(clock.order) == 5 + 1, "of a slow call it is known how long it takes"
+
+
+def test_what_is_around_a_call_is_not_timed(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    @contextlib.contextmanager
+    def around():
+        clock.now += 100.0
+        yield
+
+    assert interleaved({"a": clock.variant("a", 1.0, around=around)}, 0.3)["a"] == [1.0] * 5
+
+
+def test_cold_means_that_the_caches_were_written_over(monkeypatch):
+    monkeypatch.setattr(measure, "cache_bytes", lambda: 1 << 20)
+    written = []
+    monkeypatch.setattr(torch.Tensor, "add_", lambda self, other: written.append(self.nbytes))
+    clock = Clock(monkeypatch)
+    variants = {"fast": clock.variant("fast", 1e-3), "slow": clock.variant("slow", 2.0)}
+    assert other_temperature(variants, {"fast": 1e-3, "slow": 2.0}) == {"fast": pytest.approx(1e-3)}
+    assert written == [2 << 20] * measure.COLD_ROUNDS
+
+
+def test_limits(monkeypatch):
+    asked = {}
+
+    def fake(calls, seconds):
+        asked.update(calls)
+        return {"copy": [0.5], "gemm": [2e-3], "gemm 16": [1e-3]}
+
+    monkeypatch.setattr(measure, "interleaved", lambda calls, s: {k: v for k, v in fake(calls, s).items() if k in calls})
+    full = measure.measure_limits(torch.float32)
+    assert full == {"copy": 2 * (1 << 27) / 0.5, "gemm": 2 * 1024**3 / 2e-3} and "gemm 16" not in asked
+    # the better of the two rates: a CPU without bfloat16 units is not held against a slow product
+    assert measure.measure_limits(torch.bfloat16)["gemm"] == 2 * 1024**3 / 1e-3
+    for call in asked.values():
+        call.call()
+
+
+def test_samples_are_thinned_evenly():
+    kept = measure.thinned([float(i) for i in range(200)])
+    assert len(kept) <= measure.MOST_SAMPLES and kept[0] == 0.0 and kept[-1] > 190 and kept == sorted(kept)
+    assert measure.thinned([1.0, 2.0]) == [1.0, 2.0] and measure.half_interquartile([3.0]) == 0.0
+
+
+@pytest.mark.skipif(measure.peak_memory(lambda: None) is None, reason="no /proc/self/clear_refs")
+def test_peak_memory():
+    size = 64 << 20
+
+    def briefly():
+        torch.ones(size, dtype=torch.uint8)
+        torch.ones(size, dtype=torch.uint8)
+
+    both = [
+        measure.peak_memory(briefly),
+        measure.peak_memory(lambda: [torch.ones(size, dtype=torch.uint8) for _ in range(2)]),
+    ]
+    assert both[0] == pytest.approx(size, rel=0.1) and both[1] == pytest.approx(2 * size, rel=0.1)
+
+
+# ---- a GPU's way of it, without one ----
+
+
+def test_gpu_times_and_memory(monkeypatch):
+    """CUDA events in turn, and torch's allocator instead of the process."""
+    monkeypatch.setattr(measure, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    asked = []
+
+    def timer(device, warm):
+        asked.append(warm)
+        return lambda call: [call(), 1.0 if warm else 2.0][1]
+
+    monkeypatch.setattr(measure, "event_timer", timer)
+    order = []
+    variants = {name: Variant(lambda name=name: order.append(name)) for name in "ab"}
+    assert interleaved(variants, 0.02) == {"a": [2e-3] * 9, "b": [2e-3] * 9} and order == ["a", "b"] * 9
+    assert other_temperature(variants, dict.fromkeys("ab", 2e-3)) == {"a": 1e-3, "b": 1e-3} and asked == [False, True]
+    assert other_temperature(variants, {"a": 2e-3, "b": 9.0}) == {"a": 1e-3}
+    slow = interleaved(variants, 0.02, {"a": 9.0})
+    assert [len(s) for s in slow.values()] == [5, 5] and max(slow["a"]) < 1e-3 and slow["b"] == [2e-3] * 5, "a by the clock"
+    held = {"now": 100, "peak": 100}
+
+    def briefly():
+        held["peak"] = held["now"] + 30
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    assert measure.peak_memory(briefly) == 30 and measure.peak_memory(lambda: None) == 0
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    monkeypatch.setattr(measure, "other_temperature", other_temperature)
+    row = row_of(case(), "fwd")
+    assert row["timed"] == "cold" and row["variants"]["ours"]["warm"] == 1e-3 and row["variants"]["ours"]["seconds"] == 2e-3
+    assert 0 < row["variants"]["ours"]["launch"] < 1.0, "the host's clock, without waiting"
+
+
+def test_a_warm_sample_comes_right_after_another_call(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 10.0
+
+    real = torch.empty
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: real(1, dtype=torch.int8))
+    for warm, expected in ((False, ["event", "call", "event"]), (True, ["call", "event", "call", "event"])):
+        order.clear()
+        assert tuning.event_timer(torch.device("cpu"), warm=warm)(lambda: order.append("call")) == 10.0
+        assert order[: len(expected)] == expected
+
+
+# ---- cases ----
+
+
+def test_bad_direction():
+    with pytest.raises(ValueError, match="unknown direction 'both', expected one of fwd, bwd, fwd\\+bwd"):
+        case(directions=("both",))
+
+
+def all_cases(**options):
+    return [made for target in FAMILIES for made in run.cases(target, Settings(**options))]
+
+
+def test_quick_is_a_part_of_the_whole_and_huge_is_asked_for():
+    def names(**options):
+        return {(c.op, c.shape, c.dtype) for c in all_cases(**options)}
+
+    assert names(quick=True) < names() < names(huge=True)
+    assert any("65536x4096" in shape for _, shape, _ in names(huge=True) - names())
+    assert {dtype for _, _, dtype in names(dtypes=("float16",))} == {torch.float16}
+    assert {op for op, _, _ in names(quick=True)} == set(FAMILIES)
+    bigger = {c.shape for c in all_cases(device="cuda") if c.op == "layer_norm"}
+    assert "65536x768" in bigger and "1x64" in bigger
+
+
+def test_each_op_has_main_and_tiny_cases():
+    cases = all_cases()
+    for op in FAMILIES:
+        mine = [c for c in cases if c.op == op]
+        assert {c.dtype for c in mine if c.main} == {torch.float32, torch.bfloat16}, op
+    assert [c.length for c in attention.sweep(Settings())] == [512, 1024, 2048, 4096, 8192, 16384]
+    assert all(c.naive for c in attention.sweep(Settings()))
+
+
+@pytest.mark.parametrize("op", FAMILIES)
+def test_the_first_case_of_each_op_is_measured(op, monkeypatch):
+    if op == "attention":
+        monkeypatch.setattr(attention, "SHAPES", ((1, 2, 24, 16, True, 0.0), (1, 2, 24, 16, True, 0.1)))
+    settings = Settings(compile=False, against=tuple(peers.PEERS))
+    for made in itertools.islice(run.cases(op, settings), 2 if op == "attention" else 1):
+        for direction in made.directions:
+            row = row_of(made, direction, settings)
+            assert row["mismatch"] is None and {"eager", "ours"} <= row["variants"].keys(), row
+            assert set(peers.PEERS) <= row["absent"].keys(), "a peer that is not there is told"
+            if op in ("attention", "rms_norm", "gelu", "cross_entropy"):
+                assert "hf" in row["variants"], row["absent"]
+
+
+# ---- peers ----
+
+
+def test_a_peer_says_why_it_is_absent(monkeypatch):
+    found = peers.functions(("liger", "apex"), "gelu", {})
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "apex" else object())
+    with pytest.raises(peers.Absent, match="not installed: build it from its repository"):
+        found["apex"]()
+    with pytest.raises(peers.Absent, match="its kernels need a GPU"):
+        found["liger"]()
+    monkeypatch.setattr(peers.torch, "get_default_device", lambda: torch.device("cuda"))
+    with pytest.raises(peers.Absent, match="it has no gelu like ours"):
+        found["liger"]()
+    with pytest.raises(peers.Absent, match="its softmax takes no scale and mask"):
+        peers.functions(("liger",), "softmax", {"causal": True})["liger"]()
+
+
+def module(monkeypatch, name, **functions):
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:n]), types.ModuleType(".".join(parts[:n])))
+    for function, body in functions.items():
+        setattr(sys.modules[name], function, body)
+
+
+def test_adapters_call_as_the_documentation_has_it(monkeypatch):
+    """Stand-ins with the documented signatures, computed by torch: the answers must be those of eager."""
+    monkeypatch.setattr(peers.Peer, "absence", lambda self: None)
+
+    def heads_first(q, k, v, dropout_p, causal):
+        assert dropout_p == 0.0
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    class LowerTriangularMask:
+        pass
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
+        return heads_first(query, key, value, p, isinstance(attn_bias, LowerTriangularMask))
+
+    module(monkeypatch, "xformers.ops", LowerTriangularMask=LowerTriangularMask,
+           memory_efficient_attention=memory_efficient_attention)  # fmt: skip
+    module(monkeypatch, "flash_attn.ops.triton.layer_norm",
+           layer_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+           rms_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps))  # fmt: skip
+
+    def cross_entropy_loss(logits, labels, label_smoothing=0.0, inplace_backward=False):
+        return F.cross_entropy(logits, labels, reduction="none"), None
+
+    module(monkeypatch, "flash_attn.ops.triton.cross_entropy", cross_entropy_loss=cross_entropy_loss)
+    sys.modules["flash_attn"].flash_attn_func = lambda q, k, v, dropout_p=0.0, softmax_scale=None, causal=False: heads_first(
+        q, k, v, dropout_p, causal
+    )
+    module(monkeypatch, "apex.normalization.fused_layer_norm",
+           fused_layer_norm_affine=lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
+               input, normalized_shape, weight, bias, eps),
+           fused_rms_norm_affine=lambda input, weight, normalized_shape, eps=1e-6: F.rms_norm(
+               input, normalized_shape, weight, eps))  # fmt: skip
+
+    class SoftmaxCrossEntropyLoss(torch.autograd.Function):
+        @staticmethod
+        def apply(logits, labels, smoothing=0.0, padding_idx=0, half_to_float=False):
+            return F.cross_entropy(logits, labels, ignore_index=padding_idx, reduction="none")
+
+    module(monkeypatch, "apex.contrib.xentropy", SoftmaxCrossEntropyLoss=SoftmaxCrossEntropyLoss)
+    monkeypatch.setattr(attention, "SHAPES", ((1, 2, 24, 16, True, 0.0), (1, 2, 24, 16, False, 0.0)))
+    settings = Settings(compile=False, against=("flash_attn", "xformers", "apex"), dtypes=("float32",))
+    given = {}
+    for op in ("attention", "layer_norm", "rms_norm", "cross_entropy"):
+        for made in itertools.islice(run.cases(op, settings), 2):
+            trial = made.trial("fwd", settings)
+            given[made.op] = set(trial.variants) - {"eager", "ours", "hf"}
+            assert not any(reason.startswith("wrong") for reason in trial.absent.values()), trial.absent
+    assert given == {
+        "attention": {"flash_attn", "xformers"}, "layer_norm": {"flash_attn", "apex"}, "rms_norm": {"flash_attn", "apex"},
+        "cross_entropy": {"flash_attn", "apex"},
+    }  # fmt: skip
+
+
+# ---- models ----
+
+SMALL = models.Sizes(layers=1, width=32, heads=2, vocab=101, batch=2, length=16, prompt=6, new=4)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "QUICK", SMALL)
+    return Settings(quick=True, compile=False, against=("liger",))
+
+
+@pytest.mark.parametrize("target, direction", [("gpt", "step"), ("decode", "token")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models(small, target, direction, dtype):
+    small.dtypes = (dtype,)
+    (made,) = run.cases(target, small)
+    (only,) = made.directions
+    row = row_of(made, only, small)
+    assert only == direction and row["mismatch"] is None and row["variants"].keys() == {"eager", "ours", "GPT"}
+    assert row["absent"]["liger"] == "compared op by op, not in a whole model" and row["main"] and row["op"] == target
+
+
+def test_a_wrong_model_has_no_numbers(small, monkeypatch):
+    (step,) = itertools.islice(run.cases("gpt", small), 1)
+    monkeypatch.setattr(models, "patched", lambda model: model)
+    monkeypatch.setattr(models, "wrong_step", lambda *given: "FAIL: worse than eager")
+    assert row_of(step, "step", small)["mismatch"] == "FAIL: worse than eager"
+
+
+def test_a_token_that_eager_would_not_choose_is_noticed(small):
+    model = models.build(SMALL, 0.0).eval()
+    prompt = torch.randint(1, 101, (1, 6))
+    ids = model.generate(prompt, do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    assert models.wrong_tokens(model, ids, 6, torch.float32) is None
+    worst = ids.clone()
+    with torch.no_grad():
+        worst[0, 7] = model(input_ids=ids[:, :7]).logits[0, -1].argmin()
+    assert "behind eager's best" in models.wrong_tokens(model, worst, 6, torch.float32)
+
+
+def test_verify_is_what_checks_a_step(small, monkeypatch):
+    """A patched model that is wrong: the trial says so."""
+    real = gpt_kernels.layer_norm
+    monkeypatch.setattr(sys.modules["gpt_kernels.patch"], "layer_norm", lambda *a, **k: real(*a, **k) * 1.05)
+    (step,) = itertools.islice(run.cases("gpt", small), 1)
+    assert step.trial("step", small).mismatch.startswith("FAIL")
