@@ -236,11 +236,13 @@ class Gpu {
   explicit Gpu(const Tensor&) {}
   int arch() const { return sim::arch(); }
   int processors() const { return sim::processors(); }
+  int64_t shared_per_block() const { return int64_t(sim::shared_limit()); }
   const cudaStream_t stream = nullptr;
 #else
   explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index), stream(stream_of(index)) {}
   int arch() const { return attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor); }
   int processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int64_t shared_per_block() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
  private:
   int attribute(cudaDeviceAttr which) const;

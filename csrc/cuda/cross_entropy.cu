@@ -69,10 +69,12 @@ template <bool plain> struct Gradient {
   }
 };
 
-// loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is in registers, over *count of a
-// mean. partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
+// loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is there, over *count of a mean.
+// partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
+constexpr int cross_entropy_fwd_few = 4;
+
 template <class T, bool plain, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads<block>)
+__global__ void __launch_bounds__(row_threads<block>, block ? (plain ? 2 : 1) : plain ? 4 : 3)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
                       float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M, int64_t N,
@@ -80,87 +82,94 @@ __global__ void __launch_bounds__(row_threads<block>)
   constexpr int V = per_16<T>;
   if constexpr (plain) o.smoothing = o.softcap = 0;
   const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
-  if (at.row >= M) return;  // a whole warp, or no one
-  const T* row = x + x_rows(at.row);
-  const Target t(target, at.row, o.ignore_index, N);
-  x = row + at.begin;
-  if (dx) dx += at.row * N + at.begin;
-  const Chunks<T> chunks(dx ? dx : x, at.n, at.me, at.peers);
-  uint4 raw[kept];
-  chunks.load(raw, x, t.counted && (dx || pass != Pass::write) ? at.n : 0);  // an ignored row is 0, and so is its gradient
+  unsigned m = at.row;
+  if (m >= M) return;  // a whole warp, or no one
+  const auto row_of = [&](unsigned m) -> RowSource<T> {
+    const T* part = x + (m < M ? x_rows(m) : 0) + at.begin;
+    // an ignored row is 0, and so is its gradient
+    const bool wanted = m < M && target[m] != o.ignore_index && (dx || pass != Pass::write);
+    return {Chunks<T>(dx ? dx + m * N + at.begin : part, at.n, at.me, at.peers), part, wanted ? at.n : 0};
+  };
   const auto cap = [&](float v) { return plain || o.softcap == 0.f ? v : capped(v, o.softcap); };
+  KeptRow<T, kept> row(N);
   const auto get = [&](int j, float (&v)[V]) {
-    unpack<T>(raw[j], v);
+    row.get(j, v);
     if constexpr (!plain) {
 #pragma unroll
       for (int k = 0; k < V; k++) v[k] = cap(v[k]);
     }
   };
-
-  float top = minus_inf, sum = 0, distance = 0, v[V];
-  if constexpr (pass != Pass::write) {
+  RowSource<T> source = row_of(m);
+  row.fetch(source);
+  do {
+    row.load(source);
+    const Target t(target, m, o.ignore_index, N);
+    const float x_target = t.index < 0 ? 0.f : cap(to_float(x[x_rows(m) + t.index]));
+    float top = minus_inf, sum = 0, distance = 0;
+    if constexpr (pass != Pass::write) {
+      row.each(source, [&](int j) {
+        float v[V];
+        row.get(j, v), source.chunks.fill(j, at.n, v, minus_inf);
 #pragma unroll
-    for (int j = 0; j < kept; j++) {
-      unpack<T>(raw[j], v), chunks.fill(j, at.n, v, minus_inf);
-#pragma unroll
-      for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
-    }
-    top = cap(row_max<block>(top));  // the cap grows with x
-    forget(raw, N);
-    float sums[V] = {}, distances[V] = {};
-    const float origin = origin_of(top);
-#pragma unroll
-    for (int j = 0; j < kept; j++) {
-      get(j, v), chunks.fill(j, at.n, v, minus_inf);
-#pragma unroll
-      for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin) * log2_e);
-      if constexpr (!plain) {
-        chunks.fill(j, at.n, v, origin);
-#pragma unroll
-        for (int k = 0; k < V; k++) distances[k] += v[k] - origin;
-      }
-    }
-    sum = chunks.template sum<block>(sums);
-    if constexpr (!plain) distance = chunks.template sum<block>(distances);
-    forget(raw, N);
-  }
-  if constexpr (pass == Pass::read) {
-    if (at.me != 0) return;
-    float* mine = partial + (int64_t(at.row) * parts + at.part) * 3;
-    mine[0] = top, mine[1] = sum, mine[2] = distance;
-  } else {
-    if constexpr (pass == Pass::write) {
-      const float* of = partial + int64_t(at.row) * parts * 3;
-      top = max_of_parts(parts, [&](int s) { return of[3 * s]; });
+        for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
+      });
+      top = cap(row_max<block>(top));  // the cap grows with x
+      row.forget(N);
+      float sums[V] = {}, distances[V] = {};
       const float origin = origin_of(top);
-      const auto shift = [&](int s) { return origin_of(of[3 * s]) - origin; };
-      sum = sum_of_parts(parts, [&](int s) { return of[3 * s + 1] * ex2_approx(shift(s) * log2_e); });
-      if constexpr (!plain)
-        distance = sum_of_parts(parts, [&](int s) { return of[3 * s + 2] + shift(s) * float(min(span, N - s * span)); });
-    }
-    const float log_sum = logf(sum), x_target = t.index < 0 ? 0.f : cap(to_float(row[t.index]));
-    if (at.me == 0 && at.part == 0) {
-      const float z = o.square_scale * (top + log_sum) * (top + log_sum), nan = __uint_as_float(0x7FC00000u);
-      float value = (1 - o.smoothing) * (top - x_target + log_sum) + z;
-      if constexpr (!plain) value += o.smoothing != 0.f ? o.smoothing * (log_sum - distance / float(N)) : 0.f;
-      loss[at.row] = !t.counted ? 0.f : t.bad ? nan : value;
-      z_loss[at.row] = !t.counted ? 0.f : t.bad ? nan : z;
-      lse[at.row] = t.counted ? top : 0.f, lse[M + at.row] = t.counted ? log_sum : 0.f;
-    }
-    if (!dx) return;
-    if (t.counted) {
-      const float scale = t.bad ? __uint_as_float(0x7FC00000u) : count ? 1.f / *count : 1.f;
-      const Gradient<plain> gradient(o, N, top, log_sum, x_target, scale);
-      const int here = t.within(at.begin, at.n);
+      row.each(source, [&](int j) {
+        float v[V];
+        get(j, v), source.chunks.fill(j, at.n, v, minus_inf);
 #pragma unroll
-      for (int j = 0; j < kept; j++) {
-        get(j, v);
-        gradient.apply(v, chunks.column(j), here);
-        raw[j] = pack<T>(v);
-      }
+        for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin) * log2_e);
+        if constexpr (!plain) {
+          source.chunks.fill(j, at.n, v, origin);
+#pragma unroll
+          for (int k = 0; k < V; k++) distances[k] += v[k] - origin;
+        }
+      });
+      sum = source.chunks.template sum<block>(sums);
+      if constexpr (!plain) distance = source.chunks.template sum<block>(distances);
+      row.forget(N);
     }
-    chunks.store(dx, raw);
-  }
+    if constexpr (pass == Pass::read) {
+      if (at.me != 0) return;
+      float* mine = partial + (int64_t(m) * parts + at.part) * 3;
+      mine[0] = top, mine[1] = sum, mine[2] = distance;
+    } else {
+      if constexpr (pass == Pass::write) {
+        const float* of = partial + int64_t(m) * parts * 3;
+        top = max_of_parts(parts, [&](int s) { return of[3 * s]; });
+        const float origin = origin_of(top);
+        const auto shift = [&](int s) { return origin_of(of[3 * s]) - origin; };
+        sum = sum_of_parts(parts, [&](int s) { return of[3 * s + 1] * ex2_approx(shift(s) * log2_e); });
+        if constexpr (!plain)
+          distance = sum_of_parts(parts, [&](int s) { return of[3 * s + 2] + shift(s) * float(min(span, N - s * span)); });
+      }
+      const float log_sum = logf(sum);
+      if (at.me == 0 && at.part == 0) {
+        const float z = o.square_scale * (top + log_sum) * (top + log_sum), nan = __uint_as_float(0x7FC00000u);
+        float value = (1 - o.smoothing) * (top - x_target + log_sum) + z;
+        if constexpr (!plain) value += o.smoothing != 0.f ? o.smoothing * (log_sum - distance / float(N)) : 0.f;
+        loss[m] = !t.counted ? 0.f : t.bad ? nan : value;
+        z_loss[m] = !t.counted ? 0.f : t.bad ? nan : z;
+        lse[m] = t.counted ? top : 0.f, lse[M + m] = t.counted ? log_sum : 0.f;
+      }
+      const RowSource<T> next = row_of(m + gridDim.x);
+      if (dx) {
+        const float scale = t.bad ? __uint_as_float(0x7FC00000u) : count ? 1.f / *count : 1.f;
+        const Gradient<plain> gradient(o, N, top, log_sum, x_target, scale);
+        const int here = t.within(at.begin, at.n);
+        row.write(dx + m * N + at.begin, source, [&](int j, float (&v)[V]) {
+          get(j, v);
+          if (t.counted) gradient.apply(v, source.chunks.column(j), here);
+        }, [&](int j) { row.fetch(next, j); });
+      } else {
+        row.fetch(next);
+      }
+      source = next;
+    }
+  } while (kept == 0 && (m += gridDim.x) < M);
 }
 
 // dx from lse; dx may be x. Every part of a row by itself.
@@ -317,11 +326,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
   with_dtype(logits.scalar_type(), [&](auto t) {
     with_bool(label_smoothing == 0 && logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
-      constexpr int few = 4, many = 13;
-      const RowShape s = row_shape<T, few, many>(M, V, gpu.processors());
+      constexpr int few = cross_entropy_fwd_few;
+      const RowShape s = row_shape<T, few>(M, V, gpu, 1);
       Tensor partial = new_tensor(logits, {s.parts > 1 ? M : 0, s.parts, 3}, ScalarType::Float);
-      with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
-        launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<float>(losses),
+      with_row_shape<T, few, true>(s, [&](auto block, auto kept, auto pass) {
+        launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream, out<float>(losses),
                out<float>(z_losses), out<float>(lse), with_grad ? out<T>(dlogits) : nullptr, data<T>(logits), data<int64_t>(target),
                count.numel() ? data<float>(count) : nullptr, out<float>(partial), rows, o, M, V, s.span, s.parts);
       });
@@ -365,7 +374,7 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
       constexpr int64_t span = (cross_entropy_bwd_kept * cross_entropy_bwd_threads - 1) * per_16<T> / 64 * 64;
       if (V > row_warp_columns)
         run(std::true_type{}, KeptIs<cross_entropy_bwd_kept>{}, {true, cross_entropy_bwd_kept, cross_entropy_bwd_threads, int(cdiv(V, span)), span});
-      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, 4, 13>(M, V, gpu.processors()));
+      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, cross_entropy_bwd_kept>(M, V, gpu, 0));
     });
   });
 }

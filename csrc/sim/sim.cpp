@@ -444,14 +444,6 @@ void make_fibers(int count) {
   }
 }
 
-size_t shared_limit() {  // of a block, by the CUDA programming guide's table of compute capabilities
-  switch (config.arch) {
-    case 80: return 163 << 10;
-    case 90: case 100: return 227 << 10;
-    default: return 99 << 10;
-  }
-}
-
 void run_block() {
   ready_warps = 0, done = 0, declarations = 0, shared_bytes = (dynamic_bytes + 15) / 16 * 16;
   for (auto& b : barriers) b = {};
@@ -485,6 +477,13 @@ void run_block() {
 
 int arch() { return int(config.arch); }
 int processors() { return int(config.processors); }
+size_t shared_limit() {  // by the CUDA programming guide's table of compute capabilities
+  switch (config.arch) {
+    case 80: return 163 << 10;
+    case 90: case 100: return 227 << 10;
+    default: return 99 << 10;
+  }
+}
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*function)(void*), void* args) {
   std::lock_guard<std::mutex> lock(one_launch);

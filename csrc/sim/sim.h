@@ -46,6 +46,7 @@ extern Place place;
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* args);
 int arch();        // compute capability that is played, as 80
 int processors();  // streaming multiprocessors that are played: few, so that small tests loop
+size_t shared_limit();  // bytes of shared memory of a block of that architecture
 
 [[noreturn]] void trap();
 
