@@ -72,9 +72,10 @@ template <bool plain> struct Gradient {
 // loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is there, over *count of a mean.
 // partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
 constexpr int cross_entropy_fwd_few = 4;
+constexpr int cross_entropy_fwd_blocks(bool plain) { return plain ? 2 : 1; }  // of a processor, without a spill
 
 template <class T, bool plain, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads<block>, block ? (plain ? 2 : 1) : plain ? 4 : 3)
+__global__ void __launch_bounds__(row_threads<block>, block ? cross_entropy_fwd_blocks(plain) : plain ? 4 : 3)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
                       float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M, int64_t N,
@@ -327,7 +328,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
     with_bool(label_smoothing == 0 && logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
       constexpr int few = cross_entropy_fwd_few;
-      const RowShape s = row_shape<T, few>(M, V, gpu, 1);
+      const RowShape s = row_shape<T, few>(M, V, gpu, 1, cross_entropy_fwd_blocks(plain));
       Tensor partial = new_tensor(logits, {s.parts > 1 ? M : 0, s.parts, 3}, ScalarType::Float);
       with_row_shape<T, few, true>(s, [&](auto block, auto kept, auto pass) {
         launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream, out<float>(losses),
@@ -374,7 +375,7 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
       constexpr int64_t span = (cross_entropy_bwd_kept * cross_entropy_bwd_threads - 1) * per_16<T> / 64 * 64;
       if (V > row_warp_columns)
         run(std::true_type{}, KeptIs<cross_entropy_bwd_kept>{}, {true, cross_entropy_bwd_kept, cross_entropy_bwd_threads, int(cdiv(V, span)), span});
-      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, cross_entropy_bwd_kept>(M, V, gpu, 0));
+      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, cross_entropy_bwd_kept>(M, V, gpu));
     });
   });
 }

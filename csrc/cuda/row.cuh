@@ -28,15 +28,15 @@ constexpr int row_scratch = 768;  // bytes of shared memory that the reductions 
 // of a row wherever it begins, so that it has as many threads, and with it its sums their order
 template <class T> constexpr int64_t row_chunks(int64_t n) { return (n + 2 * (per_16<T> - 1)) / per_16<T>; }
 
-// tensors: rows of so many are read together; 0: they are not held in shared memory
-template <class T, int few> RowShape row_shape(int64_t M, int64_t N, const Gpu& gpu, int tensors) {
+// tensors: rows of so many are held in shared memory together; of those blocks a processor's registers serve `resident`
+template <class T, int few> RowShape row_shape(int64_t M, int64_t N, const Gpu& gpu, int tensors = 0, int64_t resident = 2) {
   constexpr int most = row_threads<true>;
   if (N <= row_warp_columns) return {false, row_chunks<T>(N) <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
   constexpr int64_t longest = (few * most - 1) * per_16<T> / 64 * 64;
   const int64_t wanted = M * 2 <= gpu.processors() ? std::min(gpu.processors() / std::max<int64_t>(M, 1), N / row_part_columns) : 1;
   const int64_t bytes = tensors * row_chunks<T>(N) * 16, limit = gpu.shared_per_block();
   if (wanted <= 1 && row_chunks<T>(N) > few * most && tensors && bytes + row_scratch <= limit) {
-    const int64_t blocks = std::min<int64_t>(2, (limit + 1024) / (bytes + row_scratch + 1024));  // a KB of each is the system's
+    const int64_t blocks = std::min(resident, (limit + 1024) / (bytes + row_scratch + 1024));  // a KB of each is the system's
     return {true, 0, most, 1, N, size_t(bytes), gpu.processors() * blocks};
   }
   const int64_t parts = std::max(row_chunks<T>(N) <= few * most ? 1 : cdiv(N, longest), wanted);
@@ -298,7 +298,7 @@ template <class T> struct KeptRow<T, 0> {
     for (int j = 0; row.chunks.column(j) < row.end; j++) f(j);
   }
   template <class F, class Refill> GK_DEVICE void write(T* y, const RowSource<T>& row, const F& f, const Refill& refill) {
-#pragma unroll 4
+#pragma unroll 2
     for (int j = 0; j < last; j++) {
       if (row.chunks.column(j) < row.chunks.n) {
         float v[V];

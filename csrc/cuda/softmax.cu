@@ -24,10 +24,6 @@ GK_DEVICE int visible_columns(unsigned row, unsigned T, int64_t N, int64_t begin
   return T ? int(min(max(row % T + N - T + 1 - begin, int64_t(0)), int64_t(n))) : n;
 }
 
-// Columns of a mask; false hides what is added to: -inf.
-GK_DEVICE float mask_value(bool keep) { return keep ? 0.f : minus_inf; }
-template <class K> GK_DEVICE float mask_value(K added) { return to_float(added); }
-
 constexpr int softmax_fwd_few = 4, softmax_bwd_few = 2;
 // Blocks of a processor for which registers are left: as many as go without a spill.
 constexpr int softmax_fwd_blocks(bool block, bool masked, bool wide) { return block ? (masked ? 1 : 2) : masked ? 4 : wide ? 6 : 8; }
@@ -51,9 +47,9 @@ template <class T, bool masked, int kept> struct Scores {
         for (int k = 0; k < V; k++) {
           const int column = source.chunks.column(j) + k;
           const bool seen = column >= 0 && column < source.end;
-          const float added = seen ? mask_value(mask[column * step]) : 0.f;
           // a hidden score is not looked at: it may be nan
-          z[j][k] = !seen || (std::is_same_v<K, bool> && added != 0.f) ? minus_inf : z[j][k] * scale + added;
+          if constexpr (std::is_same_v<K, bool>) z[j][k] = seen && mask[column * step] ? z[j][k] * scale : minus_inf;
+          else z[j][k] = seen ? z[j][k] * scale + to_float(mask[column * step]) : minus_inf;
         }
       }
     }

@@ -342,12 +342,13 @@ void count_global(const Access& a) {
     if (!(a.mask >> l & 1)) continue;
     for (uintptr_t s = a.address[l] / 32; s <= (a.address[l] + a.bytes - 1) / 32; s++) insert(sectors, s);
     insert(units, a.address[l]);
-    counters->global_bytes += a.bytes;
-    if (a.bytes == 16) counters->global_bytes_16 += a.bytes;
   }
   counters->global_requests++;
   counters->global_sectors += int64_t(sectors.size());
-  counters->global_ideal += int64_t((units.size() * a.bytes + 31) / 32);
+  // what all lanes read is one piece
+  const int64_t bytes = int64_t(units.size()) * a.bytes;
+  counters->global_ideal += (bytes + 31) / 32, counters->global_bytes += bytes;
+  if (a.bytes == 16) counters->global_bytes_16 += bytes;
 }
 
 void count_pending(Warp& warp) {
