@@ -33,19 +33,20 @@ def both(x, *rest):
     return forward_backward(gpt_kernels.softmax, (x, *rest), x)
 
 
-def norm(op, x, *parameters):
+def gradients(op, x, *parameters):
     leaves = [t.requires_grad_() for t in (x, *parameters)]
-    getattr(gpt_kernels, op)(*leaves).backward(x.detach())
+    y = getattr(gpt_kernels, op)(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, x.detach())
 
 
-WIDE = {  # 16-byte accesses' share of the bytes; the rest are scalars per row and the ends of odd rows, of split ones the parts' sums
+WIDE = {  # share of 16-byte accesses; the rest are scalars per row, the ends of odd rows and, of split ones, the parts' sums
     "softmax 50257": (0.99, lambda: both(scores(5, 50257, dtype=torch.bfloat16))),
     "softmax 50257 fp32": (0.98, lambda: both(scores(4, 50257))),
     "softmax 1000": (0.98, lambda: both(scores(9, 1000, dtype=torch.bfloat16))),
     "cross_entropy 50257": (0.99, lambda: fwd(*inputs(5, 50257, dtype=torch.bfloat16, ignored=False), *DEFAULTS, True)),
     "cross_entropy 131072": (0.97, lambda: fwd(*inputs(1, 131072, dtype=torch.bfloat16), *DEFAULTS, True)),
     "dropout 768": (0.99, lambda: gpt_kernels.dropout(torch.randn(256, 768).bfloat16(), 0.1)),
-    "gelu 3072": (0.99, lambda: norm("gelu", torch.randn(128, 3072).bfloat16())),
+    "gelu 3072": (0.99, lambda: gradients("gelu", torch.randn(128, 3072).bfloat16())),
     "layer_norm 768": (0.99, lambda: gpt_kernels.layer_norm(torch.randn(64, 768).bfloat16(), torch.ones(768).bfloat16())),
     "rms_norm 4096": (0.99, lambda: gpt_kernels.rms_norm(torch.randn(8, 4096).bfloat16(), torch.ones(4096).bfloat16())),
 }
@@ -69,12 +70,30 @@ def test_cuda_sim_rows_are_read_once():
         row = M * N * x.element_size()
         assert c["launches"] == 1 and c["cp_async"] > 0
         assert 2 * row <= c["global_bytes"] < 2.001 * row, c
-    # two tensors of that length fit from sm_90 on
-    for arch, launches in ((80, 2), (90, 1)):
-        x = scores(4, 50257, dtype=torch.bfloat16)
-        with sim_tools.configured(arch=arch):
-            counters = ways(lambda x=x: torch.ops.gpt_kernels.softmax_bwd(x, x, 1.0, False))
-        assert sum(c["launches"] for c in counters.values()) == launches
+
+
+@pytest.mark.parametrize("arch, longest", ((86, 50297), (80, 83065), (90, 115833)))
+def test_cuda_sim_rows_fit_every_limit(arch, longest):
+    """The longest 16-bit row that a block holds beside its sums, then one column more, in parts: the model refuses what is too long."""
+    with sim_tools.configured(arch=arch):
+        for N, launches in ((longest, 1), (longest + 1, 2)):
+            x = scores(2, N, dtype=torch.bfloat16)
+            half = x[:, : N // 2 - 8].contiguous()  # of which two fit
+            (c,) = ways(lambda x=x: gpt_kernels.softmax(x)).values()
+            (both,) = ways(lambda x=half: torch.ops.gpt_kernels.softmax_bwd(x, x, 1.0, False)).values()
+            assert (c["launches"], both["launches"]) == (launches, 1)
+
+
+def test_cuda_sim_rows_beyond_32_bits():
+    """Logits 2^31 elements apart; only the pages that are used take memory."""
+    far = 2**31 + 64
+    torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN
+    for N in (33, 20000):
+        logits = torch.empty(far + N, dtype=torch.bfloat16).as_strided((2, N), (far, 1))
+        logits.copy_(torch.randn(2, N))
+        target = torch.tensor([5, 7])
+        for a, b in zip(fwd(logits, target, *DEFAULTS, True), fwd(logits.clone(), target, *DEFAULTS, True), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("N", (16400, 20011))
@@ -100,6 +119,11 @@ def test_cuda_sim_rows_in_shared_memory(N):
 
 
 CALLS = {
+    **{
+        f"layer_norm {N}": lambda N=N: gradients("layer_norm", *map(torch.randn, ((9, N), (N,), (N,)))) for N in (33, 768, 2056)
+    },
+    "rms_norm": lambda: gradients("rms_norm", torch.randn(9, 1024), torch.randn(1024)),
+    "gelu": lambda: gradients("gelu", torch.randn(17, 1030), torch.randn(1030)),
     "softmax": lambda: both(scores(5, 17001, dtype=torch.bfloat16)),
     "softmax causal": lambda: both(scores(2, 9, 513), None, 0.5, True),
     "softmax masked": lambda: both(scores(5, 1030), torch.randn(5, 1030)),
