@@ -1,7 +1,8 @@
 """The GPU kit: make gpu, or python -m benchmarks.gpu. Not yet executed by us on a GPU.
 
 Runs on a machine with a GPU: the op tests on the device, the tests of tests/gpu (graph capture, streams, races, memory),
-compute-sanitizer where it is installed, and every benchmark against eager and torch.compile. Writes one JSON and one Markdown
+compute-sanitizer where it is installed, and every benchmark against eager and torch.compile; all of it on the Triton kernels
+and, where they were built, on the CUDA C++ kernels, with both beside PyTorch in a table. Writes one JSON and one Markdown
 report into benchmarks/results/, to be pasted into an issue whatever it says. Exit codes: 0 all passed, 1 something failed,
 2 no GPU. `--device cpu` with TRITON_INTERPRET=1 rehearses the kit itself on a CPU, and reports no figures.
 """
@@ -9,7 +10,9 @@ report into benchmarks/results/, to be pasted into an issue whatever it says. Ex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -25,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from gpt_kernels import triton
+from gpt_kernels import dispatch, triton
 from gpt_kernels.triton.common import arch
 
 from .harness import ROOT, environment
@@ -63,7 +66,11 @@ def command(arguments: Sequence[str], timeout: float = 2 * HOURS, **variables: s
         return subprocess.CompletedProcess(arguments, 124, "", f"no end after {timeout:.0f} s")
 
 
-# ---- stages: each a function of the device ----
+# ---- stages: each a function of the device, most also of the backend ----
+
+
+def backends(device: str) -> list[str]:
+    return ["triton", *["cuda"] * bool(device == "cuda" and dispatch.cuda_archs())]
 
 
 def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage:
@@ -86,20 +93,22 @@ def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage
     return Stage(name, "failed" if bad else "passed" if len(cases) > skipped else "skipped", summary, failures)
 
 
-def op_tests(device: str, quick: bool) -> Stage:
+def op_tests(device: str, quick: bool, backend: str) -> Stage:
     """The tests that every backend passes, with every tensor on the device."""
+    name = f"op tests, {backend}"
     if device == "cpu":
-        return pytest_stage("op tests", ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
+        return pytest_stage(name, ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
     files = [f"tests/test_{op}.py" for op in OPS]
-    chosen = ["-k", "triton and (truth or float64 or bad_input)"] if quick else ["-k", "triton"]
-    return pytest_stage("op tests", [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device)
+    chosen = ["-k", f"{backend} and (truth or float64 or bad_input)"] if quick else ["-k", backend]
+    return pytest_stage(name, [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device, GPT_KERNELS_TEST_BACKEND=backend)
 
 
-def launch_tests(device: str, quick: bool, **variables: str) -> Stage:
+def launch_tests(device: str, quick: bool, backend: str, **variables: str) -> Stage:
     """Graph capture and replay, no synchronisation, streams, devices, the same bits 250 times, memory given back."""
     loops = "2" if device == "cpu" else "25" if quick else "250"
     rehearse = {"GPT_KERNELS_REHEARSE": "1"} if device == "cpu" else {}
-    return pytest_stage("launch tests", ["tests/gpu"], GPT_KERNELS_RACE_LOOPS=loops, **rehearse, **variables)
+    variables |= {"GPT_KERNELS_RACE_LOOPS": loops, "GPT_KERNELS_TEST_BACKEND": backend}
+    return pytest_stage(f"launch tests, {backend}", ["tests/gpu"], **rehearse, **variables)
 
 
 def sanitizer(device: str, tool: str) -> Stage:
@@ -123,17 +132,19 @@ def run_slice(device: str) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from kernel_calls import every_call, op, with_kernel
 
-    for dtype in (torch.float32, torch.bfloat16):
-        for _, name, args in with_kernel("triton", every_call(dtype, device)):
-            op(name)(*args)
+    for backend in backends(device):
+        with dispatch.use_backend(backend) if device == "cuda" else contextlib.nullcontext():
+            for dtype in (torch.float32, torch.bfloat16):
+                for _, name, args in with_kernel(backend, every_call(dtype, device)):
+                    op(name)(*args)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def benchmark(device: str, op: str, quick: bool) -> Stage:
+def benchmark(device: str, op: str, quick: bool, backend: str) -> Stage:
     """One bench_<op>.py, in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        flags = ["--quick"] * quick + ["--first", "--no-compile"] * (device == "cpu")
+        flags = ["--quick"] * quick + (["--first", "--no-compile"] if device == "cpu" else ["--backend", backend])
         script = str(ROOT / "benchmarks" / f"bench_{op}.py")
         done = command([sys.executable, script, "--device", device, "--json", file.name, *flags])
         text = pathlib.Path(file.name).read_text()
@@ -142,8 +153,8 @@ def benchmark(device: str, op: str, quick: bool) -> Stage:
     wrong = [f"{r['shape']} {r['dtype']} {r['direction']}: {r['mismatch']}" for r in rows if r["mismatch"]]
     failures = wrong or (last_lines(done.stderr) if done.returncode else [])
     summary = f"{len(rows)} rows" if device != "cpu" else f"{len(rows)} rows, {DRY}"
-    rows = [] if device == "cpu" else [r | {"limits": part["limits"]} for r in rows]
-    return Stage(f"benchmark {op}", "failed" if done.returncode or not text else "passed", summary, failures, rows)
+    rows = [] if device == "cpu" else [r | {"backend": backend, "limits": part["limits"]} for r in rows]
+    return Stage(f"benchmark {op}, {backend}", "failed" if done.returncode or not text else "passed", summary, failures, rows)
 
 
 def last_lines(text: str, count: int = 12) -> list[str]:
@@ -151,12 +162,15 @@ def last_lines(text: str, count: int = 12) -> list[str]:
 
 
 def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
-    chosen: list[Callable[[], Stage]] = [lambda: op_tests(device, quick), lambda: launch_tests(device, quick)]
+    chosen: list[Callable[[], Stage]] = []
+    for backend in backends(device):
+        chosen += [functools.partial(test, device, quick, backend) for test in (op_tests, launch_tests)]
     if consan:
-        chosen.append(lambda: launch_tests(device, True, TRITON_INSTRUMENTATION_MODE="consan"))
-    chosen += [lambda tool=tool: sanitizer(device, tool) for tool in TOOLS]  # type: ignore[misc]
+        chosen.append(functools.partial(launch_tests, device, True, "triton", TRITON_INSTRUMENTATION_MODE="consan"))
+    chosen += [functools.partial(sanitizer, device, tool) for tool in TOOLS]
     benches = OPS if device == "cuda" else ("dropout",)
-    return chosen + [lambda op=op: benchmark(device, op, quick or device == "cpu") for op in benches]  # type: ignore[misc]
+    quick = quick or device == "cpu"
+    return chosen + [functools.partial(benchmark, device, op, quick, name) for op in benches for name in backends(device)]
 
 
 # ---- the report ----
@@ -167,6 +181,7 @@ def fingerprint(device: str) -> dict[str, object]:
         facts = environment()
     facts |= {
         "triton": triton.version(),
+        "cuda kernels": dispatch.cuda_archs() or dispatch.cuda_error,
         "interpreted": triton.INTERPRETED,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -178,6 +193,23 @@ def fingerprint(device: str) -> dict[str, object]:
     return facts
 
 
+def comparison(rows: list[dict]) -> str:
+    """Each shape's milliseconds by backend and the better of eager and torch.compile: from it an op's default is chosen."""
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    lines = ["| op | dtype | direction | " + " | ".join(names) + " | PyTorch | fastest |", "|---" * (5 + len(names)) + "|"]
+    keys = ("op", "shape", "dtype", "direction")
+    for what in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        same = {r["backend"]: r for r in rows if tuple(r[key] for key in keys) == what and not r["mismatch"]}
+        times = {name: r["seconds"]["ours"] for name, r in same.items()}
+        # each backend's run has timed PyTorch anew, interleaved with it
+        theirs = [t for r in same.values() for name, t in r["seconds"].items() if name != "ours"]
+        times |= {"PyTorch": min(theirs)} if theirs else {}
+        cells = [f"{times[name] * 1e3:.3g}" if name in times else "-" for name in (*names, "PyTorch")]
+        fastest = min(times, key=times.__getitem__) if times else "-"
+        lines.append(f"| {what[0]} {what[1]} | {what[2]} | {what[3]} | " + " | ".join(cells) + f" | {fastest} |")
+    return "\n".join(lines)
+
+
 def markdown(report: dict) -> str:
     facts, done = report["environment"], report["stages"]
     title = DRY if report["dry_run"] else facts.get("gpu", "GPU")
@@ -187,10 +219,13 @@ def markdown(report: dict) -> str:
     lines += [f"| {s['name']} | {s['status']} | {s['summary']} | {s['seconds']:.0f} |" for s in done]
     for s in (s for s in done if s["failures"]):
         lines += ["", f"## {s['name']}", "", "```", *s["failures"], "```"]
-    parts = [{"rows": s["rows"]} for s in done if s["rows"]]
-    if parts:
-        lines += ["", "## Benchmarks", "", "How often faster than the better of eager and `torch.compile`, and our time.", ""]
-        lines.append(op_table(parts))
+    rows = [row for s in done for row in s["rows"]]
+    told = "How often faster than the better of eager and `torch.compile`, and our time."
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        lines += ["", f"## Benchmarks, {backend}", "", told, ""]
+        lines.append(op_table([{"rows": [row for row in rows if row["backend"] == backend]}]))
+    if len({row["backend"] for row in rows}) > 1:
+        lines += ["", "## Which backend", "", comparison(rows)]
     return "\n".join(lines) + "\n"
 
 

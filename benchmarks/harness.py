@@ -14,6 +14,7 @@ The limits (copy bandwidth, rate of a matrix product: float32 on a CPU, bfloat16
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -78,6 +79,7 @@ def arguments(description: str | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and shorter timing")
     parser.add_argument("--first", action="store_true", help="the first case alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", help="ours: this backend's kernels instead of the default's")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--json", metavar="FILE", help="also write environment, limits and rows to FILE")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -333,7 +335,8 @@ def run(cases: Callable[[bool], Iterable[Case]], description: str | None = None)
         for case in itertools.islice(cases(args.quick), 1 if args.first else None):
             marks.append(measure_limits())
             for direction in case.directions:
-                with status.status(f"{case.op} {case.shape} {case.dtype} {direction}"):
+                served = gpt_kernels.use_backend(args.backend) if args.backend else contextlib.nullcontext()
+                with served, status.status(f"{case.op} {case.shape} {case.dtype} {direction}"):
                     rows.append(measure(case, direction, marks[-1], 0.2 if args.quick else 1.0, not args.no_compile))
     except KeyboardInterrupt:
         status.print("interrupted: these rows were finished")

@@ -117,8 +117,9 @@ def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
                       sass.wide_share(hot[0]), False)  # fmt: skip
         has = {i.base for i in kernel.instructions}
         lacks = [f"has no {op}" for p, ops in HOLDS.items() if re.match(p, name) for op in ops if op not in has]
-        lacks += [f"declares {facts.shared} bytes of shared memory, {most} are left beside a row" for p, most in DECLARES.items()
-                  if re.match(p, name) and facts.shared > most]  # fmt: skip
+        most = next((most for p, most in DECLARES.items() if re.match(p, name)), facts.shared)
+        if facts.shared > most:
+            lacks.append(f"declares {facts.shared} bytes of shared memory, {most} are left beside a row")
         least = next((share for p, share in WIDE.items() if re.match(p, name)), 0.0)
         if facts.wide < least:
             lacks.append(f"moves {facts.wide:.0%} of its bytes 16 at a time, expected {least:.0%}")

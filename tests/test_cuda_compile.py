@@ -32,8 +32,8 @@ def test_kernels_compile_within_their_budget(case):
 
 
 def norm_bwd_has_the_blocks_it_counts_on(found):
-    """norm_bwd_warps' warps fit a processor's 65536 registers; of 16 bits they have 33 KB in flight: two rows each and, where each
-    warp has its own rows, the sectors of these rows' statistics. A block's warps share one row: 32.8 KB."""
+    """norm_bwd_warps' warps fit a processor's 65536 registers; of 16 bits they have 33 KB in flight: two rows each and, where
+    each warp has its own rows, the sectors of these rows' statistics. A block's warps share one row: 32.8 KB."""
     for row in found:
         if kernel := re.fullmatch(r"norm_bwd<(\w+), \w+, (\w+), (\w+), (\d+)>", row.kernel):
             V, centred, block, kept = 4 if kernel[1] == "float" else 8, kernel[2] == "true", kernel[3] == "true", int(kernel[4])

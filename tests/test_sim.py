@@ -326,7 +326,9 @@ def test_an_op_without_a_barrier_is_reported(op, tmp_path):
     assert count
     (tmp_path / name).write_text(text)
     (folder,) = ROOT.glob("build/temp*/sim")
-    *compiles, link = subprocess.run(["ninja", "-t", "commands"], cwd=folder, capture_output=True, text=True).stdout.splitlines()
+    *compiles, link = subprocess.run(
+        ["ninja", "-t", "commands"], cwd=folder, capture_output=True, text=True
+    ).stdout.splitlines()
     (command,) = (c for c in compiles if c.endswith(f"-o {source.stem}.o"))
     library = tmp_path / "_cuda_sim_tsan.so"
     command = command.replace(f"-c {source}", f"-I {source.parent} -c {tmp_path / name}")
