@@ -74,7 +74,7 @@ def test_cuda_sim_rows_are_read_once():
 
 @pytest.mark.parametrize("arch, longest", ((86, 50297), (80, 83065), (90, 115833)))
 def test_cuda_sim_rows_fit_every_limit(arch, longest):
-    """The longest 16-bit row that a block holds beside its sums, then one column more, in parts; the model takes no byte more."""
+    """The longest 16-bit row that a block holds beside its sums; one column more goes in parts. The model takes no more."""
     with sim_tools.configured(arch=arch):
         for N, launches in ((longest, 1), (longest + 1, 2)):
             x = scores(2, N, dtype=torch.bfloat16)
