@@ -9,7 +9,8 @@ template <class T> constexpr int dropout_blocks = sizeof(T) == 4 ? 4 : 6;  // of
 
 template <class T, bool aligned>
 __global__ void __launch_bounds__(dropout_threads, dropout_blocks<T>)
-    dropout_fwd(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ residual, const Philox philox, int64_t M, int64_t N) {
+    dropout_fwd(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ residual, const Philox philox, int64_t M,
+                int64_t N) {
   constexpr int V = per_16<T>, chunks = dropout_columns / V;
   const Row<T, aligned> row(N);
   const uint64_t seed = philox.drop_below ? philox.state[0] : 0;
@@ -75,8 +76,8 @@ static Tensor dropout_fwd_cuda(const Tensor& x, const OptTensor& residual, const
       // a wave of blocks that go through all elements
       const int64_t wave = int64_t(gpu.processors()) * dropout_blocks<T>;
       const int64_t blocks = std::min(cdiv(M * cdiv(N, dropout_columns), dropout_threads), wave);
-      launch(GK_KERNEL(dropout_fwd<T, on_16>), unsigned(blocks), dropout_threads, 0, gpu.stream, out<T>(y), data<T>(x), data<T>(residual),
-             philox, M, N);
+      launch(GK_KERNEL(dropout_fwd<T, on_16>), unsigned(blocks), dropout_threads, 0, gpu.stream, out<T>(y), data<T>(x),
+             data<T>(residual), philox, M, N);
     });
   });
   return y;

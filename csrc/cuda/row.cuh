@@ -31,15 +31,16 @@ template <class T> constexpr int64_t row_chunks(int64_t n) { return (n + 2 * (pe
 // tensors: rows of so many are held in shared memory together; of those blocks a processor's registers serve `resident`
 template <class T, int few> RowShape row_shape(int64_t M, int64_t N, const Gpu& gpu, int tensors = 0, int64_t resident = 2) {
   constexpr int most = row_threads<true>;
-  if (N <= row_warp_columns) return {false, row_chunks<T>(N) <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
+  const int64_t chunks = row_chunks<T>(N), per_row = gpu.processors() / std::max<int64_t>(M, 1);
+  if (N <= row_warp_columns) return {false, chunks <= 32 * row_warp_few<T> ? row_warp_few<T> : row_warp_many<T>, 128, 1, N};
   constexpr int64_t longest = (few * most - 1) * per_16<T> / 64 * 64;
-  const int64_t wanted = M * 2 <= gpu.processors() ? std::min(gpu.processors() / std::max<int64_t>(M, 1), N / row_part_columns) : 1;
-  const int64_t bytes = tensors * row_chunks<T>(N) * 16, limit = gpu.shared_per_block();
-  if (wanted <= 1 && row_chunks<T>(N) > few * most && tensors && bytes + row_scratch <= limit) {
+  const int64_t wanted = per_row >= 2 ? std::min(per_row, N / row_part_columns) : 1;
+  const int64_t bytes = tensors * chunks * 16, limit = gpu.shared_per_block();
+  if (wanted <= 1 && chunks > few * most && tensors && bytes + row_scratch <= limit) {
     const int64_t blocks = std::min(resident, (limit + 1024) / (bytes + row_scratch + 1024));  // a KB of each is the system's
     return {true, 0, most, 1, N, size_t(bytes), gpu.processors() * blocks};
   }
-  const int64_t parts = std::max(row_chunks<T>(N) <= few * most ? 1 : cdiv(N, longest), wanted);
+  const int64_t parts = std::max(chunks <= few * most ? 1 : cdiv(N, longest), wanted);
   const int64_t span = parts > 1 ? cdiv(cdiv(N, parts), 64) * 64 : N;
   const int threads = int(std::max<int64_t>(cdiv(row_chunks<T>(span), 32 * few), 4)) * 32;
   return {true, few, threads, int(cdiv(N, span)), span};
@@ -109,7 +110,8 @@ template <class T> struct Chunks {
     for (int k = 0; k < V; k++) v[k] = at + k >= 0 && at + k < n ? to_float(x[at + k]) : 0.f;
     return pack<T>(v);  // exact: they come from T
   }
-  GK_DEVICE int ahead(const T* x) const { return int(reinterpret_cast<uintptr_t>(x - skew) % 16 / sizeof(T)); }  // of the boundary before a chunk
+  // of the boundary before a chunk
+  GK_DEVICE int ahead(const T* x) const { return int(reinterpret_cast<uintptr_t>(x - skew) % 16 / sizeof(T)); }
   // Both 16-byte blocks that hold a chunk are inside the row.
   GK_DEVICE bool across(int column, int ahead) const { return column >= ahead && column + 2 * V - ahead <= n; }
 
@@ -123,7 +125,10 @@ template <class T> struct Chunks {
       if (skew == 0 && n % V == 0) return;
     } else {
 #pragma unroll
-      for (int j = 0; j < kept; j++) raw[j] = column(j) < end && across(column(j), ahead) ? load_16_across(x + column(j)) : make_uint4(0, 0, 0, 0);
+      for (int j = 0; j < kept; j++) {
+        const bool whole = column(j) < end && across(column(j), ahead);
+        raw[j] = whole ? load_16_across(x + column(j)) : make_uint4(0, 0, 0, 0);
+      }
     }
     // at the row's ends, element by element
 #pragma unroll 1
@@ -286,7 +291,8 @@ template <class T> struct KeptRow<T, 0> {
 #pragma unroll 4
     for (int j = 0; j < last; j++) {
       const int at = row.chunks.column(j);
-      if (max(at, 0) < end) store_16(slot(j), row.chunks.across(at, ahead) ? load_16_across(row.x + at) : row.chunks.by_element(row.x, at));
+      if (max(at, 0) >= end) continue;
+      store_16(slot(j), row.chunks.across(at, ahead) ? load_16_across(row.x + at) : row.chunks.by_element(row.x, at));
     }
   }
   GK_DEVICE void get(int j, float (&v)[V]) const {
@@ -320,8 +326,8 @@ constexpr float minus_inf = -__builtin_inff(), log2_e = 1.4426950408889634f;
 // A maximum of -inf is no origin to measure from: -inf - -inf is nan.
 GK_DEVICE float origin_of(float top) { return top == minus_inf ? 0.f : top; }
 
-// One of the statistics of a row's parts, partial[parts][count]: f of each, added or their maximum, in the same order every time
-// and for each lane of a warp.
+// One of the statistics of a row's parts, partial[parts][count]: f of each, added or their maximum, in the same order every
+// time and for each lane of a warp.
 template <class F> GK_DEVICE float max_of_parts(int parts, const F& f) {
   float v = minus_inf;
   for (int s = threadIdx.x % 32; s < parts; s += 32) v = fmaxf(v, f(s));

@@ -26,7 +26,9 @@ GK_DEVICE int visible_columns(unsigned row, unsigned T, int64_t N, int64_t begin
 
 constexpr int softmax_fwd_few = 4, softmax_bwd_few = 2;
 // Blocks of a processor for which registers are left: as many as go without a spill.
-constexpr int softmax_fwd_blocks(bool block, bool masked, bool wide) { return block ? (masked ? 1 : 2) : masked ? 4 : wide ? 6 : 8; }
+constexpr int softmax_fwd_blocks(bool block, bool masked, bool wide) {
+  return block ? (masked ? 1 : 2) : masked ? 4 : wide ? 6 : 8;
+}
 constexpr int softmax_bwd_blocks(bool block, bool wide) { return block ? 2 : wide ? 4 : 5; }
 
 // z = scale x + mask on visible columns, -inf on others, element by element from what is kept: the bits of x or, with a mask,
@@ -141,7 +143,8 @@ __global__ void __launch_bounds__(row_threads<block>, softmax_bwd_blocks(block, 
   if (m >= M) return;
   const auto row_of = [&](const T* tensor, unsigned m) -> RowSource<T> {
     const int64_t begin = m * N + at.begin;
-    return {Chunks<T>(dx + begin, at.n, at.me, at.peers), tensor + begin, m < M ? visible_columns(m, T_rows, N, at.begin, at.n) : 0};
+    return {Chunks<T>(dx + begin, at.n, at.me, at.peers), tensor + begin,
+            m < M ? visible_columns(m, T_rows, N, at.begin, at.n) : 0};
   };
   KeptRow<T, kept> kept_y(N), kept_dy(N, 1);
   RowSource<T> y_row = row_of(y, m), dy_row = row_of(dy, m);
@@ -150,7 +153,8 @@ __global__ void __launch_bounds__(row_threads<block>, softmax_bwd_blocks(block, 
     kept_y.load(y_row), kept_dy.load(dy_row);
     const auto get = [&](int j, float (&p)[V], float (&d)[V]) {
       kept_y.get(j, p), kept_dy.get(j, d);
-      y_row.chunks.fill(j, y_row.end, p, 0.f), y_row.chunks.fill(j, y_row.end, d, 0.f);  // dy may be nan where nothing is visible
+      // dy may be nan where nothing is visible
+      y_row.chunks.fill(j, y_row.end, p, 0.f), y_row.chunks.fill(j, y_row.end, d, 0.f);
     };
     float dot = 0;
     if constexpr (pass != Pass::write) {
@@ -184,7 +188,8 @@ __global__ void __launch_bounds__(row_threads<block>, softmax_bwd_blocks(block, 
 
 static MaskRows mask_rows_of(const char* op, const Tensor& mask, const Tensor& x) {
   MaskRows rows;
-  GK_CHECK(x.dim() <= rows.max_dims, op, ": x must have at most ", int64_t{rows.max_dims}, " dimensions with a mask, got ", x.dim());
+  GK_CHECK(x.dim() <= rows.max_dims, op, ": x must have at most ", int64_t{rows.max_dims}, " dimensions with a mask, got ",
+           x.dim());
   bool fits = mask.dim() <= x.dim();
   for (int64_t d = x.dim() - 1, e = mask.dim() - 1; fits && e >= 0; d--, e--)
     fits = mask.size(e) == 1 || mask.size(e) == x.size(d);
@@ -215,8 +220,8 @@ static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double sc
   const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
   if (mask) {
     check_same_device(op, "mask", *mask, x);
-    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == ScalarType::Float, op, ": mask must be bool, ",
-             dtype_name(x_dtype), " like x or float32, got ", dtype_name(mask_dtype));
+    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == ScalarType::Float, op,
+             ": mask must be bool, ", dtype_name(x_dtype), " like x or float32, got ", dtype_name(mask_dtype));
   }
   const MaskRows mask_rows = mask ? mask_rows_of(op, *mask, x) : MaskRows{};
   const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
@@ -260,8 +265,8 @@ static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, 
     const RowShape s = row_shape<T, few>(M, N, gpu, 2);
     Tensor partial = new_tensor(y, {s.parts > 1 ? M : 0, s.parts}, ScalarType::Float);
     with_row_shape<T, few, true>(s, [&](auto block, auto kept, auto pass) {
-      launch(GK_KERNEL(softmax_bwd<T, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream, out<T>(dx), data<T>(dy),
-             data<T>(y), out<float>(partial), M, N, T_rows, float(scale), s.span, s.parts);
+      launch(GK_KERNEL(softmax_bwd<T, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream, out<T>(dx),
+             data<T>(dy), data<T>(y), out<float>(partial), M, N, T_rows, float(scale), s.span, s.parts);
     });
   });
   return dx;

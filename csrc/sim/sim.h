@@ -74,7 +74,8 @@ void yield();
 float from_f16(uint16_t bits);
 uint16_t to_f16(float value);
 
-void read(void* to, const void* address, int bytes);  // loads and stores of the wrappers, seen as one access like a kernel's own
+// loads and stores of the wrappers, seen as one access like a kernel's own
+void read(void* to, const void* address, int bytes);
 void write(void* address, const void* from, int bytes);
 template <class T> __forceinline__ T load(const void* address) {
   T value;
