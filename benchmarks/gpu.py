@@ -1,7 +1,8 @@
 """The GPU kit: make gpu, or python -m benchmarks.gpu. Not yet executed by us on a GPU.
 
 Runs on a machine with a GPU: the op tests on the device, the tests of tests/gpu (graph capture, streams, races, memory),
-compute-sanitizer where it is installed, and every benchmark against eager and torch.compile. Writes one JSON and one Markdown
+compute-sanitizer where it is installed, and every benchmark against eager and torch.compile; all of it on the Triton kernels
+and, where they were built, on the CUDA C++ kernels, with both beside PyTorch in a table. Writes one JSON and one Markdown
 report into benchmarks/results/, to be pasted into an issue whatever it says. Exit codes: 0 all passed, 1 something failed,
 2 no GPU. `--device cpu` with TRITON_INTERPRET=1 rehearses the kit itself on a CPU, and reports no figures.
 """
@@ -9,7 +10,9 @@ report into benchmarks/results/, to be pasted into an issue whatever it says. Ex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -25,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from gpt_kernels import cache, triton
+from gpt_kernels import cache, dispatch, triton
 from gpt_kernels.bench.environment import ROOT, environment
 from gpt_kernels.bench.report import markdown as row_table
 from gpt_kernels.bench.run import TARGETS, scrub
@@ -62,7 +65,11 @@ def command(arguments: Sequence[str], timeout: float = 2 * HOURS, **variables: s
         return subprocess.CompletedProcess(arguments, 124, "", f"no end after {timeout:.0f} s")
 
 
-# ---- stages: each a function of the device ----
+# ---- stages: each a function of the device, most also of the backend ----
+
+
+def backends(device: str) -> list[str]:  # the last serves by default
+    return ["triton", *["cuda"] * bool(device == "cuda" and dispatch.cuda_archs())]
 
 
 def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage:
@@ -85,20 +92,22 @@ def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage
     return Stage(name, "failed" if bad else "passed" if len(cases) > skipped else "skipped", summary, failures)
 
 
-def op_tests(device: str, quick: bool) -> Stage:
+def op_tests(device: str, quick: bool, backend: str) -> Stage:
     """The tests that every backend passes, with every tensor on the device."""
+    name = f"op tests, {backend}"
     if device == "cpu":
-        return pytest_stage("op tests", ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
+        return pytest_stage(name, ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
     files = [f"tests/test_{op}.py" for op in FAMILIES]
-    chosen = ["-k", "triton and (truth or float64 or bad_input)"] if quick else ["-k", "triton"]
-    return pytest_stage("op tests", [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device)
+    chosen = ["-k", f"{backend} and (truth or float64 or bad_input)"] if quick else ["-k", backend]
+    return pytest_stage(name, [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device, GPT_KERNELS_TEST_BACKEND=backend)
 
 
-def launch_tests(device: str, quick: bool, **variables: str) -> Stage:
+def launch_tests(device: str, quick: bool, backend: str, **variables: str) -> Stage:
     """Graph capture and replay, no synchronisation, streams, devices, the same bits 250 times, memory given back."""
     loops = "2" if device == "cpu" else "25" if quick else "250"
     rehearse = {"GPT_KERNELS_REHEARSE": "1"} if device == "cpu" else {}
-    return pytest_stage("launch tests", ["tests/gpu"], GPT_KERNELS_RACE_LOOPS=loops, **rehearse, **variables)
+    variables |= {"GPT_KERNELS_RACE_LOOPS": loops, "GPT_KERNELS_TEST_BACKEND": backend}
+    return pytest_stage(f"launch tests, {backend}", ["tests/gpu"], **rehearse, **variables)
 
 
 def sanitizer(device: str, tool: str) -> Stage:
@@ -122,17 +131,21 @@ def run_slice(device: str) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from kernel_calls import every_call, op, with_kernel
 
-    for dtype in (torch.float32, torch.bfloat16):
-        for _, name, args in with_kernel("triton", every_call(dtype, device)):
-            op(name)(*args)
+    for backend in backends(device):
+        with dispatch.use_backend(backend) if device == "cuda" else contextlib.nullcontext():
+            for dtype in (torch.float32, torch.bfloat16):
+                for _, name, args in with_kernel(backend, every_call(dtype, device)):
+                    op(name)(*args)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def benchmark(device: str, target: str, quick: bool) -> Stage:
-    """python -m gpt_kernels bench TARGET"""
+    """python -m gpt_kernels bench TARGET, with every backend that does not serve by default beside the one that does."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--quick"] * quick + ["--cases", "1", "--no-compile"] * (device == "cpu")
+        others = ",".join(backends(device)[:-1])
+        flags += ["--backends", others] if others else []
         arguments = ["-m", "gpt_kernels", "bench", target, "--device", device, "--out", folder, *flags]
         done = command([sys.executable, *arguments])
         path = pathlib.Path(folder, "bench.json")
@@ -155,12 +168,14 @@ def last_lines(text: str, count: int = 12) -> list[str]:
 
 
 def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
-    chosen: list[Callable[[], Stage]] = [lambda: op_tests(device, quick), lambda: launch_tests(device, quick)]
+    chosen: list[Callable[[], Stage]] = []
+    for backend in backends(device):
+        chosen += [functools.partial(test, device, quick, backend) for test in (op_tests, launch_tests)]
     if consan:
-        chosen.append(lambda: launch_tests(device, True, TRITON_INSTRUMENTATION_MODE="consan"))
-    chosen += [lambda tool=tool: sanitizer(device, tool) for tool in TOOLS]  # type: ignore[misc]
+        chosen.append(functools.partial(launch_tests, device, True, "triton", TRITON_INSTRUMENTATION_MODE="consan"))
+    chosen += [functools.partial(sanitizer, device, tool) for tool in TOOLS]
     targets = TARGETS if device == "cuda" else ("dropout",)
-    return chosen + [lambda t=t: benchmark(device, t, quick or device == "cpu") for t in targets]  # type: ignore[misc]
+    return chosen + [functools.partial(benchmark, device, target, quick or device == "cpu") for target in targets]
 
 
 # ---- the report ----
@@ -169,8 +184,29 @@ def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
 def fingerprint(device: str) -> dict[str, object]:
     with torch.device(device):
         facts = environment()
-    facts |= {"triton": triton.version(), "interpreted": triton.INTERPRETED}
+    facts |= {
+        "triton": triton.version(),
+        "cuda kernels": dispatch.cuda_archs() or dispatch.cuda_error,
+        "interpreted": triton.INTERPRETED,
+    }
     return facts
+
+
+def comparison(rows: list[dict]) -> str:
+    """Each shape's milliseconds by backend and the better of eager and torch.compile: from it an op's default is chosen."""
+    others = [name for name in dispatch.BACKENDS if any(name in row["variants"] for row in rows)]
+    lines = [
+        "| op | dtype | direction | default | " + " | ".join(others) + " | PyTorch | fastest |",
+        "|---" * (6 + len(others)) + "|",
+    ]
+    for row in (row for row in rows if not row["mismatch"]):
+        seconds = {name: variant["seconds"] for name, variant in row["variants"].items()}
+        times = {"default": seconds["ours"]} | {name: seconds[name] for name in others if name in seconds}
+        times["PyTorch"] = min(seconds[name] for name in ("eager", "compile") if name in seconds)
+        cells = [f"{times[name] * 1e3:.3g}" if name in times else "-" for name in ("default", *others, "PyTorch")]
+        what = f"| {row['op']} {row['shape']} | {row['dtype']} | {row['direction']} | "
+        lines.append(what + " | ".join(cells) + f" | {min(times, key=times.__getitem__)} |")
+    return "\n".join(lines)
 
 
 def markdown(report: dict) -> str:
@@ -186,6 +222,8 @@ def markdown(report: dict) -> str:
     if rows:
         lines += ["", "## Benchmarks", "", "How often faster than the better of eager and `torch.compile`, and our time.", ""]
         lines.append(row_table(rows))
+    if any(backend in row["variants"] for row in rows for backend in dispatch.BACKENDS):
+        lines += ["", "## Which backend", "", comparison(rows)]
     return "\n".join(lines) + "\n"
 
 

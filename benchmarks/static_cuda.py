@@ -28,7 +28,8 @@ TARGETS = {
 }
 PR_ARCHS = ("sm_80", "sm_90")
 # kernel -> least share of a hot loop's bytes that moves 16 at a time; the rest are scalars per row. Other kernels take rows off
-# the 16-byte boundaries, or columns of the partial sums
+# the 16-byte boundaries, or columns of the partial sums; those of softmax and cross_entropy have their ends element by element
+# in the same code, and are counted where they run (tests/test_cuda_sim_rows.py)
 WIDE = {
     r"norm_fwd<.*, true>": 0.94,
     r"norm_bwd<": 0.94,
@@ -36,6 +37,7 @@ WIDE = {
     r"gelu_(fwd|bwd)<.*, true>": 0.99,
     r"attention_fwd<.*, true>": 0.99,
     r"attention_bwd<.*, true>": 0.97,
+    r"dropout_fwd<.*, true>": 0.85,
 }
 # kernel -> instructions that it is built around
 HOLDS = {
@@ -43,7 +45,12 @@ HOLDS = {
     r"attention_(fwd|bwd|dbias)<float": ("FFMA", "HMMA", "LDGSTS"),  # HMMA of TF32, where it is asked for
     r"norm_(fwd|bwd)<": ("LDG", "STG", "SHFL"),
     r"gelu_(fwd|bwd)<": ("MUFU",),
+    r"(softmax|cross_entropy)_\w+<.*, true, 0, 0>": ("LDGSTS", "LDS", "STG", "SHFL", "MUFU"),
+    r"(softmax|cross_entropy)_\w+<.*, [2-9](, \d)?>": ("LDG", "STG"),
 }
+# kernel -> bytes of shared memory that it may declare beside a row: row_scratch of csrc/cuda/row.cuh. From sm_90 on a cubin
+# also tells of the kilobyte that the system takes
+DECLARES = {r"(softmax|cross_entropy)_\w+<.*, true, 0, 0>": 768}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ def names(kernels: list[sass.Kernel]) -> list[str]:
     """norm_fwd<bf16, float, true>"""
     symbols = "\n".join(k.name for k in kernels)
     said = subprocess.run(["c++filt"], input=symbols, capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"^void |gk::|\(.*", "", name) for name in said.splitlines()]
+    # an enum's value is told as (gk::Pass)1
+    return [re.sub(r"^void |gk::|\(.*", "", re.sub(r"\(gk::\w+\)", "", name)) for name in said.splitlines()]
 
 
 def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
@@ -114,6 +122,9 @@ def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
                       sass.wide_share(hot[0]), False)  # fmt: skip
         has = {i.base for i in kernel.instructions}
         lacks = [f"has no {op}" for p, ops in HOLDS.items() if re.match(p, name) for op in ops if op not in has]
+        declared = facts.shared - (1024 if int(case.arch[3:]) >= 90 else 0)
+        if any(re.match(p, name) and declared > most for p, most in DECLARES.items()):
+            lacks.append(f"declares {declared} bytes of shared memory: more than are left beside a row")
         least = next((share for p, share in WIDE.items() if re.match(p, name)), 0.0)
         if facts.wide < least:
             lacks.append(f"moves {facts.wide:.0%} of its bytes 16 at a time, expected {least:.0%}")

@@ -191,6 +191,8 @@ def print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]], title: s
 # ---- what the ops can do, found by doing it ----
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# what the launchers of csrc/cuda take, for every op: tests/test_info.py holds it against them, on their CPU model
+CUDA_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _examples() -> dict[str, tuple[Any, str, str]]:
@@ -255,9 +257,10 @@ def _in_triton() -> dict[str, list[str]]:
 def support() -> str:
     """A Markdown table: op, dtypes whose forward and backward ran here on the C++ kernels, and what the op takes.
 
-    For the Triton kernels, the dtypes that their launchers take: whether they run well is for tests and for a GPU to tell.
+    For the Triton and the CUDA kernels, the dtypes that their launchers take: whether they run well is for tests and for a
+    GPU to tell.
     """
-    heads = ("op", "public functions", "forward and backward on a CPU", "in Triton, for GPUs", "takes")
+    heads = ("op", "public functions", "forward and backward on a CPU", "in Triton, for GPUs", "in CUDA C++, for GPUs", "takes")
     lines, in_triton = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], _in_triton()
     for op, (call, functions, takes) in _examples().items():
         done = []
@@ -265,5 +268,7 @@ def support() -> str:
             with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
                 call(dtype).sum().backward()
                 done.append(str(dtype).removeprefix("torch."))
-        lines.append(f"| {op} | {functions} | {', '.join(done)} | {', '.join(in_triton[op])} | {takes} |")
+        lines.append(
+            f"| {op} | {functions} | {', '.join(done)} | {', '.join(in_triton[op])} | {', '.join(CUDA_DTYPES)} | {takes} |"
+        )
     return "\n".join(lines)

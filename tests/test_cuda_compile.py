@@ -11,8 +11,8 @@ from benchmarks import static, static_cuda
 
 needs_nvcc = pytest.mark.skipif(static_cuda.NVCC is None, reason="no nvcc")
 BASELINE = static.load_baseline("cuda") if static_cuda.NVCC else {}
-# run on the simulator, but still with spills here and there (dev/LOG.md): no budget yet, and in no default build
-UNTUNED = ("cross_entropy", "dropout", "softmax")
+# they run on the simulator, but with spills here and there (dev/LOG.md): no budget yet, and in no default build
+UNTUNED: tuple[str, ...] = ()
 CASES = [
     pytest.param(case, id=case.id, marks=[] if case.arch in static_cuda.PR_ARCHS else pytest.mark.slow)
     for case in static_cuda.matrix("full")
@@ -32,14 +32,16 @@ def test_kernels_compile_within_their_budget(case):
 
 
 def norm_bwd_has_the_blocks_it_counts_on(found):
-    """norm_bwd_warps' warps fit a processor's 65536 registers, and their two rows in flight are at least 32 KB of 16 bits."""
+    """norm_bwd_warps' warps fit a processor's 65536 registers; of 16 bits they have 33 KB in flight: two rows each and, where
+    each warp has its own rows, the sectors of these rows' statistics. A block's warps share one row: 32.8 KB."""
     for row in found:
-        if kernel := re.fullmatch(r"norm_bwd<(\w+), \w+, \w+, (\w+), (\d+)>", row.kernel):
-            V, block, kept = 4 if kernel[1] == "float" else 8, kernel[2] == "true", int(kernel[3])
+        if kernel := re.fullmatch(r"norm_bwd<(\w+), \w+, (\w+), (\w+), (\d+)>", row.kernel):
+            V, centred, block, kept = 4 if kernel[1] == "float" else 8, kernel[2] == "true", kernel[3] == "true", int(kernel[4])
             warps = 16 if block or kept * 32 * V <= 512 else 8 if kept * V >= 32 else 12
             granted = -(-row.facts.registers // 8) * 8 * 32 * warps  # registers are handed out by 8 per thread
             assert granted <= 65536, f"{row.id}: {row.facts}"
-            assert warps * kept * 2 * 512 >= 32 << 10, row.id
+            statistics = 0 if block else warps * 32 * (1 + centred)
+            assert warps * kept * 2 * 512 + statistics >= (32 << 10 if block else 33_000), row.id
 
 
 SPILLING = """

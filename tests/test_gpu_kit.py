@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import Stage
-from gpt_kernels import triton
+from gpt_kernels import dispatch, triton
 
 needs_triton = pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
 
@@ -107,16 +107,55 @@ def test_benchmark(monkeypatch):
     rehearsed = gpu.benchmark("cpu", "dropout", quick=True)
     assert rehearsed.summary == "1 rows, dry run on a CPU: no figures" and not rehearsed.rows
     answer.rows, answer.code = [ROW | {"mismatch": "output 0 is off"}], 1
-    assert gpu.benchmark("cuda", "dropout", False).failures == ["1x64 float32 fwd: output 0 is off"]
+    assert gpu.benchmark("cuda", "dropout", False, "cuda").failures == ["1x64 float32 fwd: output 0 is off"]
     answer.rows = None
-    stage = gpu.benchmark("cuda", "dropout", False)
+    stage = gpu.benchmark("cuda", "dropout", False, "cuda")
     assert stage.status == "failed" and stage.failures == ["Traceback", "ValueError: x"]
 
 
-def test_stages_of_a_gpu():
-    """Which stages there are, without running them: sanitizer's tools, every target's benchmark, ConSan only when asked for."""
+@pytest.mark.parametrize("built, count", [(None, 1), ("sm_80 compute_80", 2)])
+def test_stages_of_a_gpu(monkeypatch, built, count):
+    """Which stages there are, without running them: sanitizer's tools, every benchmark, ConSan only when asked for; the
+    tests once more where the CUDA kernels were built."""
+    monkeypatch.setattr(dispatch, "cuda_archs", lambda: built)
     plain, more = gpu.stages("cuda", False, False), gpu.stages("cuda", False, True)
-    assert len(plain) == 2 + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
+    assert len(plain) == 2 * count + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
+    assert len(gpu.stages("cpu", False, False)) == 3 + len(gpu.TOOLS)
+
+
+def test_the_backend_under_test_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "pytest_stage", lambda name, arguments, **variables: asked.append((name, arguments, variables)))
+    gpu.op_tests("cuda", True, "cuda"), gpu.launch_tests("cuda", True, "cuda")
+    (ops, arguments, variables), (launches, _, more) = asked
+    assert (ops, launches) == ("op tests, cuda", "launch tests, cuda") and arguments[-1].startswith("cuda and")
+    assert variables == {"GPT_KERNELS_TEST_DEVICE": "cuda", "GPT_KERNELS_TEST_BACKEND": "cuda"}
+    assert more["GPT_KERNELS_TEST_BACKEND"] == "cuda" and more["GPT_KERNELS_RACE_LOOPS"] == "25"
+
+
+def test_the_other_backend_is_timed_beside_the_default(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        gpu, "command", lambda arguments, **variables: asked.append(arguments) or types.SimpleNamespace(returncode=1, stderr="")
+    )
+    for built in (None, "sm_80 compute_80"):
+        monkeypatch.setattr(dispatch, "cuda_archs", lambda built=built: built)
+        gpu.benchmark("cuda", "dropout", True)
+    assert "--backends" not in asked[0] and asked[1][-2:] == ["--backends", "triton"]
+
+
+def test_comparison_of_backends(tmp_path, monkeypatch):
+    def row(ours, other, **more):
+        seconds = {"eager": 3e-3, "compile": 2e-3, "ours": ours, "triton": other}
+        return ROW | {"variants": {k: {"seconds": v, "spread": 0.0, "memory": 0} for k, v in seconds.items()}} | more
+
+    monkeypatch.setattr(gpu, "fingerprint", lambda device: {"gpu": "X"})
+    rows = [row(1e-3, 1.5e-3), row(9e-3, 9e-3, shape="2x2"), row(1, 1, shape="3x3", mismatch="off")]
+    assert gpu.run("cuda", False, False, tmp_path, [lambda: Stage("benchmark", "passed", "", rows=rows)]) == 0
+    (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    assert "| op | dtype | direction | default | triton | PyTorch | fastest |" in text
+    assert "| dropout 1x64 | float32 | fwd | 1 | 1.5 | 2 | default |" in text
+    assert "| dropout 2x2 | float32 | fwd | 9 | 9 | 2 | PyTorch |" in text and "3x3 | float32 | fwd | 1e" not in text
 
 
 def test_report(tmp_path, monkeypatch, capsys):
@@ -170,4 +209,4 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (data,) = tmp_path.glob("*.json")
     status = {s["name"]: s["status"] for s in json.loads(data.read_text())["stages"]}
-    assert status["op tests"] == status["launch tests"] == status["benchmark dropout"] == "passed"
+    assert {status[f"{stage}, triton"] for stage in ("op tests", "launch tests", "benchmark dropout")} == {"passed"}

@@ -9,12 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import sim_tools
 import torch
 
 import gpt_kernels
 from benchmarks.static_cases import PR_ARCHS
 from gpt_kernels import cache, cli, dispatch, triton
-from gpt_kernels.info import _examples, _in_triton, print_table, support
+from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, print_table, support
 
 
 @pytest.fixture
@@ -165,6 +166,28 @@ def test_support_table_in_readme_is_what_runs(isa):
         assert support() == table
     # every op that is defined has its line: attention_fwd, attention_bwd -> attention
     assert {re.sub(r"_(fwd|bwd).*", "", op) for op in dispatch.ops()} == set(_examples())
+
+
+PROBE = """
+import contextlib, gpt_kernels, sim_tools
+from gpt_kernels.info import DTYPES, _examples
+sim_tools.register()
+for op, (call, *_) in _examples().items():
+    for dtype in DTYPES:
+        with gpt_kernels.use_backend("cuda_sim"), contextlib.suppress(RuntimeError):
+            call(dtype).sum().backward()
+            print(op, str(dtype).removeprefix("torch."))
+"""
+
+
+@pytest.mark.skipif(not sim_tools.PATH.exists(), reason="the CUDA kernels were not built for the simulator")
+def test_support_table_tells_what_the_cuda_kernels_take():
+    """Forward and backward of each op, run on the simulator."""
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=300)
+    ran = [line.split() for line in done.stdout.splitlines()]
+    assert ran == [[op, dtype] for op in _examples() for dtype in CUDA_DTYPES], done.stderr
 
 
 def test_readme_tells_how_far_the_triton_kernels_were_taken():

@@ -273,21 +273,68 @@ def test_dials(lib):
 # ---- the ops under sanitizers ----
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("build, runtimes", (("sim_tsan", ["libtsan.so"]), ("sim_asan", ["libasan.so", "libstdc++.so"])))
-def test_ops_under_sanitizers(build, runtimes):
-    """No race and no missing wait, no byte out of range, no undefined behaviour."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "GPT_KERNELS_BUILD": build}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+def environment(build, *runtimes):
+    """that of a process under the sanitizer whose build of the ops it loads"""
     found = [subprocess.run([CXX, f"-print-file-name={r}"], capture_output=True, text=True).stdout.strip() for r in runtimes]
-    environment |= {
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0",
         "GPT_KERNELS_SIM_LIBRARY": str(ROOT / "gpt_kernels" / f"_cuda_{build}.so"),
     }
-    command = [sys.executable, str(ROOT / "tests" / "sim" / "ops.py")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def built(build):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "GPT_KERNELS_BUILD": build}, check=True)
+
+
+def run_ops(env, *ops):
+    command = [sys.executable, str(ROOT / "tests" / "sim" / "ops.py"), *ops]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("sim builds")  # both builds share their objects
+@pytest.mark.parametrize("build, runtimes", (("sim_tsan", ["libtsan.so"]), ("sim_asan", ["libasan.so", "libstdc++.so"])))
+def test_ops_under_sanitizers(build, runtimes):
+    """No race and no missing wait, no byte out of range, no undefined behaviour."""
+    built(build)
+    done = run_ops(environment(build, *runtimes))
     assert done.returncode == 0 and "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-4000:]
-    assert "54 calls" in done.stdout
+    assert "144 calls of layer_norm, rms_norm, gelu, softmax, cross_entropy, dropout, attention" in done.stdout
+
+
+BARRIERS = {  # op: its file, and what stands before the barriers that are left out
+    "gelu": ("gelu.cu", r"= sums\[k\];\s+"),
+    "attention": ("attention.cu", r"cp_async_wait<\d>\(\);\s+"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("sim builds")
+@pytest.mark.parametrize("op", BARRIERS)
+def test_an_op_without_a_barrier_is_reported(op, tmp_path):
+    """The sanitizer's build of an op sees what is missing: its 0 reports mean something."""
+    built("sim_tsan")
+    name, before = BARRIERS[op]
+    source = ROOT / "csrc" / "cuda" / name
+    text, count = re.subn(rf"({before})__syncthreads\(\);", r"\1", source.read_text())
+    assert count
+    (tmp_path / name).write_text(text)
+    (folder,) = ROOT.glob("build/temp*/sim")
+    *compiles, link = subprocess.run(
+        ["ninja", "-t", "commands"], cwd=folder, capture_output=True, text=True
+    ).stdout.splitlines()
+    (command,) = (c for c in compiles if c.endswith(f"-o {source.stem}.o"))
+    library = tmp_path / "_cuda_sim_tsan.so"
+    command = command.replace(f"-c {source}", f"-I {source.parent} -c {tmp_path / name}")
+    command = re.sub(r"-o \S+", f"-o {tmp_path}/op.o", re.sub(r"-MF \S+", f"-MF {tmp_path}/op.d", command))
+    link = re.sub(r"-o \S+", f"-o {library}", re.sub(rf"(?<= ){source.stem}\.o", f"{tmp_path}/op.o", link))
+    for step in (command, link):
+        subprocess.run(step, shell=True, cwd=folder, check=True)
+    done = run_ops({**environment("sim_tsan", "libtsan.so"), "GPT_KERNELS_SIM_LIBRARY": str(library)}, op)
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr, done.stderr[-3000:]

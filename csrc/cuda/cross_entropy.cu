@@ -41,11 +41,13 @@ struct Target {
     if (!counted || bad) index = -1;
   }
   // counted from a part's beginning, or far from any of its columns
-  GK_DEVICE int within(int64_t begin, int n) const { return index >= begin && index < begin + n ? int(index - begin) : INT_MIN / 2; }
+  GK_DEVICE int within(int64_t begin, int n) const {
+    return index >= begin && index < begin + n ? int(index - begin) : INT_MIN / 2;
+  }
 };
 
-// What a row's gradient is made of: (exp(x_v - lse) (1 + slope) - e / V - (1 - e) [v == target]) scale. The target's p - 1 is an
-// expm1, or a well-predicted row would lose its digits.
+// What a row's gradient is made of: (exp(x_v - lse) (1 + slope) - e / V - (1 - e) [v == target]) scale. The target's p - 1 is
+// an expm1, or a well-predicted row would lose its digits.
 template <bool plain> struct Gradient {
   float top, log_sum, slope, uniform, scale, softcap, at_target;
   GK_DEVICE Gradient(const CrossEntropy& o, int64_t V, float top, float log_sum, float x_target, float scale)
@@ -69,98 +71,108 @@ template <bool plain> struct Gradient {
   }
 };
 
-// loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is in registers, over *count of a
-// mean. partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
+// loss, z_loss and lse of a row; where dx is given, its gradient for dloss = 1 while the row is there, over *count of a mean.
+// partial[row][part] = (maximum, sum of exp(x - maximum), sum of x - maximum) of a part. plain: no smoothing, no cap
+constexpr int cross_entropy_fwd_few = 4;
+constexpr int cross_entropy_fwd_blocks(bool plain) { return plain ? 2 : 1; }  // of a processor, without a spill
+
 template <class T, bool plain, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads<block>)
+__global__ void __launch_bounds__(row_threads<block>, block ? cross_entropy_fwd_blocks(plain) : plain ? 4 : 3)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
-                      float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M, int64_t N,
-                      int64_t span, int parts) {
+                      float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M,
+                      int64_t N, int64_t span, int parts) {
   constexpr int V = per_16<T>;
   if constexpr (plain) o.smoothing = o.softcap = 0;
   const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
-  if (at.row >= M) return;  // a whole warp, or no one
-  const T* row = x + x_rows(at.row);
-  const Target t(target, at.row, o.ignore_index, N);
-  x = row + at.begin;
-  if (dx) dx += at.row * N + at.begin;
-  const Chunks<T> chunks(dx ? dx : x, at.n, at.me, at.peers);
-  uint4 raw[kept];
-  chunks.load(raw, x, t.counted && (dx || pass != Pass::write) ? at.n : 0);  // an ignored row is 0, and so is its gradient
+  unsigned m = at.row;
+  if (m >= M) return;  // a whole warp, or no one
+  const auto row_of = [&](unsigned m) -> RowSource<T> {
+    const T* part = x + (m < M ? x_rows(m) : 0) + at.begin;
+    // an ignored row is 0, and so is its gradient
+    const bool wanted = m < M && target[m] != o.ignore_index && (dx || pass != Pass::write);
+    return {Chunks<T>(dx ? dx + m * N + at.begin : part, at.n, at.me, at.peers), part, wanted ? at.n : 0};
+  };
   const auto cap = [&](float v) { return plain || o.softcap == 0.f ? v : capped(v, o.softcap); };
+  KeptRow<T, kept> row(N);
   const auto get = [&](int j, float (&v)[V]) {
-    unpack<T>(raw[j], v);
+    row.get(j, v);
     if constexpr (!plain) {
 #pragma unroll
       for (int k = 0; k < V; k++) v[k] = cap(v[k]);
     }
   };
-
-  float top = minus_inf, sum = 0, distance = 0, v[V];
-  if constexpr (pass != Pass::write) {
+  RowSource<T> source = row_of(m);
+  row.fetch(source);
+  do {
+    row.load(source);
+    const Target t(target, m, o.ignore_index, N);
+    const float x_target = t.index < 0 ? 0.f : cap(to_float(x[x_rows(m) + t.index]));
+    float top = minus_inf, sum = 0, distance = 0;
+    if constexpr (pass != Pass::write) {
+      row.each(source, [&](int j) {
+        float v[V];
+        row.get(j, v), source.chunks.fill(j, at.n, v, minus_inf);
 #pragma unroll
-    for (int j = 0; j < kept; j++) {
-      unpack<T>(raw[j], v), chunks.fill(j, at.n, v, minus_inf);
-#pragma unroll
-      for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
-    }
-    top = cap(row_max<block>(top));  // the cap grows with x
-    forget(raw, N);
-    float sums[V] = {}, distances[V] = {};
-    const float origin = origin_of(top);
-#pragma unroll
-    for (int j = 0; j < kept; j++) {
-      get(j, v), chunks.fill(j, at.n, v, minus_inf);
-#pragma unroll
-      for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin) * log2_e);
-      if constexpr (!plain) {
-        chunks.fill(j, at.n, v, origin);
-#pragma unroll
-        for (int k = 0; k < V; k++) distances[k] += v[k] - origin;
-      }
-    }
-    sum = chunks.template sum<block>(sums);
-    if constexpr (!plain) distance = chunks.template sum<block>(distances);
-    forget(raw, N);
-  }
-  if constexpr (pass == Pass::read) {
-    if (at.me != 0) return;
-    float* mine = partial + (int64_t(at.row) * parts + at.part) * 3;
-    mine[0] = top, mine[1] = sum, mine[2] = distance;
-  } else {
-    if constexpr (pass == Pass::write) {
-      const float* of = partial + int64_t(at.row) * parts * 3;
-      top = max_of_parts(parts, [&](int s) { return of[3 * s]; });
+        for (int k = 0; k < V; k++) top = fmaxf(top, v[k]);
+      });
+      top = cap(row_max<block>(top));  // the cap grows with x
+      row.forget(N);
+      float sums[V] = {}, distances[V] = {};
       const float origin = origin_of(top);
-      const auto shift = [&](int s) { return origin_of(of[3 * s]) - origin; };
-      sum = sum_of_parts(parts, [&](int s) { return of[3 * s + 1] * ex2_approx(shift(s) * log2_e); });
-      if constexpr (!plain)
-        distance = sum_of_parts(parts, [&](int s) { return of[3 * s + 2] + shift(s) * float(min(span, N - s * span)); });
-    }
-    const float log_sum = logf(sum), x_target = t.index < 0 ? 0.f : cap(to_float(row[t.index]));
-    if (at.me == 0 && at.part == 0) {
-      const float z = o.square_scale * (top + log_sum) * (top + log_sum), nan = __uint_as_float(0x7FC00000u);
-      float value = (1 - o.smoothing) * (top - x_target + log_sum) + z;
-      if constexpr (!plain) value += o.smoothing != 0.f ? o.smoothing * (log_sum - distance / float(N)) : 0.f;
-      loss[at.row] = !t.counted ? 0.f : t.bad ? nan : value;
-      z_loss[at.row] = !t.counted ? 0.f : t.bad ? nan : z;
-      lse[at.row] = t.counted ? top : 0.f, lse[M + at.row] = t.counted ? log_sum : 0.f;
-    }
-    if (!dx) return;
-    if (t.counted) {
-      const float scale = t.bad ? __uint_as_float(0x7FC00000u) : count ? 1.f / *count : 1.f;
-      const Gradient<plain> gradient(o, N, top, log_sum, x_target, scale);
-      const int here = t.within(at.begin, at.n);
+      row.each(source, [&](int j) {
+        float v[V];
+        get(j, v), source.chunks.fill(j, at.n, v, minus_inf);
 #pragma unroll
-      for (int j = 0; j < kept; j++) {
-        get(j, v);
-        gradient.apply(v, chunks.column(j), here);
-        raw[j] = pack<T>(v);
-      }
+        for (int k = 0; k < V; k++) sums[k] += ex2_approx((v[k] - origin) * log2_e);
+        if constexpr (!plain) {
+          source.chunks.fill(j, at.n, v, origin);
+#pragma unroll
+          for (int k = 0; k < V; k++) distances[k] += v[k] - origin;
+        }
+      });
+      sum = source.chunks.template sum<block>(sums);
+      if constexpr (!plain) distance = source.chunks.template sum<block>(distances);
+      row.forget(N);
     }
-    chunks.store(dx, raw);
-  }
+    if constexpr (pass == Pass::read) {
+      if (at.me != 0) return;
+      float* mine = partial + (int64_t(m) * parts + at.part) * 3;
+      mine[0] = top, mine[1] = sum, mine[2] = distance;
+    } else {
+      if constexpr (pass == Pass::write) {
+        const float* of = partial + int64_t(m) * parts * 3;
+        top = max_of_parts(parts, [&](int s) { return of[3 * s]; });
+        const float origin = origin_of(top);
+        const auto shift = [&](int s) { return origin_of(of[3 * s]) - origin; };
+        sum = sum_of_parts(parts, [&](int s) { return of[3 * s + 1] * ex2_approx(shift(s) * log2_e); });
+        if constexpr (!plain)
+          distance = sum_of_parts(parts, [&](int s) { return of[3 * s + 2] + shift(s) * float(min(span, N - s * span)); });
+      }
+      const float log_sum = logf(sum);
+      if (at.me == 0 && at.part == 0) {
+        const float z = o.square_scale * (top + log_sum) * (top + log_sum), nan = __uint_as_float(0x7FC00000u);
+        float value = (1 - o.smoothing) * (top - x_target + log_sum) + z;
+        if constexpr (!plain) value += o.smoothing != 0.f ? o.smoothing * (log_sum - distance / float(N)) : 0.f;
+        loss[m] = !t.counted ? 0.f : t.bad ? nan : value;
+        z_loss[m] = !t.counted ? 0.f : t.bad ? nan : z;
+        lse[m] = t.counted ? top : 0.f, lse[M + m] = t.counted ? log_sum : 0.f;
+      }
+      const RowSource<T> next = row_of(m + gridDim.x);
+      if (dx) {
+        const float scale = t.bad ? __uint_as_float(0x7FC00000u) : count ? 1.f / *count : 1.f;
+        const Gradient<plain> gradient(o, N, top, log_sum, x_target, scale);
+        const int here = t.within(at.begin, at.n);
+        row.write(dx + m * N + at.begin, source, [&](int j, float (&v)[V]) {
+          get(j, v);
+          if (t.counted) gradient.apply(v, source.chunks.column(j), here);
+        }, [&](int j) { row.fetch(next, j); });
+      } else {
+        row.fetch(next);
+      }
+      source = next;
+    }
+  } while (kept == 0 && (m += gridDim.x) < M);
 }
 
 // dx from lse; dx may be x. Every part of a row by itself.
@@ -169,9 +181,10 @@ constexpr int cross_entropy_bwd_kept = 4, cross_entropy_bwd_threads = 256;
 template <class T, bool plain, bool block, int kept>
 __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
     cross_entropy_bwd(T* dx, const float* __restrict__ dloss, const T* x, const int64_t* __restrict__ target,
-                      const float* __restrict__ lse, const float* __restrict__ count, const __grid_constant__ RowOffsets dx_rows,
-                      const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, bool made, int64_t M, int64_t N,
-                      int64_t span, int parts) {
+                      const float* __restrict__ lse, const float* __restrict__ count,
+                      const __grid_constant__ RowOffsets dx_rows,
+                      const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, bool made, int64_t M,
+                      int64_t N, int64_t span, int parts) {
   if (made && *dloss == 1.f) return;  // dx is the gradient already
   constexpr int V = per_16<T>;
   const RowPlace<block, kept> at(N, span, parts);
@@ -215,14 +228,15 @@ GK_DEVICE float count_rows(const int64_t* target, int64_t M, int64_t ignore_inde
   block_sum(total);
   return total[0];
 }
-__global__ void __launch_bounds__(reduce_threads) cross_entropy_count(float* count, const int64_t* target, int64_t M, int64_t ignore_index) {
+__global__ void __launch_bounds__(reduce_threads) cross_entropy_count(float* count, const int64_t* target, int64_t M,
+                                                                      int64_t ignore_index) {
   const float rows = count_rows(target, M, ignore_index);
   if (threadIdx.x == 0) *count = rows;
 }
-// loss and z_loss are sums over rows or, with `mean`, over the number of rows that are not ignored: of none it is nan, as in torch
+// loss and z_loss are sums over rows or, with `mean`, over the number of rows that are not ignored: nan of none, as in torch
 __global__ void __launch_bounds__(reduce_threads)
-    cross_entropy_reduce(float* loss, float* z_loss, const float* losses, const float* z_losses, const int64_t* target, bool mean,
-                         int64_t M, int64_t ignore_index) {
+    cross_entropy_reduce(float* loss, float* z_loss, const float* losses, const float* z_losses, const int64_t* target,
+                         bool mean, int64_t M, int64_t ignore_index) {
   const int me = threadIdx.x;
   GK_SHARED(double, sums, [2][reduce_threads]);  // double: the bits of the float do not depend on where rows are ignored
   double sum = 0, z_sum = 0;
@@ -246,7 +260,8 @@ static RowOffsets rows_of(const char* op, const Tensor& t) {
     if (const int i = rows.dims - 1; i >= 0 && t.stride(d) == rows.stride[i] * rows.size[i]) {
       rows.size[i] *= unsigned(t.size(d));
     } else {
-      GK_CHECK(rows.dims < rows.max_dims, op, ": logits must have at most ", int64_t{rows.max_dims}, " leading dimensions, got ", t.dim() - 1);
+      GK_CHECK(rows.dims < rows.max_dims, op, ": logits must have at most ", int64_t{rows.max_dims},
+               " leading dimensions, got ", t.dim() - 1);
       rows.size[rows.dims] = unsigned(t.size(d)), rows.stride[rows.dims++] = t.stride(d);
     }
   }
@@ -270,17 +285,21 @@ static void check_cross_entropy(const char* op, const Tensor& logits, const Tens
   check_device(op, "logits", logits);
   GK_CHECK(logits.dim() >= 1, op, ": logits must have at least 1 dimension, got a scalar");
   const int64_t V = logits.size(logits.dim() - 1);
-  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op, ": the last dimension of logits must be contiguous, its stride is ",
-           logits.stride(logits.dim() - 1));
-  check_same_device(op, "target", target, logits), check_dtype(op, "target", target, ScalarType::Long), check_contiguous(op, "target", target);
+  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op,
+           ": the last dimension of logits must be contiguous, its stride is ", logits.stride(logits.dim() - 1));
+  check_same_device(op, "target", target, logits), check_dtype(op, "target", target, ScalarType::Long),
+      check_contiguous(op, "target", target);
   bool same = target.dim() == logits.dim() - 1;
   for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
-  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ", shape_text(target));
+  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ",
+           shape_text(target));
   check_row_count(op, target.numel());
   GK_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   GK_CHECK(smoothing >= 0 && smoothing <= 1, op, ": label_smoothing must be between 0 and 1, got ", smoothing);
-  GK_CHECK(square_scale >= 0 && std::isfinite(square_scale), op, ": lse_square_scale must be finite and not negative, got ", square_scale);
-  GK_CHECK(softcap >= 0 && std::isfinite(softcap), op, ": logit_softcap must be finite and not negative (0: none), got ", softcap);
+  GK_CHECK(square_scale >= 0 && std::isfinite(square_scale), op, ": lse_square_scale must be finite and not negative, got ",
+           square_scale);
+  GK_CHECK(softcap >= 0 && std::isfinite(softcap), op, ": logit_softcap must be finite and not negative (0: none), got ",
+           softcap);
 }
 
 // Contiguous, of the first `dims` sizes of like.
@@ -294,8 +313,8 @@ static Tensor new_contiguous(const Tensor& like, int64_t dims, ScalarType dtype)
 static Tensor count_of(const Gpu& gpu, const Tensor& logits, const Tensor& target, int64_t ignore_index, bool wanted) {
   Tensor count = new_tensor(logits, {wanted ? 1 : 0}, ScalarType::Float);
   if (wanted)
-    launch(GK_KERNEL(cross_entropy_count), 1, reduce_threads, 0, gpu.stream, out<float>(count), data<int64_t>(target), target.numel(),
-           ignore_index);
+    launch(GK_KERNEL(cross_entropy_count), 1, reduce_threads, 0, gpu.stream, out<float>(count), data<int64_t>(target),
+           target.numel(), ignore_index);
   return count;
 }
 
@@ -312,25 +331,28 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
   const RowOffsets rows = rows_of(op, logits);
   with_grad = with_grad && reduction != 0;
   Tensor losses = new_contiguous(logits, logits.dim() - 1, ScalarType::Float), z_losses = new_like(losses);
-  Tensor lse = new_tensor(logits, {2, M}, ScalarType::Float), count = count_of(gpu, logits, target, ignore_index, with_grad && reduction == 1);
-  Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
+  Tensor lse = new_tensor(logits, {2, M}, ScalarType::Float);
+  Tensor count = count_of(gpu, logits, target, ignore_index, with_grad && reduction == 1);
+  const ScalarType dtype = logits.scalar_type();
+  Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), dtype) : new_tensor(logits, {0}, dtype);
   with_dtype(logits.scalar_type(), [&](auto t) {
     with_bool(label_smoothing == 0 && logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
-      constexpr int few = 4, many = 13;
-      const RowShape s = row_shape<T, few, many>(M, V, gpu.processors());
+      constexpr int few = cross_entropy_fwd_few;
+      const RowShape s = row_shape<T, few>(M, V, gpu, 1, cross_entropy_fwd_blocks(plain));
       Tensor partial = new_tensor(logits, {s.parts > 1 ? M : 0, s.parts, 3}, ScalarType::Float);
-      with_row_shape<T, few, many>(s, [&](auto block, auto kept, auto pass) {
-        launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, 0, gpu.stream, out<float>(losses),
-               out<float>(z_losses), out<float>(lse), with_grad ? out<T>(dlogits) : nullptr, data<T>(logits), data<int64_t>(target),
+      with_row_shape<T, few, true>(s, [&](auto block, auto kept, auto pass) {
+        launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream,
+               out<float>(losses), out<float>(z_losses), out<float>(lse), with_grad ? out<T>(dlogits) : nullptr,
+               data<T>(logits), data<int64_t>(target),
                count.numel() ? data<float>(count) : nullptr, out<float>(partial), rows, o, M, V, s.span, s.parts);
       });
     });
   });
   if (reduction == 0) return {losses, z_losses, lse, dlogits};
   Tensor loss = new_contiguous(logits, 0, ScalarType::Float), z_loss = new_like(loss);
-  launch(GK_KERNEL(cross_entropy_reduce), 1, reduce_threads, 0, gpu.stream, out<float>(loss), out<float>(z_loss), data<float>(losses),
-         data<float>(z_losses), data<int64_t>(target), reduction == 1, M, ignore_index);
+  launch(GK_KERNEL(cross_entropy_reduce), 1, reduce_threads, 0, gpu.stream, out<float>(loss), out<float>(z_loss),
+         data<float>(losses), data<float>(z_losses), data<int64_t>(target), reduction == 1, M, ignore_index);
   return {loss, z_loss, lse, dlogits};
 }
 
@@ -342,10 +364,13 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
   check_cross_entropy(op, logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap);
   const CrossEntropy o = {ignore_index, float(label_smoothing), float(lse_square_scale), float(logit_softcap)};
   const int64_t M = target.numel(), V = logits.size(logits.dim() - 1);
-  check_same_device(op, "dloss", dloss, logits), check_dtype(op, "dloss", dloss, ScalarType::Float), check_contiguous(op, "dloss", dloss);
-  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ", dloss.numel());
+  check_same_device(op, "dloss", dloss, logits), check_dtype(op, "dloss", dloss, ScalarType::Float),
+      check_contiguous(op, "dloss", dloss);
+  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ",
+           dloss.numel());
   check_same_device(op, "lse", lse, logits), check_dtype(op, "lse", lse, ScalarType::Float), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ", shape_text(lse));
+  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ",
+           shape_text(lse));
   check_same_device(op, "dlogits", dlogits, logits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
   check_same_shape(op, "dlogits", dlogits, "logits", logits);
   const RowOffsets from = rows_of(op, logits), to = rows_of(op, dlogits);
@@ -358,14 +383,15 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
     with_bool(logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
       const auto run = [&](auto block, auto kept, const RowShape& s) {
-        launch(GK_KERNEL(cross_entropy_bwd<T, plain, block, kept>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dlogits), data<float>(dloss),
-               data<T>(logits), data<int64_t>(target), data<float>(lse), count.numel() ? data<float>(count) : nullptr, to, from, o,
-               reduction == 0, made && reduction != 0, M, V, s.span, s.parts);
+        launch(GK_KERNEL(cross_entropy_bwd<T, plain, block, kept>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dlogits),
+               data<float>(dloss), data<T>(logits), data<int64_t>(target), data<float>(lse),
+               count.numel() ? data<float>(count) : nullptr, to, from, o, reduction == 0, made && reduction != 0, M, V, s.span, s.parts);
       };
       constexpr int64_t span = (cross_entropy_bwd_kept * cross_entropy_bwd_threads - 1) * per_16<T> / 64 * 64;
       if (V > row_warp_columns)
-        run(std::true_type{}, KeptIs<cross_entropy_bwd_kept>{}, {true, cross_entropy_bwd_kept, cross_entropy_bwd_threads, int(cdiv(V, span)), span});
-      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, 4, 13>(M, V, gpu.processors()));
+        run(std::true_type{}, KeptIs<cross_entropy_bwd_kept>{},
+            {true, cross_entropy_bwd_kept, cross_entropy_bwd_threads, int(cdiv(V, span)), span});
+      else run(std::false_type{}, KeptIs<row_warp_many<T>>{}, row_shape<T, cross_entropy_bwd_kept>(M, V, gpu));
     });
   });
 }
@@ -375,7 +401,8 @@ static Tensor cross_entropy_bwd_cuda(const Tensor& dloss, const Tensor& logits, 
                                      double logit_softcap) {
   check_device("cross_entropy_bwd", "logits", logits);
   Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
-  cross_entropy_bwd_out_cuda(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, false, dlogits);
+  cross_entropy_bwd_out_cuda(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale,
+                             logit_softcap, false, dlogits);
   return dlogits;
 }
 

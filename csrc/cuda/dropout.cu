@@ -5,43 +5,45 @@ namespace gk {
 
 // y = x / (1 - p) where kept, 0 where dropped, + residual. A thread has eight columns of a row, one draw of Philox.
 constexpr int dropout_threads = 256, dropout_columns = 8;
+template <class T> constexpr int dropout_blocks = sizeof(T) == 4 ? 4 : 6;  // of a processor: as many as go without a spill
 
-// Eight columns from p on, by 16 bytes where they stand so.
-template <class T> GK_DEVICE void load_8(const T* p, bool whole, int64_t left, float (&v)[8]) {
-  if (whole) return load_columns<true>(p, 0, left, v);
-#pragma unroll
-  for (int k = 0; k < 8; k++) v[k] = k < left ? to_float(p[k]) : 0.f;
-}
-
-template <class T>
-__global__ void __launch_bounds__(dropout_threads)
-    dropout_fwd(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ residual, const Philox philox, bool aligned,
-                int64_t M, int64_t N) {
-  constexpr int V = per_16<T>;
+template <class T, bool aligned>
+__global__ void __launch_bounds__(dropout_threads, dropout_blocks<T>)
+    dropout_fwd(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ residual, const Philox philox, int64_t M,
+                int64_t N) {
+  constexpr int V = per_16<T>, chunks = dropout_columns / V;
+  const Row<T, aligned> row(N);
   const uint64_t seed = philox.drop_below ? philox.state[0] : 0;
   const uint32_t offset = philox.drop_below ? uint32_t(philox.state[1]) : 0;
-  const int64_t groups = (N + dropout_columns - 1) / dropout_columns, total = M * groups;
-#pragma unroll 2
-  for (int64_t i = int64_t(blockIdx.x) * dropout_threads + threadIdx.x; i < total; i += int64_t(gridDim.x) * dropout_threads) {
-    const int64_t row = i / groups, group = i - row * groups, at = row * N + group * dropout_columns, left = N - group * dropout_columns;
-    float v[8], r[8];
-    load_8(x + at, aligned, left, v);
-    if (residual) load_8(residual + at, aligned, left, r);
-    const uint4 bits = philox_8(seed, offset, uint32_t(group), uint32_t(row), 0);
+  int low = int(seed), high = int(seed >> 32);
+  const int64_t first = int64_t(blockIdx.x) * dropout_threads + threadIdx.x, step = int64_t(gridDim.x) * dropout_threads;
+  const int64_t groups = (N + dropout_columns - 1) / dropout_columns, step_rows = step / groups;
+  const int step_groups = int(step - step_rows * groups);
+  int64_t m = first / groups;
+  int group = int(first - m * groups);
+  while (m < M) {
+    uint4 raw[chunks], added[chunks] = {};
+#pragma unroll
+    for (int c = 0; c < chunks; c++) {
+      raw[c] = row.load(x + m * N, group * chunks + c);
+      if (residual) added[c] = row.load(residual + m * N, group * chunks + c);
+    }
+    opaque(low), opaque(high);  // or the keys of ten rounds stay in registers from draw to draw
+    const uint4 bits = philox_8(uint64_t(uint32_t(high)) << 32 | uint32_t(low), offset, uint32_t(group), uint32_t(m), 0);
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const uint32_t random = k % 2 ? words[k / 2] >> 16 : words[k / 2] & 0xFFFF;
-      v[k] = (random < philox.drop_below ? 0.f : v[k] * philox.keep_scale) + (residual ? r[k] : 0.f);
-    }
-    if (aligned) {
+    for (int c = 0; c < chunks; c++) {
+      float v[V], r[V];
+      unpack<T>(raw[c], v), unpack<T>(added[c], r);
 #pragma unroll
-      for (int k = 0; k < 8; k += V) store_16(y + at + k, pack<T>(*reinterpret_cast<float (*)[V]>(v + k)));
-    } else {
-#pragma unroll
-      for (int k = 0; k < 8; k++)
-        if (k < left) y[at + k] = from_float<T>(v[k]);
+      for (int k = 0; k < V; k++) {
+        const uint32_t word = words[(c * V + k) / 2], random = k % 2 ? word >> 16 : word & 0xFFFF;
+        v[k] = (random < philox.drop_below ? 0.f : v[k] * philox.keep_scale) + (residual ? r[k] : 0.f);
+      }
+      row.store(y + m * N, group * chunks + c, v);
     }
+    m += step_rows, group += step_groups;  // on without a division
+    if (group >= groups) group -= int(groups), m++;
   }
 }
 
@@ -68,12 +70,15 @@ static Tensor dropout_fwd_cuda(const Tensor& x, const OptTensor& residual, const
   const Gpu gpu(x);
   Tensor y = new_like(x);
   const bool aligned = N % dropout_columns == 0 && stands_on_16(x) && stands_on_16(y) && stands_on_16(residual);
-  // a wave of blocks that go through all elements; 2048 threads of a processor, 16 bytes or more of each in flight
-  const int64_t blocks = std::min<int64_t>(cdiv(M * cdiv(N, dropout_columns), dropout_threads), int64_t(gpu.processors()) * 8);
   with_dtype(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    launch(GK_KERNEL(dropout_fwd<T>), unsigned(blocks), dropout_threads, 0, gpu.stream, out<T>(y), data<T>(x), data<T>(residual), philox,
-           aligned, M, N);
+    with_bool(aligned, [&](auto on_16) {
+      using T = decltype(t);
+      // a wave of blocks that go through all elements
+      const int64_t wave = int64_t(gpu.processors()) * dropout_blocks<T>;
+      const int64_t blocks = std::min(cdiv(M * cdiv(N, dropout_columns), dropout_threads), wave);
+      launch(GK_KERNEL(dropout_fwd<T, on_16>), unsigned(blocks), dropout_threads, 0, gpu.stream, out<T>(y), data<T>(x),
+             data<T>(residual), philox, M, N);
+    });
   });
   return y;
 }

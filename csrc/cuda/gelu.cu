@@ -123,7 +123,8 @@ static Tensor gelu_fwd_cuda(const Tensor& x, const OptTensor& bias, bool tanh) {
   with_gelu(x, bias, tanh, s.aligned, [&](auto t, auto p, auto form, auto on_16) {
     using T = decltype(t);
     using P = decltype(p);
-    launch(GK_KERNEL(gelu_fwd<T, P, form, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(y), data<T>(x), data<P>(bias), s.M, s.N);
+    launch(GK_KERNEL(gelu_fwd<T, P, form, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(y), data<T>(x), data<P>(bias), s.M,
+           s.N);
   });
   return y;
 }
@@ -137,8 +138,8 @@ static std::tuple<Tensor, Tensor> gelu_bwd_cuda(const Tensor& dy, const Tensor& 
   with_gelu(x, bias, tanh, s.aligned, [&](auto t, auto p, auto form, auto on_16) {
     using T = decltype(t);
     using P = decltype(p);
-    launch(GK_KERNEL(gelu_bwd<T, P, form, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(dx), bias ? out<float>(partial) : nullptr,
-           data<T>(dy), data<T>(x), data<P>(bias), s.M, s.N);
+    launch(GK_KERNEL(gelu_bwd<T, P, form, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(dx),
+           bias ? out<float>(partial) : nullptr, data<T>(dy), data<T>(x), data<P>(bias), s.M, s.N);
     if (bias) launch_sum_partials<P>(gpu, out<P>(dbias), static_cast<P*>(nullptr), partial, s.N);
   });
   return {dx, dbias};

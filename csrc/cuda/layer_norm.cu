@@ -33,7 +33,8 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cuda(const Tensor& dy, 
   check_row_statistic(op, "mean", mean, M, x), check_row_statistic(op, "rstd", rstd, M, x);
   const Gpu gpu(x);
   const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
-  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype), dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
+  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype);
+  Tensor dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
   with_dtypes(x.scalar_type(), param_dtype, [&](auto t, auto p) {
     launch_norm_bwd<decltype(t), decltype(p), true>(gpu, dx, dweight, &dbias, dy, x, weight, data<float>(mean), rstd, M, N);
   });

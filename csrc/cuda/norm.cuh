@@ -19,7 +19,8 @@ constexpr int warp_step = 256;  // `kept` is in steps of this many columns of a 
 template <class T> NormShape norm_shape(int64_t N, bool aligned, int kept_by_block) {
   const int V = per_16<T>;
   const int64_t chunks = cdiv(N, V);
-  if (N <= warp_columns) return {false, aligned ? int(std::max<int64_t>(2, cdiv(N, warp_step))) * warp_step / (32 * V) : 0, 128};
+  const int steps = int(std::max<int64_t>(2, cdiv(N, warp_step)));
+  if (N <= warp_columns) return {false, aligned ? steps * warp_step / (32 * V) : 0, 128};
   const int64_t threads = cdiv(chunks, int64_t(kept_by_block) * 32) * 32;
   if (!aligned || threads > 512) return {true, 0, 512};
   return {true, kept_by_block, int(std::max<int64_t>(threads, 128))};
@@ -35,7 +36,8 @@ constexpr int norm_bwd_warps(bool block, int kept, int V) {
 
 // The row in chunks: f(chunk, v) for each of this thread's, from `raw` registers or, with kept = 0, from memory.
 template <int kept, class T, bool aligned, class F>
-GK_DEVICE void each_chunk(const Row<T, aligned>& row, const uint4 (&raw)[kept ? kept : 1], const T* x, int me, int peers, const F& f) {
+GK_DEVICE void each_chunk(const Row<T, aligned>& row, const uint4 (&raw)[kept ? kept : 1], const T* x, int me, int peers,
+                          const F& f) {
   float v[per_16<T>];
   if constexpr (kept > 0) {
 #pragma unroll
@@ -248,7 +250,8 @@ __global__ void __launch_bounds__(256)
 template <class T, class F> void with_kept(const NormShape& shape, const F& f) {
   constexpr int step = warp_step / (32 * per_16<T>);
   const auto is = [&](auto kept) { return shape.kept == kept ? (f(kept), true) : false; };
-  is(std::integral_constant<int, 2 * step>{}) || is(std::integral_constant<int, 3 * step>{}) || is(std::integral_constant<int, 4 * step>{});
+  is(std::integral_constant<int, 2 * step>{}) || is(std::integral_constant<int, 3 * step>{}) ||
+      is(std::integral_constant<int, 4 * step>{});
 }
 
 // f(block, aligned) as constants, where no row is kept: the rows of a warp are then off the 16-byte boundaries
@@ -261,8 +264,8 @@ template <class F> void with_unkept(const NormShape& shape, bool aligned, const 
 constexpr int norm_fwd_kept = 4, norm_bwd_kept = 2;
 
 template <class T, class P, bool centred>
-void launch_norm_fwd(const Gpu& gpu, Tensor& y, float* mean, Tensor& rstd, const Tensor& x, const OptTensor& w, const OptTensor& b,
-                     int64_t M, int64_t N, double eps) {
+void launch_norm_fwd(const Gpu& gpu, Tensor& y, float* mean, Tensor& rstd, const Tensor& x, const OptTensor& w,
+                     const OptTensor& b, int64_t M, int64_t N, double eps) {
   const bool aligned = N % per_16<T> == 0 && N % per_16<P> == 0 && stands_on_16(x) && stands_on_16(w) && stands_on_16(b);
   const NormShape shape = norm_shape<T>(N, aligned, norm_fwd_kept);
   const auto run = [&](const auto& kernel) {
@@ -285,7 +288,8 @@ void launch_norm_bwd(const Gpu& gpu, Tensor& dx, Tensor& dweight, Tensor* dbias,
   const bool aligned = N % per_16<T> == 0 && N % per_16<P> == 0 && stands_on_16(x) && stands_on_16(dy) && stands_on_16(w);
   const NormShape shape = norm_shape<T>(N, aligned, norm_bwd_kept);
   const bool has_bias = dbias && dbias->numel(), params = w || has_bias;
-  const int64_t wave = int64_t(gpu.processors()) * std::max(1, norm_bwd_warps(shape.block, shape.kept, per_16<T>) * 32 / shape.threads);
+  const int warps = norm_bwd_warps(shape.block, shape.kept, per_16<T>);
+  const int64_t wave = int64_t(gpu.processors()) * std::max(1, warps * 32 / shape.threads);
   int64_t blocks = std::min(cdiv(M, shape.rows_per_block()), wave);
   if (shape.kept == 0) blocks = std::min<int64_t>(cdiv(M, 32), 1024);  // runs of rows for norm_bwd_columns
   Tensor partial = new_tensor(x, {params ? blocks : 0, 2, N}, ScalarType::Float);
@@ -300,8 +304,8 @@ void launch_norm_bwd(const Gpu& gpu, Tensor& dx, Tensor& dweight, Tensor* dbias,
              data<T>(dy), data<T>(x), mean, data<float>(rstd), M, N);
   } else {
     const auto run = [&](const auto& kernel) {
-      launch(kernel, unsigned(blocks), shape.threads, 0, gpu.stream, out<T>(dx), sums, data<T>(dy), data<T>(x), data<P>(w), mean,
-             data<float>(rstd), M, N);
+      launch(kernel, unsigned(blocks), shape.threads, 0, gpu.stream, out<T>(dx), sums, data<T>(dy), data<T>(x), data<P>(w),
+             mean, data<float>(rstd), M, N);
     };
     if (shape.block) run(GK_KERNEL(norm_bwd<T, P, centred, true, norm_bwd_kept>));
     else with_kept<T>(shape, [&](auto kept) { run(GK_KERNEL(norm_bwd<T, P, centred, false, kept>)); });

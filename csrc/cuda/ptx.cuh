@@ -8,7 +8,7 @@
 #define GK_PTX(simulated, ...) simulated
 #define GK_PURE(simulated, ...) simulated
 // Shared memory of a block: GK_SHARED(float, tile, [4][32]) declares `tile`; dynamic memory is bytes at 16-byte alignment
-// (a multiple of 1024 where a kernel declares no other).
+// (a multiple of 128).
 #define GK_SHARED(type, name, extents) \
   auto& name = ::gk::sim::shared_array<type extents>([]() -> const void* { static char key; return &key; }())
 #define GK_DYNAMIC_SHARED(name) unsigned char* const name = ::gk::sim::dynamic_shared()
@@ -16,7 +16,7 @@
 #define GK_PTX(simulated, ...) asm volatile(__VA_ARGS__)
 #define GK_PURE(simulated, ...) asm(__VA_ARGS__)  // its outputs follow from its inputs: the compiler may move or drop it
 #define GK_SHARED(type, name, extents) __shared__ __align__(16) type name extents
-#define GK_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define GK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 #define GK_DEVICE __device__ __forceinline__
 

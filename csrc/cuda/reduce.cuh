@@ -1,4 +1,5 @@
-// The second stage of every sum over rows: partial[blocks][planes][N] -> out[N] of one plane, added in the same order every time.
+// The second stage of every sum over rows: partial[blocks][planes][N] -> out[N] of one plane, added in the same
+// order every time.
 #pragma once
 #include "common.cuh"
 

@@ -18,7 +18,8 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cuda(const Tensor& x, const OptTe
   return {y, rstd};
 }
 
-static std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(const Tensor& dy, const Tensor& x, const OptTensor& weight, const Tensor& rstd) {
+static std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                    const Tensor& rstd) {
   const char* op = "rms_norm_bwd";
   check_input(op, "x", x), check_gradient(op, "dy", dy, x);
   GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");

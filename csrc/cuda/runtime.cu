@@ -25,7 +25,8 @@ int Gpu::attribute(cudaDeviceAttr which) const {
   return value;
 }
 
-void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, void** args) {
+void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                void** args) {
   cudaError_t error = cudaSuccess;
   // more than 48 KB must be asked for
   if (shared > (48 << 10)) error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
@@ -33,7 +34,8 @@ void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, s
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next launch shall not find it
   fail("launch of ", name, " refused: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), "); grid (", grid.x, ", ",
-       grid.y, ", ", grid.z, "), block (", block.x, ", ", block.y, ", ", block.z, "), ", shared, " bytes of dynamic shared memory");
+       grid.y, ", ", grid.z, "), block (", block.x, ", ", block.y, ", ", block.z, "), ", shared,
+       " bytes of dynamic shared memory");
 }
 
 }  // namespace gk

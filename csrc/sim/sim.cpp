@@ -342,12 +342,13 @@ void count_global(const Access& a) {
     if (!(a.mask >> l & 1)) continue;
     for (uintptr_t s = a.address[l] / 32; s <= (a.address[l] + a.bytes - 1) / 32; s++) insert(sectors, s);
     insert(units, a.address[l]);
-    counters->global_bytes += a.bytes;
-    if (a.bytes == 16) counters->global_bytes_16 += a.bytes;
   }
   counters->global_requests++;
   counters->global_sectors += int64_t(sectors.size());
-  counters->global_ideal += int64_t((units.size() * a.bytes + 31) / 32);
+  // what all lanes read is one piece
+  const int64_t bytes = int64_t(units.size()) * a.bytes;
+  counters->global_ideal += (bytes + 31) / 32, counters->global_bytes += bytes;
+  if (a.bytes == 16) counters->global_bytes_16 += bytes;
 }
 
 void count_pending(Warp& warp) {
@@ -444,14 +445,6 @@ void make_fibers(int count) {
   }
 }
 
-size_t shared_limit() {  // of a block, by the CUDA programming guide's table of compute capabilities
-  switch (config.arch) {
-    case 80: return 163 << 10;
-    case 90: case 100: return 227 << 10;
-    default: return 99 << 10;
-  }
-}
-
 void run_block() {
   ready_warps = 0, done = 0, declarations = 0, shared_bytes = (dynamic_bytes + 15) / 16 * 16;
   for (auto& b : barriers) b = {};
@@ -485,6 +478,13 @@ void run_block() {
 
 int arch() { return int(config.arch); }
 int processors() { return int(config.processors); }
+size_t shared_limit() {  // by the CUDA programming guide's table of compute capabilities
+  switch (config.arch) {
+    case 80: return 163 << 10;
+    case 90: case 100: return 227 << 10;
+    default: return 99 << 10;
+  }
+}
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*function)(void*), void* args) {
   std::lock_guard<std::mutex> lock(one_launch);
@@ -561,7 +561,8 @@ static Barrier& arrive(unsigned id, unsigned expected) {
   if (expected == 0 || expected % lanes || int(expected) > threads)
     stop("barrier ", id, ": ", expected, " threads, of a block of ", threads, " in whole warps");
   Barrier& b = barriers[id];
-  if (b.arrived && b.expected != expected) stop("barrier ", id, ": for ", expected, " threads here, ", b.expected, " elsewhere");
+  if (b.arrived && b.expected != expected)
+    stop("barrier ", id, ": for ", expected, " threads here, ", b.expected, " elsewhere");
   b.expected = expected;
   TSAN(__tsan_release(&b);)
   if (++b.arrived == expected) {
@@ -615,7 +616,8 @@ uint32_t ballot(bool predicate, uint32_t mask) {
 // Lane l gives the address of row l % 8 of matrix l / 8. Lane l gets from matrix m its row l / 4, elements 2 (l % 4) and
 // the next; transposed, its column l / 4.
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed) {
-  struct Lane { uint32_t* out; const uint16_t* row; int matrices; bool transposed; } mine{registers, (const uint16_t*)row, matrices, transposed};
+  struct Lane { uint32_t* out; const uint16_t* row; int matrices; bool transposed; };
+  Lane mine{registers, (const uint16_t*)row, matrices, transposed};
   if (running->lane < matrices * 8) {
     if (!in_shared(row)) stop("ldmatrix: ", row, " is not in shared memory");
     check_access(row, 16);
@@ -800,8 +802,12 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
-void __tsan_read_range(void* p, unsigned long n) { gk::sim::see((uintptr_t)__builtin_return_address(0), p, int(n), false, false); }
-void __tsan_write_range(void* p, unsigned long n) { gk::sim::see((uintptr_t)__builtin_return_address(0), p, int(n), true, false); }
+void __tsan_read_range(void* p, unsigned long n) {
+  gk::sim::see((uintptr_t)__builtin_return_address(0), p, int(n), false, false);
+}
+void __tsan_write_range(void* p, unsigned long n) {
+  gk::sim::see((uintptr_t)__builtin_return_address(0), p, int(n), true, false);
+}
 // launchers only: reference counts and guards of statics
 int __tsan_atomic32_fetch_add(volatile int* p, int v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }

@@ -46,6 +46,7 @@ extern Place place;
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* args);
 int arch();        // compute capability that is played, as 80
 int processors();  // streaming multiprocessors that are played: few, so that small tests loop
+size_t shared_limit();  // bytes of shared memory of a block of that architecture
 
 [[noreturn]] void trap();
 
@@ -73,7 +74,8 @@ void yield();
 float from_f16(uint16_t bits);
 uint16_t to_f16(float value);
 
-void read(void* to, const void* address, int bytes);  // loads and stores of the wrappers, seen as one access like a kernel's own
+// loads and stores of the wrappers, seen as one access like a kernel's own
+void read(void* to, const void* address, int bytes);
 void write(void* address, const void* from, int bytes);
 template <class T> __forceinline__ T load(const void* address) {
   T value;

@@ -12,6 +12,7 @@ import torch
 from gpt_kernels import triton, use_backend
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses its products in deterministic mode
+BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or "triton"
 HERE = pathlib.Path(__file__).parent
 REHEARSAL = triton.INTERPRETED and os.environ.get("GPT_KERNELS_REHEARSE") == "1"
 
@@ -26,7 +27,8 @@ def pytest_collection_modifyitems(items):
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none")
-    return torch.device("cuda", torch.cuda.current_device())
+    with use_backend(BACKEND):
+        yield torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ from gpt_kernels.triton.workload import Sizes, calls
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_op = pytest.mark.parametrize("name", dispatch.ops())
+BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or "triton"
 TIMES = int(os.environ.get("GPT_KERNELS_RACE_LOOPS", "250"))
 LARGE, TINY = Sizes(4, 512, 768, 12), Sizes(1, 16, 16, 1, vocab=40)  # TINY: for the interpreter
 
 
 def calls_of(name, dtype, device, sizes=SMALL):
     """(what, arguments) of one op; an op that writes into an argument gets one of its own to write into"""
-    found = [(what, args) for what, n, args in with_kernel("triton", every_call(dtype, device, sizes)) if n == name]
+    found = [(what, args) for what, n, args in with_kernel(BACKEND, every_call(dtype, device, sizes)) if n == name]
     assert found, f"no call of {name}"
     return found
 
@@ -190,6 +191,7 @@ def test_attention_memory_is_linear(cuda):
     assert torch.cuda.max_memory_allocated() - before < 16 * q.numel() * 4
 
 
+@pytest.mark.skipif(BACKEND != "triton", reason="the Triton kernels are tuned")
 def test_autotune_on_this_gpu(cuda, tmp_path, monkeypatch):
     """The whole way: measured, stored, read; a captured launch measures nothing."""
     from gpt_kernels.triton import tuned, tuning
