@@ -351,20 +351,24 @@ def _fwd(arch: str, N: int, dtype, chunks: int = 5, num_warps: int = 4) -> Param
 # 16 warps per processor: two chunks of a row and of the next one, or three chunks without the next row, beside the partial
 # sums, of which RMS norm has half as many
 def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int, registers: int) -> Parameters:
-    p = _row(N, _lanes(arch, dtype), chunks, num_warps)
+    odd = N * dtype.itemsize % 16 != 0  # rows begin anywhere: an access and a mask for each element
+    p = _row(N, _lanes(arch, dtype), 2 if odd else chunks, num_warps)
     if "CHUNKS" in p:
-        p["PREFETCH"] = p["CHUNKS"] < 3
+        p["PREFETCH"] = p["CHUNKS"] < 3 and not odd
     if arch.startswith("sm_"):
-        p["maxnreg"] = registers
+        p["maxnreg"] = registers if "CHUNKS" in p else 128
     return p | {"SPAN": 32 * p["num_warps"]}
 
 
-def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 8) -> Parameters:
+def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 0, num_warps: int = 0) -> Parameters:
+    per_warp = N <= 3 * _lanes(arch, dtype)  # a row per warp has most to keep: what does not spill
+    chunks = chunks or (2 if per_warp and arch == "sm_120" else 3)
+    num_warps = num_warps or (8 if arch.startswith("gfx") or (per_warp and arch == "sm_100") else 4)
     return _bwd(arch, N, dtype, chunks, num_warps, registers=128)
 
 
 def _rms_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 4) -> Parameters:
-    return _bwd(arch, N, dtype, chunks, num_warps, registers=102)
+    return _bwd(arch, N, dtype, chunks, num_warps, registers=104)
 
 
 def _candidates(default: Callable[..., Parameters], chunks: tuple[int, ...], num_warps: tuple[int, ...]):
