@@ -311,17 +311,9 @@ def oldest_triton(tmp_path_factory):
     """An environment with it in front of the installed one."""
     place = tmp_path_factory.mktemp("oldest")
     version = ".".join(map(str, backend.SUPPORTED[0])) + ".0"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(place / "site"),
-        f"triton=={version}",
-    ]
+    # its interpreter makes Python numbers of arrays with a dimension, which NumPy 2.4 refuses
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place / "site")]
+    pip += [f"triton=={version}", "numpy<2.4"]
     subprocess.run(pip, check=True)
     return {**os.environ, "PYTHONPATH": str(place / "site"), "TRITON_CACHE_DIR": str(place / "cache")}
 
