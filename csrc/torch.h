@@ -1,12 +1,14 @@
 // The only header that names torch's C++ API, and of that only the LibTorch stable ABI:
 // one binary serves every torch >= 2.10. Launchers include it; kernels never do.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -110,11 +112,21 @@ inline Tensor advised(Tensor t) {
 #endif
   return t;
 }
-// Contiguous, uninitialised, on the device of `like`.
+// Contiguous, uninitialised, on the device of `like`. Not by torch::stable::empty_like and new_empty: these look their op up by
+// name at each call, which takes longer than all of a small op's work.
 inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
-  return advised(torch::stable::new_empty(like, shape, dtype));
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  int32_t device = 0;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle));
+  return advised(Tensor(handle));
 }
-inline Tensor new_like(const Tensor& like) { return advised(torch::stable::empty_like(like)); }
+inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
 
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;

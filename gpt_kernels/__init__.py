@@ -4,6 +4,7 @@ from . import triton as _triton
 from .dispatch import isa, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
+from .memory import reuse_memory
 from .ops.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,

@@ -69,6 +69,14 @@ def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "", facto
         assert_close_to_truth(a, t, e, factors[min(i, len(factors) - 1)], what)
 
 
+def assert_rounded(y: Tensor, exact: Tensor) -> None:
+    """y, of 16 bits, is `exact` in float32 rounded once; a short polynomial may err where that lies between two numbers."""
+    kind = torch.finfo(y.dtype)
+    unit = kind.eps * torch.exp2(torch.frexp(exact).exponent - 1.0).clamp(min=kind.tiny)  # of the last place
+    assert kind.bits == 16 and exact.dtype == torch.float32
+    assert ((y.float() - exact).abs() <= 0.52 * unit).all(), "more than a rounding"
+
+
 def check_opcheck(op, args) -> None:
     """Of torch.ops.gpt_kernels.<op>.default: the schema tells of no alias or mutation that is not there, fake tensors have
     the outputs' shapes, dtypes and strides, aot dispatch with dynamic shapes agrees."""

@@ -4,7 +4,6 @@
 #include "attention_launch.h"
 
 #define GK_FILE "attention.cpp"
-#define GK_WANT_AVX512_BF16
 #include "foreach_target.h"
 
 namespace gk {

@@ -4,7 +4,6 @@
 #include "attention_launch.h"
 
 #define GK_FILE "attention_bwd.cpp"
-#define GK_WANT_AVX512_BF16
 #include "foreach_target.h"
 
 namespace gk {
@@ -109,7 +108,7 @@ template <class T, class C = compute_t<T>> static C delta_of(const AttentionArgs
   return hsum<C>(sum);
 }
 
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
 // rows of floats as bf16 operands: along k = columns, and along k = rows
 static void pairs_along_columns(uint32_t* out, const float* in, int64_t rows) {
   for (int64_t r = 0; r < rows; r++, in += key_block, out += key_block / 2)
@@ -204,7 +203,7 @@ template <class T> struct Backward {
     }
     if (begin >= stop) return;
     const int64_t seen_rows = stop - begin, i = i0 + begin, at = begin * key_block;
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
     if constexpr (paired) {
       pairs_along_rows(p_depth + at / 2, score + at, seen_rows);
       pairs_along_rows(ds_depth + at / 2, dp + at, seen_rows);

@@ -18,7 +18,7 @@ template <class T> struct Plain {  // T -> float (or double) operands
   static GK_INLINE vec<C> mac(vec<C> acc, unit a, vec<C> b) { return acc + a * b; }
   static GK_INLINE vec<C> load_units(const unit* p) { return load(p); }
 };
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
 struct Pairs {  // bf16 pairs into float
   typedef float C;
   typedef uint32_t unit;
@@ -139,7 +139,7 @@ template <class T> static void pack_depth(typename Plain<T>::unit* out, const T*
   pack_rows(out, in, in_row, rows, columns);
 }
 
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
 struct AsPairs {
   static constexpr bool pairs = true;
   GK_INLINE vu operator()(const bf16* p, int64_t left) const {
@@ -176,7 +176,7 @@ template <class Op> GK_INLINE int64_t row_units(int64_t columns) { return padded
 // value(j) for j = 0, lanes, 2 lanes ... < width as an A operand along k = columns
 template <class Op, class Value> GK_INLINE void store_operand(typename Op::unit* out, int64_t width, const Value& value) {
   constexpr int W = lanes<typename Op::C>;
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
   if constexpr (Op::depth == 2) {
     int64_t j = 0;
     for (; j + 2 * W <= width; j += 2 * W) {

@@ -241,15 +241,15 @@ template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& 
 
 // out = (max, sum of exp(x - max), sum of x - max) over n classes
 template <bool capped, class T, class C = compute_t<T>>
-static void segment_of(C* out, const T* x, int64_t n, C softcap) {
+GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   const C low = -(C)__builtin_inf();
   vec<C> top4[4], sum[4] = {}, distance[4] = {};
   for (int k = 0; k < 4; k++) top4[k] = splat<C>(low);
-  for_groups<C>(n, [&](int64_t i, int k, int64_t count) __attribute__((always_inline)) { top4[k] = vmax(top4[k], load_any(x + i, count, low)); });
+  for_groups<C>(n, [&](int64_t i, int k, int64_t count) { top4[k] = vmax(top4[k], load_any(x + i, count, low)); });
   const vec<C> top_lanes = vmax(vmax(top4[0], top4[1]), vmax(top4[2], top4[3]));
   // the cap grows with x, so the largest logit is also the largest after it
   const C top = capped ? cap_of<C>(splat(hmax<C>(top_lanes)), softcap)[0] : hmax<C>(top_lanes), origin = origin_of(top);
-  for_groups<C>(n, [&](int64_t i, int k, int64_t count) __attribute__((always_inline)) {
+  for_groups<C>(n, [&](int64_t i, int k, int64_t count) {
     vec<C> v = load_any(x + i, count);
     v = (capped ? cap_of<C>(v, softcap) : v) - origin;
     sum[k] += keep_first<C>(exp2(v * (C)1.44269504088896341), count);
@@ -259,13 +259,13 @@ static void segment_of(C* out, const T* x, int64_t n, C softcap) {
   out[2] = hsum<C>((distance[0] + distance[1]) + (distance[2] + distance[3]));
 }
 template <class T, class C = compute_t<T>>
-static void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap) {
+GK_KERNEL void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap) {
   softcap ? segment_of<true>(out, x, n, softcap) : segment_of<false>(out, x, n, softcap);
 }
 
 // The row's loss and lse from its segments' (max, sum, distance); scalar work, in double.
 template <class T, class C = compute_t<T>>
-static void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target, int64_t segments,
+GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target, int64_t segments,
                                int64_t V, const gk::CrossEntropyOptions& o) {
   C top = parts[0];
   for (int64_t s = 1; s < segments; s++) top = parts[3 * s] > top ? parts[3 * s] : top;
@@ -287,7 +287,7 @@ static void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, c
 // dx_v = (exp(x_v - lse) (1 + 2 z lse) - e / V - (1 - e) [v == target]) g (1 - (x_v / softcap)^2), n classes of a row;
 // `target` counts from x and may lie outside. dx may be x.
 template <class T, class C = compute_t<T>>
-static void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
+GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
                                const gk::CrossEntropyOptions& o) {
   constexpr C log2e = 1.44269504088896341;
   const double z_slope = 2 * o.square_scale * ((double)top + log_sum);
@@ -301,9 +301,9 @@ static void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C t
     const double p_minus_1 = __builtin_expm1((double)v[0] - top - log_sum);
     at_target = uncap(splat((C)(g * (p_minus_1 * (1 + z_slope) + z_slope + o.smoothing - o.smoothing / V))), v);
   }
-  for_vectors<C>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+  for_vectors<C>(n, [&](int64_t i, int64_t count) {
     const vec<C> v = cap_of<C>(load_any(x + i, count), softcap);
-    store_any(dx + i, uncap(exp2((v - top) * log2e - shift) * slope - wanted, v), count);
+    store_any(dx + i, uncap(exp2<T>((v - top) * log2e - shift) * slope - wanted, v), count);
   });
   if (inside) store_n(dx + target, at_target, 1);
 }

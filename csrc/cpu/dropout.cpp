@@ -44,7 +44,7 @@ namespace GK_TARGET {
 
 // y = x / (1 - p) where kept, 0 where dropped, + residual
 template <class T>
-static void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& philox) {
+GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& philox) {
   typedef compute_t<T> C;
   constexpr int64_t block = 8 * lanes<float>;
   const C keep = philox.keep_scale;

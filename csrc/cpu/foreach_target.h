@@ -12,7 +12,6 @@
 // inline function shared between targets, and it could be the AVX-512 one, which kills an older CPU. For the same
 // reason kernels use no std:: functions.
 //
-// A file that defines GK_WANT_AVX512_BF16 gets a fourth target with the bf16 dot product.
 // On other architectures, and with compilers that lack the target pragma, there is `base` alone.
 
 #include "isa.h"
@@ -42,24 +41,19 @@
 #undef GK_BYTES
 #pragma GCC pop_options
 
-#ifdef GK_WANT_AVX512_BF16
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define GK_TARGET avx512_bf16
 #define GK_BYTES 64
-#define GK_BF16_DOT 1
+#define GK_BF16 1
 #include GK_FILE
 #undef GK_TARGET
 #undef GK_BYTES
-#undef GK_BF16_DOT
+#undef GK_BF16
 #pragma GCC pop_options
 #define GK_BEST(...) \
   (::gk::isa_level >= 3 ? &avx512_bf16::__VA_ARGS__ : ::gk::isa_level == 2 ? &avx512::__VA_ARGS__ \
    : ::gk::isa_level == 1 ? &avx2::__VA_ARGS__ : &base::__VA_ARGS__)
-#else
-#define GK_BEST(...) \
-  (::gk::isa_level >= 2 ? &avx512::__VA_ARGS__ : ::gk::isa_level == 1 ? &avx2::__VA_ARGS__ : &base::__VA_ARGS__)
-#endif
 #else
 #define GK_BEST(...) (&base::__VA_ARGS__)
 #endif

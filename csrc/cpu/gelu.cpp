@@ -92,33 +92,33 @@ namespace GK_TARGET {
 template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;  // 2 sqrt(2/pi)
 template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
 template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
-template <class V, class C> GK_INLINE V gelu_exp(V v) {  // e^-2u
-  return exp2(v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * v * v));
+template <class T, class V, class C> GK_INLINE V gelu_exp(V v) {  // e^-2u
+  return exp2<T>(v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * v * v));
 }
-template <class V, class C> GK_INLINE V gelu_gauss(V v) { return exp2((C)-0.5 * log2_e<C> * v * v); }
+template <class T, class V, class C> GK_INLINE V gelu_gauss(V v) { return exp2<T>((C)-0.5 * log2_e<C> * v * v); }
 
 // v = x + b;  y = v s(v) or v cdf(v)
 template <class T, class P, bool tanh, class C = compute_t<T>>
-static void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
+GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    store_any(y + i, v * (tanh ? (C)1 / ((C)1 + gelu_exp<vec<C>, C>(v)) : normal_cdf(v, gelu_gauss<vec<C>, C>(v))), n);
+    store_any(y + i, v * (tanh ? reciprocal<T>((C)1 + gelu_exp<T, vec<C>, C>(v)) : normal_cdf(v, gelu_gauss<T, vec<C>, C>(v))), n);
   });
 }
 
 // tanh form: dx = dy (s + v s (1 - s) (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
 template <class T, class P, bool tanh, class C = compute_t<T>>
-static void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N) {
+GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n), slope;
     if (b) v += load_any(b + i, n);
     if constexpr (tanh) {
       // p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
-      const vec<C> e = gelu_exp<vec<C>, C>(vabs(v)), p = (C)1 / ((C)1 + e), q = e * p;
+      const vec<C> e = gelu_exp<T, vec<C>, C>(vabs(v)), p = reciprocal<T>((C)1 + e), q = e * p;
       slope = (v < 0 ? q : p) + v * p * q * (gelu_a<C> + 3 * gelu_b<C> * v * v);
     } else {
-      const vec<C> gauss = gelu_gauss<vec<C>, C>(v);
+      const vec<C> gauss = gelu_gauss<T, vec<C>, C>(v);
       slope = normal_cdf(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
     }
     const vec<C> d = load_any(dy + i, n) * slope;

@@ -107,7 +107,7 @@ namespace GK_TARGET {
 // One row stays in L1 over three passes: mean, variance of the centred row (no cancellation), y = (x - mean) rstd w + b.
 // The sum of the centred row is what the first mean was off by: with it a mean far from 0 is right to the last bit.
 template <class T, class P, class C = compute_t<T>>
-static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
+GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
                                bool streams) {
   vec<C> sum[4] = {}, rest[4] = {}, squares[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(x + i, n); });
@@ -132,7 +132,7 @@ static void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, c
 
 // x_hat = (x - mean) rstd;  dx = (w dy - mean(w dy) - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat;  db += dy
 template <class T, class P, class C = compute_t<T>>
-static void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
+GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
                                 int64_t N, bool streams) {
   C *dw = dw_db, *db = dw_db + N;
   for (int64_t i = 0; dw_db && i < 2 * N; i++) dw_db[i] = 0;

@@ -3,7 +3,7 @@ namespace GK_TARGET {
 
 // out[i] = sum over c of partial[c * stride + i], i < N
 template <class P, class C = compute_t<P>>
-static void sum_partials(P* out, const C* partial, int64_t chunks, int64_t stride, int64_t N) {
+GK_KERNEL void sum_partials(P* out, const C* partial, int64_t chunks, int64_t stride, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> sum = {};
     for (int64_t c = 0; c < chunks; c++) sum += load_any(partial + c * stride + i, n);

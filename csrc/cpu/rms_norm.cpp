@@ -91,7 +91,7 @@ namespace GK_TARGET {
 
 // y = x rstd w,  rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T, class P, class C = compute_t<T>>
-static void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps) {
+GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps) {
   vec<C> squares[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
     const vec<C> v = load_any(x + i, n);
@@ -107,7 +107,7 @@ static void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C
 
 // x_hat = x rstd;  dx = (w dy - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat
 template <class T, class P, class C = compute_t<T>>
-static void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N) {
+GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N) {
   for (int64_t i = 0; dw && i < N; i++) dw[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
     const C rs = rstd[m];

@@ -2,6 +2,8 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+namespace gk { struct NoMask {}; }
+
 #define GK_FILE "softmax.cpp"
 #include "foreach_target.h"
 
@@ -78,7 +80,7 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
               causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale);
       });
     };
-    mask_dtype == ScalarType::Bool ? run(bool{}) : mask_dtype == x_dtype ? run(T{}) : run(compute_t<T>{});
+    !mask ? run(NoMask{}) : mask_dtype == ScalarType::Bool ? run(bool{}) : mask_dtype == x_dtype ? run(T{}) : run(compute_t<T>{});
   });
   return y;
 }
@@ -111,7 +113,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 }  // namespace gk
 
-#else  // kernels: T is x's storage, K the mask's (bool, or added), C the arithmetic
+#else  // kernels: T is x's storage, K the mask's (bool, added, or NoMask), C the arithmetic
 
 #include "vec.h"
 
@@ -119,12 +121,13 @@ namespace GK_TARGET {
 
 // z = scale x + mask on `visible` columns;  y = exp(z - max z) / sum exp(z - max z), 0 beyond and where nothing is visible
 template <class T, class K, class C = compute_t<T>>
-static void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale) {
+GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale) {
   constexpr C minus_inf = -__builtin_inff();
   const auto z = [&](int64_t i, int64_t n) {
     const vec<C> v = load_any(x + i, n) * scale;
-    if (!mask) return v;
-    if constexpr (sizeof(K) == 1) {
+    if constexpr (__is_same(K, gk::NoMask)) {
+      return v;
+    } else if constexpr (__is_same(K, bool)) {
       const vec<C> keep = step ? load_bools<C>(mask + i, n) : splat<C>(*mask);
       return keep != 0 ? v : splat(minus_inf);
     } else {
@@ -141,7 +144,7 @@ static void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64
   constexpr int64_t capacity = own ? 1 : 4096;
   C buffer[capacity];
   const bool kept = own || visible <= capacity;
-  const auto e = [&](int64_t i, int64_t n) { return exp_not_positive(z(i, n) - max); };
+  const auto e = [&](int64_t i, int64_t n) { return exp_not_positive<T>(z(i, n) - max); };
   vec<C> sum[4] = {};
   for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) {
     const vec<C> v = e(i, n);
@@ -159,7 +162,7 @@ static void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64
 
 // dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0
 template <class T, class C = compute_t<T>>
-static void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, int64_t N, C scale) {
+GK_KERNEL void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, int64_t N, C scale) {
   vec<C> sum[4] = {};
   for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(dy + i, n) * load_any(y + i, n); });
   const C dot = hsum4<C>(sum);

@@ -14,6 +14,9 @@ using gk::compute_t;
 using gk::f16;
 
 #define GK_INLINE inline __attribute__((always_inline))
+// before a kernel: a body given to for_vectors below is called from several places, and becomes one function with its vectors in
+// memory where it is not inlined into each
+#define GK_KERNEL __attribute__((flatten)) static
 
 typedef float vf __attribute__((vector_size(GK_BYTES)));
 typedef double vd __attribute__((vector_size(GK_BYTES)));
@@ -42,15 +45,23 @@ GK_INLINE vd load(const double* p) { vd v; __builtin_memcpy(&v, p, sizeof v); re
 GK_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 GK_INLINE void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
+#if GK_X86_TARGETS && GK_BYTES == 64
+GK_INLINE vf widen(vh h) { return bits_as<vf>((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16); }
+#else
 GK_INLINE vf widen(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 16); }
+#endif
+#ifdef GK_BF16
+GK_INLINE vh narrow(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }  // what is below 2^-126 becomes 0
+#else
 GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
   const vu u = bits_as<vu>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vh);
 }
+#endif
 GK_INLINE vf load(const bf16* p) { vh h; __builtin_memcpy(&h, p, sizeof h); return widen(h); }
 GK_INLINE void store(bf16* p, vf v) { const vh h = narrow(v); __builtin_memcpy(p, &h, sizeof h); }
 
-// maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
 #if GK_X86_TARGETS && GK_BYTES == 64
 GK_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
 GK_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
@@ -197,8 +208,8 @@ template <class C> GK_INLINE C hmax(vec<C> v) {
   return a[0];
 }
 
-// 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9) times
-// 2^n. Results run from the subnormals to inf; NaN stays NaN.
+// 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9, of a result
+// that is stored as a 16-bit T 3e-6) times 2^n. Results run from the subnormals to inf; NaN stays NaN.
 GK_INLINE vf round_nearest(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
   return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);
@@ -207,13 +218,21 @@ GK_INLINE vf round_nearest(vf x) {
   return (x + magic) - magic;
 #endif
 }
-GK_INLINE vf exp2_of_parts(vf n, vf r) {
-  vf y = splat(1.54614446986e-4f);
-  y = y * r + 1.34004281776e-3f;
-  y = y * r + 9.61805667852e-3f;
-  y = y * r + 5.55032722667e-2f;
-  y = y * r + 2.40226509223e-1f;
-  y = y * r + 6.93147206703e-1f;
+template <class T = float> GK_INLINE vf exp2_of_parts(vf n, vf r) {
+  vf y;
+  if constexpr (sizeof(T) == 2) {
+    y = splat(9.58285300945e-3f);
+    y = y * r + 5.59064272674e-2f;
+    y = y * r + 2.40240986290e-1f;
+    y = y * r + 6.93124193076e-1f;
+  } else {
+    y = splat(1.54614446986e-4f);
+    y = y * r + 1.34004281776e-3f;
+    y = y * r + 9.61805667852e-3f;
+    y = y * r + 5.55032722667e-2f;
+    y = y * r + 2.40226509223e-1f;
+    y = y * r + 6.93147206703e-1f;
+  }
   y = y * r + 1.f;
 #if GK_X86_TARGETS && GK_BYTES == 64
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
@@ -223,10 +242,15 @@ GK_INLINE vf exp2_of_parts(vf n, vf r) {
   return y * bits_as<vf>((half + 127) << 23) * bits_as<vf>((k - half + 127) << 23);
 #endif
 }
-GK_INLINE vf exp2(vf x) {
+template <class T = float> GK_INLINE vf exp2(vf x) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  const vf r = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 8);  // 0 of an infinity
+  return exp2_of_parts<T>(x - r, r);
+#else
   x = vmin(splat(130.f), vmax(splat(-152.f), x));
   const vf n = round_nearest(x);
-  return exp2_of_parts(n, x - n);
+  return exp2_of_parts<T>(n, x - n);
+#endif
 }
 GK_INLINE vf exp(vf x) {
   // r = (x - n ln2) log2(e), ln2 in two parts: x log2(e) - n alone would lose the last bits of a large x
@@ -234,11 +258,14 @@ GK_INLINE vf exp(vf x) {
   const vf n = round_nearest(x * 1.44269504f);
   return exp2_of_parts(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
 }
-// e^x for x <= 0 as softmax needs it, the maximum taken off: an absolute error of 1e-7, two operations less than exp
-GK_INLINE vf exp_not_positive(vf x) {
-  x = vmax(splat(-152.f), x * 1.44269504f);
-  const vf n = round_nearest(x);
-  return exp2_of_parts(n, x - n);
+// e^x for x <= 0 as softmax needs it, the maximum taken off: an absolute error of 1e-7
+template <class T = float> GK_INLINE vf exp_not_positive(vf x) { return exp2<T>(x * 1.44269504f); }
+// 1 / x; to 6e-5 for a result that is stored as bf16
+template <class T = float> GK_INLINE vf reciprocal(vf x) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  if constexpr (__is_same(T, bf16)) return (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+#endif
+  return 1.f / x;
 }
 // tanh: an odd polynomial below 0.625 (keeps relative accuracy near 0), 1 - 2 / (e^2|x| + 1) above
 GK_INLINE vf tanh(vf x) {
@@ -312,7 +339,7 @@ GK_INLINE void transpose(vu (&square)[lanes<float>]) {
   }
 }
 
-#ifdef GK_BF16_DOT
+#ifdef GK_BF16
 // acc + a.low * b.low + a.high * b.high over pairs of bf16
 GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 // one float vector to bf16, each in the low half of 32 bits
@@ -327,11 +354,12 @@ GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((
     for (int i = 0; i < lanes<double>; i++) x[i] = function(x[i]);  \
     return x;                                                       \
   }
-GK_LANEWISE(exp2, __builtin_exp2)
+template <class T = double> GK_LANEWISE(exp2, __builtin_exp2)
 GK_LANEWISE(exp, __builtin_exp)
 GK_LANEWISE(tanh, __builtin_tanh)
 #undef GK_LANEWISE
-GK_INLINE vd exp_not_positive(vd x) { return exp(x); }
+template <class T = double> GK_INLINE vd exp_not_positive(vd x) { return exp(x); }
+template <class T = double> GK_INLINE vd reciprocal(vd x) { return 1 / x; }
 
 GK_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 GK_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
