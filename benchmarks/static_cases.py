@@ -114,7 +114,7 @@ def gelu(M: int, N: int, bias: bool = True, tanh: bool = True, **options) -> Pro
         x, b = new(M, N), new(N) if bias else None
         launcher("gelu_bwd")(launcher("gelu_fwd")(x, b, tanh), x, b, tanh)
 
-    return Problem("gelu", f"{M}x{N}" + "-bias" * bias + "-erf" * (not tanh), ours, columns=N, **options)
+    return Problem("gelu", f"{M}x{N}" + "-bias" * bias + "-erf" * (not tanh), ours, columns=N * bias, **options)
 
 
 def dropout(M: int, N: int, residual: bool, **options) -> Problem:
@@ -180,14 +180,18 @@ ALL = (
     gelu(8191, 3071, aligned=False),
     layer_norm(8192, 768, main=True),
     layer_norm(8192, 1024),
+    layer_norm(8192, 1280),
     layer_norm(8192, 1600),
     layer_norm(4096, 4096),
+    layer_norm(2048, 12288),
     layer_norm(512, 32768),
     layer_norm(8, 1024),
     layer_norm(8191, 767, aligned=False),
     rms_norm(8192, 768, main=True),
     rms_norm(8192, 1024),
+    rms_norm(8192, 1280),
     rms_norm(4096, 4096),
+    rms_norm(2048, 12288),
     rms_norm(512, 32768),
     rms_norm(8191, 767, aligned=False),
     softmax(8192, 1024, main=True),
@@ -198,7 +202,8 @@ ALL = (
     softmax(12, 1024, 1024, mask=True),
     softmax(8191, 1023, aligned=False),
     cross_entropy(8192, 50257, main=True),
-    cross_entropy(8192, 4096),
+    # a lane's 32 bytes of a row beside 26 to 42 of the row's target, loss and statistics, which every lane handles
+    cross_entropy(8192, 4096, wide=0.4),
     cross_entropy(16, 128256),
     cross_entropy(8192, 50304),
     cross_entropy(2048, 128256),

@@ -74,9 +74,8 @@ def test_every_op_architecture_and_dtype_is_in_the_matrix():
     assert len({c.id for c in FULL}) == len(FULL) and set(PR) < set(FULL)
 
 
-def test_the_baseline_has_the_usual_subset_and_nothing_unknown():
-    found = {id.split()[0] for id in BASELINE["kernels"]}
-    assert {case.id for case in PR} <= found <= {case.id for case in FULL}
+def test_the_baseline_has_every_kernel_once():
+    assert {id.split()[0] for id in BASELINE["kernels"]} == {case.id for case in FULL}
 
 
 # ---- what is compiled is what would be launched ----
@@ -180,6 +179,16 @@ def test_red_narrow_accesses(arch, monkeypatch):
         "moves 0% of its bytes 16 at a time, expected 90%"
     ]
     assert row(copy_kernel, *tensors(2, 4096), 4097, **at).faults(), "rows of an odd length"
+    monkeypatch.setitem(static.NARROW, "none-none.* copy_kernel", "a test")
+    assert row(copy_kernel, *tensors(2, 4096), 4097, **at).faults() == []
+
+
+@pytest.mark.parametrize(
+    "parameters, columns, share",
+    [({"CHUNK": 512, "CHUNKS": 3}, 1280, 5 / 6), ({"BLOCK_N": 1024}, 768, 0.75), ({"BLOCK_N": 1024}, 0, 1), ({}, 768, 1)],
+)
+def test_idle_lanes(parameters, columns, share):
+    assert static.useful(Launch(copy_kernel, (1,), (), parameters), columns) == share
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -309,17 +318,9 @@ def oldest_triton(tmp_path_factory):
     """An environment with it in front of the installed one."""
     place = tmp_path_factory.mktemp("oldest")
     version = ".".join(map(str, backend.SUPPORTED[0])) + ".0"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(place / "site"),
-        f"triton=={version}",
-    ]
+    # its interpreter makes Python numbers of arrays with a dimension, which NumPy 2.4 refuses
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place / "site")]
+    pip += [f"triton=={version}", "numpy<2.4"]
     subprocess.run(pip, check=True)
     return {**os.environ, "PYTHONPATH": str(place / "site"), "TRITON_CACHE_DIR": str(place / "cache")}
 

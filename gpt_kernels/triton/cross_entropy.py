@@ -113,15 +113,13 @@ def gradient(z, at_target, x_target, top, log_sum, V, smoothing, square_scale, s
 
 
 @triton.jit
-def tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(row indices, which of them exist, x and dx at their beginnings)"""
+def tile_rows(M, sizes, x_strides, dx_strides, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(row indices, which of them exist, offsets of their beginnings in x and in dx)"""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     x_at, dx_at = offset_of(row, sizes, x_strides), offset_of(row, sizes, dx_strides)
     if ALIGNED:
         x_at, dx_at = floor_to(x_at, VEC), floor_to(dx_at, VEC)
-    if dx is not None:
-        dx += dx_at
-    return row, row < M, x + x_at, dx
+    return row, row < M, x_at, dx_at
 
 
 @triton.jit
@@ -130,7 +128,8 @@ def cross_entropy_fwd_kernel(
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, live, x, dx = tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
+    row, live, x_at, dx_at = tile_rows(M, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
+    x += x_at
     t, counted, bad = load_target(target, row, live, ignore_index, V)
     column = tl.arange(0, BLOCK_N)[None, :]
     end = floor_to(V, VEC) if ALIGNED else V
@@ -147,7 +146,7 @@ def cross_entropy_fwd_kernel(
     if dx is not None:
         scale = scale_of(None, count, row, live, bad)
         d = gradient(z, column == t, x_target, top, log_sum, V, smoothing, square_scale, softcap, scale, SOFTCAP)
-        tl.store(dx + column, tl.where(counted, d, 0.0).to(dx.dtype.element_ty), inside & live)
+        tl.store(dx + dx_at + column, tl.where(counted, d, 0.0).to(dx.dtype.element_ty), inside & live)
 
 
 @triton.jit
@@ -159,7 +158,8 @@ def cross_entropy_bwd_kernel(
     if MADE:  # in forward, for dloss = 1
         if tl.load(dloss) == 1:
             return
-    row, live, x, dx = tile_rows(x, dx, M, V, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
+    row, live, x_at, dx_at = tile_rows(M, sizes, x_strides, dx_strides, ALIGNED, VEC, BLOCK_M)
+    x, dx = x + x_at, dx + dx_at
     t, counted, bad = load_target(target, row, live, ignore_index, V)
     column = tl.arange(0, BLOCK_N)[None, :]
     end = floor_to(V, VEC) if ALIGNED else V
@@ -198,13 +198,12 @@ def write_gradient(
 
 
 @triton.jit
-def long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
-    """(x and dx at column 0 of the row's part, skew). SAME: dx has x's skew in every row; it too is written by 16 bytes."""
+def long_row(row, begin, sizes, x_strides, dx_strides, SAME: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """(offsets of column 0 of the row's part in x and in dx, skew). SAME: dx has x's skew in every row; it too is written by
+    16 bytes."""
     x_at, dx_at = offset_of(row, sizes, x_strides) + begin, offset_of(row, sizes, dx_strides) + begin
     skew, _, _ = window(x_at, 0, VEC, ALIGNED)
-    if dx is not None:
-        dx += floor_to(dx_at, VEC) if SAME else dx_at - skew
-    return x + floor_to(x_at, VEC), dx, skew
+    return floor_to(x_at, VEC), floor_to(dx_at, VEC) if SAME else dx_at - skew, skew
 
 
 @triton.jit
@@ -217,7 +216,8 @@ def cross_entropy_fwd_long_kernel(
 ):  # fmt: skip
     row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
-    x, dx, skew = long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    x_at, dx_at, skew = long_row(row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    x += x_at
     # distances are measured from the row's first logit: a sum of large ones would lose the digits of their mean
     anchor = load_capped(x + skew - begin, counted, softcap, SOFTCAP)
     anchor = tl.where(tl.abs(anchor) < float("inf"), anchor, 0.0)
@@ -271,7 +271,7 @@ def cross_entropy_fwd_long_kernel(
         if dx is not None:
             scale = scale_of(None, count, row, row < M, bad)
             write_gradient(
-                dx, x, tl.where(t >= 0, t - begin + skew, -1), counted, row_top, log_sum, x_target, scale, skew, n, V,
+                dx + dx_at, x, tl.where(t >= 0, t - begin + skew, -1), counted, row_top, log_sum, x_target, scale, skew, n, V,
                 smoothing, square_scale, softcap, SOFTCAP, EDGES, VEC, BLOCK_N, STAGES,
             )  # fmt: skip
 
@@ -288,7 +288,8 @@ def cross_entropy_bwd_long_kernel(
             return
     row, begin, n = part_of(V, span, splits, SPLIT)
     t, counted, bad = load_target(target, row, row < M, ignore_index, V)
-    x, dx, skew = long_row(x, dx, row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    x_at, dx_at, skew = long_row(row, begin, sizes, x_strides, dx_strides, SAME, ALIGNED, VEC)
+    x, dx = x + x_at, dx + dx_at
     t = tl.where((t >= begin) & (t < begin + n), t - begin + skew, -1)
     # dx may be x: only the part that overwrites the target's logit reads it, and nobody there writes before everybody has it
     x_target = load_capped(x + t, t >= 0, softcap, SOFTCAP)

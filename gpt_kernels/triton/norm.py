@@ -348,23 +348,33 @@ def _fwd(arch: str, N: int, dtype, chunks: int = 5, num_warps: int = 4) -> Param
     return _row(N, _lanes(arch, dtype), chunks, num_warps)
 
 
+# there ptxas has no registers for a row ahead, nor for three chunks in a program of 8 warps
+SPILLS_FIRST = ("sm_80", torch.float16)
+
+
 # 16 warps per processor: two chunks of a row and of the next one, or three chunks without the next row, beside the partial
 # sums, of which RMS norm has half as many
 def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int, registers: int) -> Parameters:
-    p = _row(N, _lanes(arch, dtype), chunks, num_warps)
+    """chunks: 0 for the table's."""
+    lanes = _lanes(arch, dtype)
+    odd = N * dtype.itemsize % 16 != 0  # rows begin anywhere: an access and a mask for each element, which take registers
+    ahead = not odd and (arch, dtype) != SPILLS_FIRST
+    # three chunks for a warp, or two for two warps, idle in part, that load the next row meanwhile; sm_100 has no time to idle
+    pairs = ahead and N <= 3 * lanes and arch.startswith("sm_") and arch != "sm_100"
+    p = _row(N, lanes, chunks or (2 if odd or pairs else 3), num_warps)
     if "CHUNKS" in p:
-        p["PREFETCH"] = p["CHUNKS"] < 3
+        p["PREFETCH"] = ahead and p["CHUNKS"] < 3
     if arch.startswith("sm_"):
-        p["maxnreg"] = registers
+        p["maxnreg"] = registers if "CHUNKS" in p else 128
     return p | {"SPAN": 32 * p["num_warps"]}
 
 
-def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 8) -> Parameters:
-    return _bwd(arch, N, dtype, chunks, num_warps, registers=128)
+def _layer_norm_bwd(arch: str, N: int, dtype, chunks: int = 0, num_warps: int = 0) -> Parameters:
+    return _bwd(arch, N, dtype, chunks, num_warps or (4 if (arch, dtype) == SPILLS_FIRST else 8), registers=128)
 
 
-def _rms_norm_bwd(arch: str, N: int, dtype, chunks: int = 3, num_warps: int = 4) -> Parameters:
-    return _bwd(arch, N, dtype, chunks, num_warps, registers=102)
+def _rms_norm_bwd(arch: str, N: int, dtype, chunks: int = 0, num_warps: int = 4) -> Parameters:
+    return _bwd(arch, N, dtype, chunks, num_warps, registers=104)
 
 
 def _candidates(default: Callable[..., Parameters], chunks: tuple[int, ...], num_warps: tuple[int, ...]):
