@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.attention import MAX_HEAD_DIM, _empty_as
 from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
-from .philox import check_dropout, philox_uint16
+from .philox import check_dropout, philox_kept
 from .tuning import Parameters, Tunable
 
 TMA_ARCHS = ("sm_90", "sm_100", "sm_120")
@@ -150,10 +150,19 @@ def exponent_of(base, steps):
 
 
 @triton.jit
-def kept(i0, j0, head, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout's mask of a tile of rows from i0 and columns from j0, a multiple of 8."""
-    group = j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-    return philox_uint16(steps.rng_state, group, i0 + tl.arange(0, BLOCK_M)[:, None], head) >= steps.threshold
+def kept(i0, j0, head, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Dropout's mask of a tile of rows from i0 and columns from j0, a multiple of 8; (BLOCK_N, BLOCK_M) if TRANSPOSED.
+
+    What goes from the threads that draw to those that hold the tile is a word for 8 columns, not 8 of them.
+    """
+    group, row, bit = j0 // 8 + tl.arange(0, BLOCK_N // 8), i0 + tl.arange(0, BLOCK_M), tl.arange(0, 8)
+    if TRANSPOSED:
+        bits = philox_kept(steps.rng_state, group[:, None], row[None, :], head, steps.threshold)
+        keep = tl.reshape(bits[:, None, :] >> bit[None, :, None] & 1, [BLOCK_N, BLOCK_M])
+    else:
+        bits = philox_kept(steps.rng_state, group[None, :], row[:, None], head, steps.threshold)
+        keep = tl.reshape(bits[:, :, None] >> bit[None, None, :] & 1, [BLOCK_M, BLOCK_N])
+    return keep != 0
 
 
 @triton.jit
@@ -214,7 +223,7 @@ def fwd_stage(
         p = exp_of(s, exponent_of(base, steps)[:, None], steps)
         l_i = l_i * alpha + tl.sum(p, 1)
         if steps.rng_state is not None:
-            p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
         p = p.to(q0.dtype)
         v0 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
         o0 = tl.dot(p, v0, o0, input_precision=PRECISION)

@@ -74,8 +74,7 @@ def score_gradient(
     p = exp_of(s, base, steps)
     weights = p
     if steps.rng_state is not None:
-        keep = kept(i0, j0, head, steps, BLOCK_M, BLOCK_N)
-        keep = tl.trans(keep) if TRANSPOSED else keep
+        keep = kept(i0, j0, head, steps, BLOCK_M, BLOCK_N, TRANSPOSED)
         weights = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * steps.keep_scale, 0.0)
     ds = p * (dp - delta)
