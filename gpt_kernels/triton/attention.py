@@ -56,7 +56,9 @@ def load_rows(
 ):
     """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows`."""
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
-    at = base + row.to(tl.int64) * stride + column
+    if BLOCK * stride >= 2**31:  # only then: 32 bits take fewer registers
+        row = row.to(tl.int64)
+    at = base + (row * stride + column)
     if FIRST + WIDTH > D:
         return tl.load(at, (row < rows) & (column < D), 0.0) if TAIL else tl.load(at, column < D, 0.0)
     else:
@@ -134,6 +136,13 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
 
 
 @triton.jit
+def exponent_of(score, steps):
+    """The unit in which exp_of subtracts: base 2's, but a score's beside a float bias, whose lowest float times rate would be
+    infinite."""
+    return score if steps.additive else score * steps.rate
+
+
+@triton.jit
 def exp_of(s, base, steps):
     """exp(score - base), base from exponent_of."""
     if steps.additive:
@@ -141,12 +150,6 @@ def exp_of(s, base, steps):
     else:
         p = tl.exp2(s * steps.rate - base)
     return p
-
-
-@triton.jit
-def exponent_of(base, steps):
-    """What exp_of subtracts; the base itself beside a float bias, whose lowest float times rate would be infinite."""
-    return base if steps.additive else base * steps.rate
 
 
 @triton.jit
@@ -213,14 +216,14 @@ def fwd_stage(
         k1 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_new = tl.maximum(m_i, exponent_of(tl.max(s, 1), steps))
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        alpha = tl.exp2((m_i - base) * steps.rate)
+        alpha = tl.exp2((m_i - base) * steps.rate if steps.additive else m_i - base)
         m_i = m_new
         o0 = o0 * alpha[:, None]
-        p = exp_of(s, exponent_of(base, steps)[:, None], steps)
+        p = exp_of(s, base[:, None], steps)
         l_i = l_i * alpha + tl.sum(p, 1)
         if steps.rng_state is not None:
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
@@ -260,7 +263,7 @@ def attention_fwd_kernel(
         )  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = (m_i if steps.additive else m_i * (steps.rate * 0.6931471805599453)) + tl.log(l_i)
+    log_sum = (m_i if steps.additive else m_i * 0.6931471805599453) + tl.log(l_i)
     tl.store(lse + head.to(tl.int64) * Tq + row, log_sum, row < Tq)  # -inf for a row that saw nothing
     inverse = tl.where(l_i == 0.0, 0.0, steps.keep_scale / l_i)[:, None]
     o = head_of(o, o_strides, b, h, i0, False)
