@@ -153,13 +153,15 @@ def _amd_facts(text: str, metadata, products: bool) -> Facts:
         return int(re.search(rf"{name}\s*[:=]\s*(\d+)", text)[1])
 
     registers, threads = note(r"\.vgpr_count"), metadata.num_warps * 64
+    # scalar registers spill to lanes of vector ones, to memory only where a kernel has any
+    spills = note(r"\.vgpr_spill_count") + (note(r"\.private_segment_fixed_size") and note(r"\.sgpr_spill_count"))
     moved = _amd_moves(_amd_regions(text)[0])
     limits = {"waves": 8 * 4 // metadata.num_warps, "registers": 512 // (-(-registers // 8) * 8) * 4 // metadata.num_warps}
     if metadata.shared:
         limits["shared memory"] = 65536 // metadata.shared
     limit = min(limits, key=limits.__getitem__)
     return Facts(
-        registers, note(r"\.vgpr_spill_count") + note(r"\.sgpr_spill_count"), metadata.shared, note("codeLenInByte"), threads,
+        registers, spills, metadata.shared, note("codeLenInByte"), threads,
         limits[limit], limit, dict(collections.Counter(re.findall(r"\b(v_mfma)_", text))),
         sum(b for b in moved if b >= 16) / sum(moved) if moved else 1.0, products,
     )  # fmt: skip

@@ -262,27 +262,27 @@ def attention_bwd_dbias_kernel(
 
 # as in attention.py
 DKV: Table = {
-    "fp32": {128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
+    "fp32": {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
     "unaligned": {128: [(32, 64, 4, 1)], 256: [(32, 32, 4, 1)]},
-    "sm_80": {64: [(64, 64, 4, 2), (32, 64, 4, 1)], 128: [(64, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
-    "sm_86": {64: [(32, 64, 4, 2), (32, 64, 4, 1)], 128: [(32, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_80": {64: [(64, 64, 4, 2), (32, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_86": {64: [(32, 64, 4, 2)], 128: [(32, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
     "sm_90": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 4, 2)], 256: [(32, 64, 8, 2)]},
     "sm_100": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 8, 2)], 256: [(32, 64, 8, 2)]},
     "sm_120": {
-        64: [(32, 64, 4, 2), (32, 64, 4, 1)],
+        64: [(32, 64, 4, 2)],
         96: [(32, 32, 4, 2)],
         128: [(32, 64, 4, 2), (32, 32, 4, 2)],
         256: [(32, 32, 4, 1)],
     },
-    "gfx942": {128: [(32, 64, 4, 1), (32, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+    "gfx942": {128: [(32, 64, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
 DQ: Table = {
-    "fp32": {128: [(16, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
+    "fp32": {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
     "unaligned": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
     "sm_80": {96: [(128, 32, 4, 2), (64, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(32, 32, 4, 1)]},
     "sm_90": {128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 1)]},
     "sm_120": {64: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
-    "gfx942": {128: [(64, 32, 4, 1), (32, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+    "gfx942": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
 DKV |= {"sm_89": DKV["sm_86"], "gfx90a": DKV["gfx942"]}
 DQ |= {"sm_86": DQ["sm_80"], "sm_89": DQ["sm_80"], "sm_100": DQ["sm_90"], "gfx90a": DQ["gfx942"]}
@@ -334,8 +334,8 @@ def attention_bwd(
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
     launch(
-        attention_bwd_delta_kernel, (padded // 64 * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
-        padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
+        attention_bwd_delta_kernel, (padded // ROWS * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
+        padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=ROWS, num_warps=4,
     )  # fmt: skip
     all_strides = strides(do), strides(q), strides(k), strides(v)
 
@@ -361,6 +361,8 @@ def attention_bwd(
     if bias is None or not need_dbias:
         return dq, dk, dv, q.new_empty(0)
 
+    p = p | {"BLOCK_N": max(16, p["BLOCK_N"] // 2), "num_stages": 1}  # the sum over heads takes registers, too
+    tma, inputs = tiles(p)
     row_blocks, column_blocks = cdiv(Tq, p["BLOCK_M"]), cdiv(Tk, p["BLOCK_N"])
     shared = [n == 1 and n != whole for n, whole in zip(bias.shape, (B, H, Tq, Tk), strict=True)]
     shape = (*bias.shape[:2], row_blocks if shared[2] else Tq, column_blocks if shared[3] else Tk)
@@ -368,7 +370,7 @@ def attention_bwd(
     launch(
         attention_bwd_dbias_kernel, (shape[0] * shape[1] * row_blocks * column_blocks,), q, partial, *inputs, base, delta,
         partial.stride(), *all_strides, steps, B, H, group, Tq, Tk, padded, shape[1], row_blocks, column_blocks, *shared,
-        **call.widths, TMA=tma, BLOCK_M=p["BLOCK_M"], BLOCK_N=p["BLOCK_N"], num_warps=p["num_warps"], num_stages=1,
+        **call.widths, TMA=tma, **p,
     )  # fmt: skip
     if shared[2] or shared[3]:
         partial = partial.sum([d for d in (2, 3) if shared[d]], keepdim=True).to(bias.dtype)
