@@ -485,8 +485,8 @@ def _fwd_candidates(arch: str, **key) -> list[Parameters]:
 
 
 def _fwd_problem(device, Tq: int, **key):
-    inputs, options = made_up(device, **key)
-    return lambda: attention_fwd(*inputs, *options)
+    (q, k, v), options = made_up(device, **key)
+    return lambda: attention_fwd(q, k, v, *options)
 
 
 ATTENTION_FWD = Tunable("attention_fwd", _fwd_default, _fwd_candidates, _fwd_problem)
