@@ -398,7 +398,7 @@ def test_triton_descriptors_and_pointers_give_the_same_bits():
     from gpt_kernels.triton.common import recording, use_arch
 
     options = {"right": 0, "left": 30, "offset": 7, "dropout_p": 0.2, "rng": RNG}
-    args = (*qkv(2, 4, 2, *TOKENS, 24, torch.float16, Dv=56), torch.randn(1, 4, *TOKENS))
+    args = (*qkv(2, 4, 2, *TOKENS, 40, torch.float16, Dv=56), torch.randn(1, 4, *TOKENS))
     expected = forward_backward(ours(**options), args)
     with use_arch("sm_90"):
         assert_same(forward_backward(ours(**options), args), expected, "descriptors")
@@ -420,9 +420,10 @@ def test_triton_tables(arch):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_arch(arch))
+        key = {"D": 64, "dtype": torch.bfloat16, "steps": False, "aligned": True}
         tunables = (forward.ATTENTION_FWD, {"Tq": 128}), (backward.ATTENTION_BWD_DKV, {}), (backward.ATTENTION_BWD_DQ, {})
-        for tunable, key in tunables:
-            stack.enter_context(tunable.override(tunable.default(arch, D=64, dtype=torch.bfloat16, **key)))
+        for tunable, more in tunables:
+            stack.enter_context(tunable.override(tunable.default(arch, **key, **more)))
         check(*qkv(1, 2, 1, 150, 170, 64, torch.bfloat16), name=arch, right=0, offset=20)
 
 

@@ -21,10 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.attention import MAX_HEAD_DIM, _empty_as
 from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
-from .philox import check_dropout, philox_uint16
+from .philox import check_dropout, philox_kept
 from .tuning import Parameters, Tunable
 
-TMA_ARCHS = ("sm_90", "sm_100", "sm_120")
+TMA_ARCHS = ("sm_90", "sm_100")
 LOG2E = 1.0 / math.log(2.0)
 
 
@@ -56,7 +56,9 @@ def load_rows(
 ):
     """(BLOCK, WIDTH) elements of the rows at base from column FIRST, zero beyond column D and, with TAIL, from row `rows`."""
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
-    at = base + row.to(tl.int64) * stride + column
+    if BLOCK * stride >= 2**31:  # only then: 32 bits take fewer registers
+        row = row.to(tl.int64)
+    at = base + (row * stride + column)
     if FIRST + WIDTH > D:
         return tl.load(at, (row < rows) & (column < D), 0.0) if TAIL else tl.load(at, column < D, 0.0)
     else:
@@ -64,28 +66,40 @@ def load_rows(
 
 
 @triton.jit
-def head_of(x, strides, b, h, i, TMA: tl.constexpr):
-    """Pointer to row i of a head; a tensor descriptor stays what it is and takes the place with each load."""
-    if TMA:
-        return x
-    else:
-        return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + tl.cast(i, tl.int64) * strides[2]
+def head_of(x, strides, b, h, i):
+    """Pointer to row i of a head."""
+    return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + tl.cast(i, tl.int64) * strides[2]
 
 
 @triton.jit
-def load_block(x, stride, b, h, i, T, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+def load_parts(x, strides, b, h, i, T, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
                TAIL: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Rows i ... of a head, of which T exist, x from head_of."""
+    """Rows i ... of a head, of which T exist, as the parts of D0 and of D1 columns; D1 = 0: the one part, twice.
+
+    x: a pointer and None, or a tensor descriptor for each part.
+    """
     if TMA:
-        return tl.reshape(x.load([b, h, i, FIRST]), [BLOCK, WIDTH])
+        x0 = tl.reshape(x[0].load([b, h, i, 0]), [BLOCK, D0])
+        x1 = tl.reshape(x[1].load([b, h, i, D0]), [BLOCK, D1]) if D1 else x0
     else:
-        return load_rows(x, stride, T - i, D, BLOCK, FIRST, WIDTH, TAIL)
+        base = head_of(x[0], strides, b, h, i)
+        x0 = load_rows(base, strides[2], T - i, D, BLOCK, 0, D0, TAIL)
+        x1 = load_rows(base, strides[2], T - i, D, BLOCK, D0, D1, TAIL) if D1 else x0
+    return x0, x1
 
 
 @triton.jit
 def store_rows(base, stride, rows, x, D: tl.constexpr, FIRST: tl.constexpr):
     row, column = tl.arange(0, x.shape[0])[:, None], FIRST + tl.arange(0, x.shape[1])[None, :]
     tl.store(base + row.to(tl.int64) * stride + column, x.to(base.dtype.element_ty), (row < rows) & (column < D))
+
+
+@triton.jit
+def store_parts(x, strides, b, h, i, T, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    base = head_of(x, strides, b, h, i)
+    store_rows(base, strides[2], T - i, x0, D, 0)
+    if D1:
+        store_rows(base, strides[2], T - i, x1, D, D0)
 
 
 @triton.jit
@@ -134,6 +148,13 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
 
 
 @triton.jit
+def exponent_of(score, steps):
+    """The unit in which exp_of subtracts: base 2's, but a score's beside a float bias, whose lowest float times rate would be
+    infinite."""
+    return score if steps.additive else score * steps.rate
+
+
+@triton.jit
 def exp_of(s, base, steps):
     """exp(score - base), base from exponent_of."""
     if steps.additive:
@@ -144,16 +165,19 @@ def exp_of(s, base, steps):
 
 
 @triton.jit
-def exponent_of(base, steps):
-    """What exp_of subtracts; the base itself beside a float bias, whose lowest float times rate would be infinite."""
-    return base if steps.additive else base * steps.rate
+def kept(i0, j0, head, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Dropout's mask of a tile of rows from i0 and columns from j0, a multiple of 8; (BLOCK_N, BLOCK_M) if TRANSPOSED.
 
-
-@triton.jit
-def kept(i0, j0, head, steps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout's mask of a tile of rows from i0 and columns from j0, a multiple of 8."""
-    group = j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-    return philox_uint16(steps.rng_state, group, i0 + tl.arange(0, BLOCK_M)[:, None], head) >= steps.threshold
+    What goes from the threads that draw to those that hold the tile is a word for 8 columns, not 8 of them.
+    """
+    group, row, bit = j0 // 8 + tl.arange(0, BLOCK_N // 8), i0 + tl.arange(0, BLOCK_M), tl.arange(0, 8)
+    if TRANSPOSED:
+        bits = philox_kept(steps.rng_state, group[:, None], row[None, :], head, steps.threshold)
+        keep = tl.reshape(bits[:, None, :] >> bit[None, :, None] & 1, [BLOCK_N, BLOCK_M])
+    else:
+        bits = philox_kept(steps.rng_state, group[None, :], row[:, None], head, steps.threshold)
+        keep = tl.reshape(bits[:, :, None] >> bit[None, None, :] & 1, [BLOCK_M, BLOCK_N])
+    return keep != 0
 
 
 @triton.jit
@@ -199,34 +223,32 @@ def fwd_stage(
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        kj, vj = head_of(k, k_strides, b, hk, j, TMA), head_of(v, v_strides, b, hk, j, TMA)
-        k0 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
-        k1 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
+        k0, k1 = load_parts(k, k_strides, b, hk, j, Tk, D, D0, D1, BLOCK_N, MASKED, TMA)
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
         s, _ = score_steps(s, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, slope, steps, Tq, Tk, MASKED)
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_new = tl.maximum(m_i, exponent_of(tl.max(s, 1), steps))
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        alpha = tl.exp2((m_i - base) * steps.rate)
+        alpha = tl.exp2((m_i - base) * steps.rate if steps.additive else m_i - base)
         m_i = m_new
         o0 = o0 * alpha[:, None]
-        p = exp_of(s, exponent_of(base, steps)[:, None], steps)
+        p = exp_of(s, base[:, None], steps)
         l_i = l_i * alpha + tl.sum(p, 1)
         if steps.rng_state is not None:
-            p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
         p = p.to(q0.dtype)
-        v0 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
+        v0, v1 = load_parts(v, v_strides, b, hk, j, Tk, Dv, V0, V1, BLOCK_N, MASKED, TMA)
         o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
         if V1:
-            v1 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA)
             o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
     return o0, o1, l_i, m_i
 
 
 @triton.jit
 def attention_fwd_kernel(
-    o, lse, q, k, v, o_strides, q_strides, k_strides, v_strides, steps, H, GROUP, Tq, Tk, blocks, heads, SECTION,
+    o, lse, q, k, v, q_tail, k_tail, v_tail, o_strides, q_strides, k_strides, v_strides, steps, H, GROUP, Tq, Tk, blocks,
+    heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -236,9 +258,8 @@ def attention_fwd_kernel(
     hk = h // GROUP
     slope = slope_of(steps, b, h)
 
-    q = head_of(q, q_strides, b, h, i0, TMA)
-    q0 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
-    q1 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
+    k, v = (k, k_tail), (v, v_tail)
+    q0, q1 = load_parts((q, q_tail), q_strides, b, h, i0, Tq, D, D0, D1, BLOCK_M, True, TMA)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     o0 = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -251,13 +272,10 @@ def attention_fwd_kernel(
         )  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = (m_i if steps.additive else m_i * (steps.rate * 0.6931471805599453)) + tl.log(l_i)
+    log_sum = (m_i if steps.additive else m_i * 0.6931471805599453) + tl.log(l_i)
     tl.store(lse + head.to(tl.int64) * Tq + row, log_sum, row < Tq)  # -inf for a row that saw nothing
     inverse = tl.where(l_i == 0.0, 0.0, steps.keep_scale / l_i)[:, None]
-    o = head_of(o, o_strides, b, h, i0, False)
-    store_rows(o, o_strides[2], Tq - i0, o0 * inverse, Dv, 0)
-    if V1:
-        store_rows(o, o_strides[2], Tq - i0, o1 * inverse, Dv, V0)
+    store_parts(o, o_strides, b, h, i0, Tq, o0 * inverse, o1 * inverse, Dv, V0, V1)
 
 
 # ---- launcher ----
@@ -378,18 +396,25 @@ def section(heads: int, *streamed: Tensor) -> int:
     return min(max(1, 20 * 2**20 // max(1, per_head)), max(1, heads))
 
 
+def wide(t: Tensor) -> bool:
+    """Whether its rows can be read 16 bytes at a time, the only way of TMA and of copies that take no registers."""
+    return t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in (*t.stride()[:3], t.shape[3]))
+
+
 def descriptors(arch: str, call: Call, **blocks: tuple[Tensor, int]) -> tuple[bool, list]:
-    """Whether TMA can read the tensors, and what the kernel takes for each: a descriptor of (1, 1, rows, head_dim) blocks."""
-    tma = arch in TMA_ARCHS and call.widths["D1"] == call.widths["V1"] == 0
-    for t, _ in blocks.values():
-        tma = tma and t.element_size() == 2 and t.numel() > 0 and t.data_ptr() % 16 == 0
-        tma = tma and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
-    if not tma:
-        return False, [t for t, _ in blocks.values()]
-    widths = {"q": "D0", "k": "D0", "v": "V0", "do": "V0"}
-    return True, [
-        TensorDescriptor(t, t.shape, t.stride(), [1, 1, rows, call.widths[widths[name]]]) for name, (t, rows) in blocks.items()
-    ]
+    """Whether TMA reads the tensors, and what the kernel takes for them and then for their second parts: descriptors of
+    (1, 1, rows, columns of the part) blocks."""
+    tensors = [t for t, _ in blocks.values()]
+    fits = (t.element_size() == 2 and t.numel() > 0 and min(t.stride()[:3]) > 0 and wide(t) for t in tensors)
+    if arch not in TMA_ARCHS or not all(fits):
+        return False, [*tensors, *[None] * len(tensors)]
+    widths = {"q": "D", "k": "D", "v": "V", "do": "V"}
+
+    def described(name: str, part: int):
+        (t, rows), columns = blocks[name], call.widths[f"{widths[name]}{part}"]
+        return TensorDescriptor(t, t.shape, t.stride(), [1, 1, rows, columns]) if columns else None
+
+    return True, [described(name, part) for part in (0, 1) for name in blocks]
 
 
 def strides(t: Tensor) -> tuple:
@@ -397,22 +422,42 @@ def strides(t: Tensor) -> tuple:
     return *t.stride()[:2], tl.constexpr(t.stride(2))
 
 
-def chosen(table: dict[str, dict[int, tuple[int, ...]]], arch: str, D: int, dtype: torch.dtype) -> Parameters:
-    row = table["fp32" if dtype == torch.float32 else arch]
-    values = next(values for width, values in row.items() if D <= width)
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+Table = dict[str, dict[int, list[tuple[int, ...]]]]
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve, read from machine code: of what keeps
-# its loops out of local memory the least instructions for the tensor work. "fp32" is multiply-adds, on every architecture.
-FWD: dict[str, dict[int, tuple[int, ...]]] = {
-    "fp32": {128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    "sm_80": {64: (128, 64, 4, 3), 96: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
-    "sm_90": {64: (128, 128, 4, 2), 96: (64, 64, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "sm_100": {64: (128, 128, 8, 2), 96: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
-    "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
+def tile_key(call: Call, *tensors: Tensor) -> dict[str, Any]:
+    """What the tiles depend on."""
+    q, v = tensors[0], tensors[-1]
+    steps = call.steps.scale is not None or call.steps.bias is not None or call.steps.rng_state is not None
+    return dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype, steps=steps, aligned=all(wide(t) for t in tensors))
+
+
+def chosen(table: Table, arch: str, D: int, dtype: torch.dtype, steps: bool, aligned: bool) -> Parameters:
+    row = table["fp32" if dtype == torch.float32 else arch if aligned else "unaligned"]
+    tiles = next(tiles for width, tiles in row.items() if D <= width)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles[-1 if steps else 0], strict=True))
+
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by the widest head dimension that they serve, read from machine code: of what stays
+# out of local memory the least instructions and traffic of shared memory for the tensor work. Second, where there is one: with
+# a step between product and exponent or dropout, whose values take registers. "unaligned": what cannot be copied 16 bytes at a
+# time passes through registers. "fp32": multiply-adds, which keep whole rows in registers, on every architecture.
+FWD: Table = {
+    "fp32": {128: [(32, 32, 8, 1)], 256: [(16, 32, 8, 1)]},
+    "unaligned": {128: [(64, 64, 4, 1)], 256: [(64, 32, 4, 1)]},
+    "sm_80": {96: [(128, 64, 4, 3)], 128: [(128, 32, 4, 2), (64, 64, 4, 2)], 256: [(64, 32, 4, 2)]},
+    "sm_86": {96: [(128, 64, 4, 2), (64, 64, 4, 2)], 128: [(128, 64, 8, 2)], 256: [(64, 32, 4, 2)]},
+    "sm_90": {
+        64: [(128, 128, 4, 2), (128, 64, 4, 2)],
+        96: [(64, 64, 4, 2)],
+        128: [(128, 128, 8, 2), (64, 64, 4, 2)],
+        256: [(128, 64, 8, 2)],
+    },
+    "sm_100": {64: [(128, 128, 8, 2), (128, 64, 8, 2)], 96: [(64, 64, 4, 2)], 256: [(128, 64, 8, 2)]},
+    "sm_120": {96: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(128, 64, 8, 2), (64, 32, 4, 2)], 256: [(64, 32, 4, 2)]},
+    "gfx942": {64: [(128, 64, 4, 1)], 128: [(128, 32, 4, 1)], 256: [(64, 32, 4, 1)]},
 }
-FWD |= {"sm_86": FWD["sm_80"], "sm_89": FWD["sm_80"], "sm_120": FWD["sm_80"], "gfx90a": FWD["gfx942"]}
+FWD |= {"sm_89": FWD["sm_86"], "gfx90a": FWD["gfx942"]}
 
 
 def neighbours(p: Parameters) -> list[Parameters]:
@@ -421,21 +466,27 @@ def neighbours(p: Parameters) -> list[Parameters]:
     return [p, *(other for other in others if other != p)]
 
 
-def _fwd_default(arch: str, D: int, dtype, Tq: int) -> Parameters:
-    p = chosen(FWD, arch, D, dtype)
+def made_up(device, D: int, dtype, steps: bool, aligned: bool) -> tuple[list[Tensor], tuple]:
+    """q, k, v and the options of a causal call of this key."""
+    inputs = [torch.randn(4, 16, 2048, D + (not aligned), device=device, dtype=dtype)[..., -D:] for _ in "qkv"]
+    rng_state = torch.zeros(2, device=device, dtype=torch.int64) if steps else None
+    return inputs, (None, None, rng_state, D**-0.5, 0.0, 0.1 if steps else 0.0, 0, -1, 0)
+
+
+def _fwd_default(arch: str, Tq: int, **key) -> Parameters:
+    p = chosen(FWD, arch, **key)
     if Tq < p["BLOCK_M"]:
         p |= {"BLOCK_M": max(16, triton.next_power_of_2(Tq)), "num_warps": 4}
     return p
 
 
-def _fwd_candidates(arch: str, D: int, dtype, Tq: int) -> list[Parameters]:
-    p = _fwd_default(arch, D, dtype, Tq)
-    return neighbours(p)
+def _fwd_candidates(arch: str, **key) -> list[Parameters]:
+    return neighbours(_fwd_default(arch, **key))
 
 
-def _fwd_problem(device, D: int, dtype, Tq: int):
-    q, k, v = (torch.randn(4, 16, 2048, D, device=device, dtype=dtype) for _ in range(3))
-    return lambda: attention_fwd(q, k, v, None, None, None, D**-0.5, 0.0, 0.0, 0, -1, 0)
+def _fwd_problem(device, Tq: int, **key):
+    (q, k, v), options = made_up(device, **key)
+    return lambda: attention_fwd(q, k, v, *options)
 
 
 ATTENTION_FWD = Tunable("attention_fwd", _fwd_default, _fwd_candidates, _fwd_problem)
@@ -449,7 +500,7 @@ def attention_fwd(
                       window_left, window_right)  # fmt: skip
     o = _empty_as(q, (call.B, call.H, call.Tq, v.shape[3]))
     lse = q.new_empty(call.B, call.H, call.Tq, dtype=torch.float32)
-    p = ATTENTION_FWD(arch(q.device), D=max(q.shape[3], v.shape[3]), dtype=q.dtype, Tq=min(call.Tq, 128))
+    p = ATTENTION_FWD(arch(q.device), Tq=min(call.Tq, 128), **tile_key(call, q, k, v))
     blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
     tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
     launch(

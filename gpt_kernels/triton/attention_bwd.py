@@ -14,23 +14,24 @@ from torch import Tensor
 
 from ..ops.attention import _empty_as
 from .attention import (
+    Table,
     check_call,
     check_heads,
     chosen,
     descriptors,
     exp_of,
-    head_of,
     kept,
-    load_block,
-    load_rows,
+    load_parts,
+    made_up,
     neighbours,
     product,
     ranges,
     score_steps,
     section,
     slope_of,
-    store_rows,
+    store_parts,
     strides,
+    tile_key,
     tile_of,
 )  # fmt: skip
 from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
@@ -48,13 +49,11 @@ def attention_bwd_delta_kernel(
     blocks = padded // BLOCK_M
     head, i0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     b, h = head // H, head % H
-    do, o = head_of(do, do_strides, b, h, i0, False), head_of(o, o_strides, b, h, i0, False)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    a = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32)
-    total += tl.sum(a * load_rows(o, o_strides[2], Tq - i0, Dv, BLOCK_M, 0, V0, True).to(tl.float32), 1)
+    do0, do1 = load_parts((do, None), do_strides, b, h, i0, Tq, Dv, V0, V1, BLOCK_M, True, False)
+    o0, o1 = load_parts((o, None), o_strides, b, h, i0, Tq, Dv, V0, V1, BLOCK_M, True, False)
+    total = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
     if V1:
-        a = load_rows(do, do_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True).to(tl.float32)
-        total += tl.sum(a * load_rows(o, o_strides[2], Tq - i0, Dv, BLOCK_M, V0, V1, True).to(tl.float32), 1)
+        total += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
     row = i0 + tl.arange(0, BLOCK_M)
     x = tl.load(lse + head.to(tl.int64) * Tq + row, row < Tq, float("-inf"))
     at = head.to(tl.int64) * padded + row
@@ -74,8 +73,7 @@ def score_gradient(
     p = exp_of(s, base, steps)
     weights = p
     if steps.rng_state is not None:
-        keep = kept(i0, j0, head, steps, BLOCK_M, BLOCK_N)
-        keep = tl.trans(keep) if TRANSPOSED else keep
+        keep = kept(i0, j0, head, steps, BLOCK_M, BLOCK_N, TRANSPOSED)
         weights = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * steps.keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -89,25 +87,27 @@ def score_gradient(
 
 @triton.jit
 def dkv_stage(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, j0, b, h, head, slope, steps, Tq, Tk,
-    begin, end,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, padded, j0, b, hk, key_head, steps, Tq, Tk,
+    begin, end, GROUP: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query rows [begin, end) give, in tiles of (key, query), so that both sums take them as they are."""
+    """Adds what the query rows [begin, end) of all heads of the group give, in tiles of (key, query), so that both sums take
+    them as they are. One loop: in two, what the inner one keeps in registers lives through the outer one."""
     column = j0 + tl.arange(0, BLOCK_N)[:, None]
-    for i in range(begin, end, BLOCK_M):
-        i = tl.multiple_of(i, BLOCK_M)
-        qi, doi = head_of(q, q_strides, b, h, i, TMA), head_of(do, do_strides, b, h, i, TMA)
+    blocks = tl.cdiv(end - begin, BLOCK_M)
+    for n in range(0, GROUP * blocks):
+        g = n // blocks if GROUP > 1 else 0
+        i = tl.multiple_of(begin + (n - g * blocks) * BLOCK_M, BLOCK_M)
+        h, head = hk * GROUP + g, key_head * GROUP + g
         row = i + tl.arange(0, BLOCK_M)
-        q0 = load_block(qi, q_strides[2], b, h, i, Tq, D, BLOCK_M, 0, D0, MASKED, TMA)
-        q1 = load_block(qi, q_strides[2], b, h, i, Tq, D, BLOCK_M, D0, D1, MASKED, TMA) if D1 else q0
+        at, slope = head.to(tl.int64) * padded + row, slope_of(steps, b, h)
+        q0, q1 = load_parts(q, q_strides, b, h, i, Tq, D, D0, D1, BLOCK_M, MASKED, TMA)
         s = product(k0, k1, q0, q1, D1 > 0, PRECISION)
-        do0 = load_block(doi, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, 0, V0, MASKED, TMA)
-        do1 = load_block(doi, do_strides[2], b, h, i, Tq, Dv, BLOCK_M, V0, V1, MASKED, TMA) if V1 else do0
+        do0, do1 = load_parts(do, do_strides, b, h, i, Tq, Dv, V0, V1, BLOCK_M, MASKED, TMA)
         dp = product(v0, v1, do0, do1, V1 > 0, PRECISION)
         p, ds = score_gradient(
-            s, dp, tl.load(base + row)[None, :], tl.load(delta + row)[None, :], i, j0, row[None, :], column, b, h, head, slope,
+            s, dp, tl.load(base + at)[None, :], tl.load(delta + at)[None, :], i, j0, row[None, :], column, b, h, head, slope,
             steps, Tq, Tk, MASKED, False, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         p, ds = p.to(do0.dtype), ds.to(q0.dtype)
@@ -122,42 +122,30 @@ def dkv_stage(
 
 @triton.jit
 def attention_bwd_dkv_kernel(
-    dk, dv, do, q, k, v, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, Hk,
-    GROUP, Tq, Tk, padded, blocks, heads, SECTION,
+    dk, dv, do, q, k, v, do_tail, q_tail, k_tail, v_tail, base, delta, dk_strides, dv_strides, do_strides, q_strides, k_strides,
+    v_strides, steps, scale, Hk, Tq, Tk, padded, blocks, heads, SECTION, GROUP: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, key_head = tile_of(tl.program_id(0), blocks, heads, SECTION)  # the first keys are those that most rows see
     j0 = block * BLOCK_N
     b, hk = key_head // Hk, key_head % Hk
-    k, v = head_of(k, k_strides, b, hk, j0, TMA), head_of(v, v_strides, b, hk, j0, TMA)
-    k0 = load_block(k, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, 0, D0, True, TMA)
-    k1 = load_block(k, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, D0, D1, True, TMA) if D1 else k0
-    v0 = load_block(v, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, 0, V0, True, TMA)
-    v1 = load_block(v, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, V0, V1, True, TMA) if V1 else v0
+    q, do = (q, q_tail), (do, do_tail)
+    k0, k1 = load_parts((k, k_tail), k_strides, b, hk, j0, Tk, D, D0, D1, BLOCK_N, True, TMA)
+    v0, v1 = load_parts((v, v_tail), v_strides, b, hk, j0, Tk, Dv, V0, V1, BLOCK_N, True, TMA)
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32) if D1 else dk0
     dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
     dv1 = tl.zeros([BLOCK_N, V1], tl.float32) if V1 else dv0
     first, last = -steps.last if steps.last is not None else None, -steps.first if steps.first is not None else None
     edges = ranges(j0, first, last, Tq, BLOCK_N, BLOCK_M)
-    for g in range(GROUP):
-        h = hk * GROUP + g
-        head = key_head * GROUP + g
-        base_h, delta_h = base + head.to(tl.int64) * padded, delta + head.to(tl.int64) * padded
-        slope = slope_of(steps, b, h)
-        for stage in tl.static_range(1 if first is None else 0, 3):
-            dk0, dk1, dv0, dv1 = dkv_stage(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base_h, delta_h, j0, b, h, head, slope, steps,
-                Tq, Tk, edges[stage], edges[stage + 1], D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
-            )  # fmt: skip
-    dk, dv = head_of(dk, dk_strides, b, hk, j0, False), head_of(dv, dv_strides, b, hk, j0, False)
-    store_rows(dk, dk_strides[2], Tk - j0, dk0 * scale, D, 0)
-    store_rows(dv, dv_strides[2], Tk - j0, dv0 * steps.keep_scale, Dv, 0)
-    if D1:
-        store_rows(dk, dk_strides[2], Tk - j0, dk1 * scale, D, D0)
-    if V1:
-        store_rows(dv, dv_strides[2], Tk - j0, dv1 * steps.keep_scale, Dv, V0)
+    for stage in tl.static_range(1 if first is None else 0, 3):
+        dk0, dk1, dv0, dv1 = dkv_stage(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, q_strides, do_strides, base, delta, padded, j0, b, hk, key_head, steps,
+            Tq, Tk, edges[stage], edges[stage + 1], GROUP, D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
+        )  # fmt: skip
+    store_parts(dk, dk_strides, b, hk, j0, Tk, dk0 * scale, dk1 * scale, D, D0, D1)
+    store_parts(dv, dv_strides, b, hk, j0, Tk, dv0 * steps.keep_scale, dv1 * steps.keep_scale, Dv, V0, V1)
 
 
 # ---- dq ----
@@ -172,12 +160,9 @@ def dq_stage(
     row = i0 + tl.arange(0, BLOCK_M)[:, None]
     for j in range(begin, end, BLOCK_N):
         j = tl.multiple_of(j, BLOCK_N)
-        kj, vj = head_of(k, k_strides, b, hk, j, TMA), head_of(v, v_strides, b, hk, j, TMA)
-        k0 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, 0, D0, MASKED, TMA)
-        k1 = load_block(kj, k_strides[2], b, hk, j, Tk, D, BLOCK_N, D0, D1, MASKED, TMA) if D1 else k0
+        k0, k1 = load_parts(k, k_strides, b, hk, j, Tk, D, D0, D1, BLOCK_N, MASKED, TMA)
         s = product(q0, q1, k0, k1, D1 > 0, PRECISION)
-        v0 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, 0, V0, MASKED, TMA)
-        v1 = load_block(vj, v_strides[2], b, hk, j, Tk, Dv, BLOCK_N, V0, V1, MASKED, TMA) if V1 else v0
+        v0, v1 = load_parts(v, v_strides, b, hk, j, Tk, Dv, V0, V1, BLOCK_N, MASKED, TMA)
         dp = product(do0, do1, v0, v1, V1 > 0, PRECISION)
         _, ds = score_gradient(
             s, dp, base[:, None], delta[:, None], i0, j, row, j + tl.arange(0, BLOCK_N)[None, :], b, h, head, slope, steps, Tq,
@@ -192,8 +177,8 @@ def dq_stage(
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    dq, do, q, k, v, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides, steps, scale, H, GROUP, Tq, Tk,
-    padded, blocks, heads, SECTION,
+    dq, do, q, k, v, do_tail, q_tail, k_tail, v_tail, base, delta, dq_strides, do_strides, q_strides, k_strides, v_strides,
+    steps, scale, H, GROUP, Tq, Tk, padded, blocks, heads, SECTION,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -205,11 +190,9 @@ def attention_bwd_dq_kernel(
 
     row = i0 + tl.arange(0, BLOCK_M)
     base, delta = tl.load(base + head.to(tl.int64) * padded + row), tl.load(delta + head.to(tl.int64) * padded + row)
-    q, do = head_of(q, q_strides, b, h, i0, TMA), head_of(do, do_strides, b, h, i0, TMA)
-    q0 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
-    q1 = load_block(q, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
-    do0 = load_block(do, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, 0, V0, True, TMA)
-    do1 = load_block(do, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, V0, V1, True, TMA) if V1 else do0
+    k, v = (k, k_tail), (v, v_tail)
+    q0, q1 = load_parts((q, q_tail), q_strides, b, h, i0, Tq, D, D0, D1, BLOCK_M, True, TMA)
+    do0, do1 = load_parts((do, do_tail), do_strides, b, h, i0, Tq, Dv, V0, V1, BLOCK_M, True, TMA)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32) if D1 else dq0
     edges = ranges(i0, steps.first, steps.last, Tk, BLOCK_M, BLOCK_N)
@@ -218,10 +201,7 @@ def attention_bwd_dq_kernel(
             dq0, dq1, q0, q1, do0, do1, k, v, k_strides, v_strides, base, delta, i0, b, h, hk, head, slope, steps, Tq, Tk,
             edges[stage], edges[stage + 1], D, Dv, D0, D1, V0, V1, PRECISION, TMA, BLOCK_M, BLOCK_N, stage != 1,
         )  # fmt: skip
-    dq = head_of(dq, dq_strides, b, h, i0, False)
-    store_rows(dq, dq_strides[2], Tq - i0, dq0 * scale, D, 0)
-    if D1:
-        store_rows(dq, dq_strides[2], Tq - i0, dq1 * scale, D, D0)
+    store_parts(dq, dq_strides, b, h, i0, Tq, dq0 * scale, dq1 * scale, D, D0, D1)
 
 
 # ---- dbias ----
@@ -229,9 +209,9 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dbias_kernel(
-    dbias, do, q, k, v, base, delta, dbias_strides, do_strides, q_strides, k_strides, v_strides, steps, B, H, GROUP, Tq, Tk,
-    padded, bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr, SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr,
+    dbias, do, q, k, v, do_tail, q_tail, k_tail, v_tail, base, delta, dbias_strides, do_strides, q_strides, k_strides,
+    v_strides, steps, B, H, GROUP, Tq, Tk, padded, bias_heads, row_blocks, column_blocks, SUM_BATCH: tl.constexpr,
+    SUM_HEADS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -254,16 +234,10 @@ def attention_bwd_dbias_kernel(
             b += n // H if SUM_HEADS else n
         head = b * H + h
         hk = h // GROUP
-        qh, doh = head_of(q, q_strides, b, h, i0, TMA), head_of(do, do_strides, b, h, i0, TMA)
-        kh, vh = head_of(k, k_strides, b, hk, j0, TMA), head_of(v, v_strides, b, hk, j0, TMA)
-        q0 = load_block(qh, q_strides[2], b, h, i0, Tq, D, BLOCK_M, 0, D0, True, TMA)
-        q1 = load_block(qh, q_strides[2], b, h, i0, Tq, D, BLOCK_M, D0, D1, True, TMA) if D1 else q0
-        k0 = load_block(kh, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, 0, D0, True, TMA)
-        k1 = load_block(kh, k_strides[2], b, hk, j0, Tk, D, BLOCK_N, D0, D1, True, TMA) if D1 else k0
-        do0 = load_block(doh, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, 0, V0, True, TMA)
-        do1 = load_block(doh, do_strides[2], b, h, i0, Tq, Dv, BLOCK_M, V0, V1, True, TMA) if V1 else do0
-        v0 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, 0, V0, True, TMA)
-        v1 = load_block(vh, v_strides[2], b, hk, j0, Tk, Dv, BLOCK_N, V0, V1, True, TMA) if V1 else v0
+        q0, q1 = load_parts((q, q_tail), q_strides, b, h, i0, Tq, D, D0, D1, BLOCK_M, True, TMA)
+        k0, k1 = load_parts((k, k_tail), k_strides, b, hk, j0, Tk, D, D0, D1, BLOCK_N, True, TMA)
+        do0, do1 = load_parts((do, do_tail), do_strides, b, h, i0, Tq, Dv, V0, V1, BLOCK_M, True, TMA)
+        v0, v1 = load_parts((v, v_tail), v_strides, b, hk, j0, Tk, Dv, V0, V1, BLOCK_N, True, TMA)
         at = head.to(tl.int64) * padded + row
         p, ds = score_gradient(
             product(q0, q1, k0, k1, D1 > 0, PRECISION), product(do0, do1, v0, v1, V1 > 0, PRECISION),
@@ -286,44 +260,52 @@ def attention_bwd_dbias_kernel(
 # ---- launcher ----
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages, as in attention.py
-DKV: dict[str, dict[int, tuple[int, ...]]] = {
-    "fp32": {128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-    "sm_80": {64: (32, 128, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
-    "sm_90": {128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    "gfx942": {128: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
+# as in attention.py
+DKV: Table = {
+    "fp32": {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
+    "unaligned": {128: [(32, 64, 4, 1)], 256: [(32, 32, 4, 1)]},
+    "sm_80": {64: [(64, 64, 4, 2), (32, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_86": {64: [(32, 64, 4, 2)], 128: [(32, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_90": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 4, 2)], 256: [(32, 64, 8, 2)]},
+    "sm_100": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 8, 2)], 256: [(32, 64, 8, 2)]},
+    "sm_120": {
+        64: [(32, 64, 4, 2), (32, 32, 4, 2)],
+        96: [(32, 32, 4, 2)],
+        128: [(32, 64, 4, 2), (32, 32, 4, 2)],
+        256: [(32, 32, 4, 1)],
+    },
+    "gfx942": {128: [(32, 64, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
-DQ: dict[str, dict[int, tuple[int, ...]]] = {
-    "fp32": {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "sm_80": {96: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
-    "sm_90": {128: (64, 64, 4, 2), 256: (64, 32, 4, 1)},
-    "gfx942": {128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+DQ: Table = {
+    "fp32": {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
+    "unaligned": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
+    "sm_80": {96: [(128, 32, 4, 2), (64, 64, 4, 2)], 128: [(64, 64, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_90": {128: [(64, 64, 4, 2)], 256: [(64, 32, 4, 1)]},
+    "sm_120": {64: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "gfx942": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
-for table in (DKV, DQ):
-    ampere, hopper, cdna = table["sm_80"], table["sm_90"], table["gfx942"]
-    table |= {"sm_86": ampere, "sm_89": ampere, "sm_120": ampere, "sm_100": hopper, "gfx90a": cdna}
+DKV |= {"sm_89": DKV["sm_86"], "gfx90a": DKV["gfx942"]}
+DQ |= {"sm_86": DQ["sm_80"], "sm_89": DQ["sm_80"], "sm_100": DQ["sm_90"], "gfx90a": DQ["gfx942"]}
 
 
-def _dkv_default(arch: str, D: int, dtype) -> Parameters:
-    return chosen(DKV, arch, D, dtype)
+def _tunable(name: str, table: Table) -> Tunable:
+    def default(arch: str, **key) -> Parameters:
+        return chosen(table, arch, **key)
+
+    def candidates(arch: str, **key) -> list[Parameters]:
+        return neighbours(default(arch, **key))
+
+    return Tunable(name, default, candidates, _problem)
 
 
-def _dq_default(arch: str, D: int, dtype) -> Parameters:
-    return chosen(DQ, arch, D, dtype)
+def _problem(device, **key):
+    (q, k, v), options = made_up(device, **key)
+    lse = torch.zeros(q.shape[:3], device=device)
+    return lambda: attention_bwd(q, q, k, v, q, lse, *options, False)
 
 
-def _problem(device, D: int, dtype):
-    q, k, v = (torch.randn(4, 16, 2048, D, device=device, dtype=dtype) for _ in range(3))
-    lse, options = torch.zeros(4, 16, 2048, device=device), (None, None, None, D**-0.5, 0.0, 0.0, 0, -1, 0, False)
-    return lambda: attention_bwd(q, q, k, v, q, lse, *options)
-
-
-def _candidates(default):
-    return lambda arch, D, dtype: neighbours(default(arch, D, dtype))
-
-
-ATTENTION_BWD_DKV = Tunable("attention_bwd_dkv", _dkv_default, _candidates(_dkv_default), _problem)
-ATTENTION_BWD_DQ = Tunable("attention_bwd_dq", _dq_default, _candidates(_dq_default), _problem)
+ATTENTION_BWD_DKV = _tunable("attention_bwd_dkv", DKV)
+ATTENTION_BWD_DQ = _tunable("attention_bwd_dq", DQ)
 
 
 def attention_bwd(
@@ -351,9 +333,10 @@ def attention_bwd(
     dq, dk, dv = (_empty_as(t, t.shape) for t in (q, k, v))
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
+    warps = 4 if arch(q.device).startswith("gfx") else 8  # 256 threads
     launch(
-        attention_bwd_delta_kernel, (padded // 64 * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H, Tq,
-        padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=64, num_warps=4,
+        attention_bwd_delta_kernel, (padded // ROWS * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H,
+        Tq, padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=ROWS, num_warps=warps,
     )  # fmt: skip
     all_strides = strides(do), strides(q), strides(k), strides(v)
 
@@ -361,13 +344,13 @@ def attention_bwd(
         rows, columns = p["BLOCK_M"], p["BLOCK_N"]
         return descriptors(arch(q.device), call, do=(do, rows), q=(q, rows), k=(k, columns), v=(v, columns))
 
-    key = dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype)
+    key = tile_key(call, q, do, k, v)
     p = ATTENTION_BWD_DKV(arch(q.device), **key)
     tma, inputs = tiles(p)
     blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
     launch(
         attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides,
-        steps, scale, Hk, group, Tq, Tk, padded, blocks, heads, section(heads, q, do), **call.widths, TMA=tma, **p,
+        steps, scale, Hk, Tq, Tk, padded, blocks, heads, section(heads, q, do), GROUP=group, **call.widths, TMA=tma, **p,
     )  # fmt: skip
     p = ATTENTION_BWD_DQ(arch(q.device), **key)
     tma, inputs = tiles(p)
@@ -379,6 +362,8 @@ def attention_bwd(
     if bias is None or not need_dbias:
         return dq, dk, dv, q.new_empty(0)
 
+    p = p | {"BLOCK_N": max(16, p["BLOCK_N"] // 2), "num_stages": 1}  # the sum over heads takes registers, too
+    tma, inputs = tiles(p)
     row_blocks, column_blocks = cdiv(Tq, p["BLOCK_M"]), cdiv(Tk, p["BLOCK_N"])
     shared = [n == 1 and n != whole for n, whole in zip(bias.shape, (B, H, Tq, Tk), strict=True)]
     shape = (*bias.shape[:2], row_blocks if shared[2] else Tq, column_blocks if shared[3] else Tk)
@@ -386,7 +371,7 @@ def attention_bwd(
     launch(
         attention_bwd_dbias_kernel, (shape[0] * shape[1] * row_blocks * column_blocks,), q, partial, *inputs, base, delta,
         partial.stride(), *all_strides, steps, B, H, group, Tq, Tk, padded, shape[1], row_blocks, column_blocks, *shared,
-        **call.widths, TMA=tma, BLOCK_M=p["BLOCK_M"], BLOCK_N=p["BLOCK_N"], num_warps=p["num_warps"], num_stages=1,
+        **call.widths, TMA=tma, **p,
     )  # fmt: skip
     if shared[2] or shared[3]:
         partial = partial.sum([d for d in (2, 3) if shared[d]], keepdim=True).to(bias.dtype)

@@ -46,3 +46,16 @@ def philox_uint16(rng_state, group, row, plane):
     low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(low, high)
+
+
+@triton.jit
+def philox_kept(rng_state, group, row, plane, threshold):
+    """Bit c: column c of the group of 8 is kept, its 16-bit value being at least the threshold. group and row: 2 dimensions."""
+    words = philox_words(rng_state, group, row, plane)
+    bits = tl.zeros_like(words[0])
+    for n in tl.static_range(4):
+        bits |= ((words[n] & 0xFFFF) >= threshold).to(tl.uint32) << (2 * n)
+        bits |= ((words[n] >> 16) >= threshold).to(tl.uint32) << (2 * n + 1)
+    # A sum over one term. Triton gives what a tile of another layout asks for its layout as far back as it can, so that each
+    # thread that holds one of the 8 columns would make all words; it stops at a sum over a leading dimension.
+    return tl.sum(bits[None, :, :], 0)
