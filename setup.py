@@ -1,5 +1,5 @@
 """Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there; installs without them
-else. csrc/cuda becomes _cuda.so only where it is asked for: those kernels are not yet tuned, GPUs are served in Triton.
+else. csrc/cuda becomes _cuda.so only where it is asked for: no GPU has run those kernels yet, and they take minutes to compile.
 
 GPT_KERNELS_BUILD=auto (default): the C++ kernels if they can be built; says what is left out and why.
                   cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.

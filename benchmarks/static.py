@@ -164,7 +164,6 @@ def _amd_facts(text: str, metadata, products: bool) -> Facts:
         return int(re.search(rf"{name}\s*[:=]\s*(\d+)", text)[1])
 
     registers, threads = note(r"\.vgpr_count"), metadata.num_warps * 64
-    # scalar registers spill to lanes of vector ones, to memory only where a kernel has any
     moved = _amd_moves(_amd_regions(text)[0])
     limits = {"waves": 8 * 4 // metadata.num_warps, "registers": 512 // (-(-registers // 8) * 8) * 4 // metadata.num_warps}
     if metadata.shared:
