@@ -107,9 +107,9 @@ def test_benchmark(monkeypatch):
     rehearsed = gpu.benchmark("cpu", "dropout", quick=True)
     assert rehearsed.summary == "1 rows, dry run on a CPU: no figures" and not rehearsed.rows
     answer.rows, answer.code = [ROW | {"mismatch": "output 0 is off"}], 1
-    assert gpu.benchmark("cuda", "dropout", False, "cuda").failures == ["1x64 float32 fwd: output 0 is off"]
+    assert gpu.benchmark("cuda", "dropout", False).failures == ["1x64 float32 fwd: output 0 is off"]
     answer.rows = None
-    stage = gpu.benchmark("cuda", "dropout", False, "cuda")
+    stage = gpu.benchmark("cuda", "dropout", False)
     assert stage.status == "failed" and stage.failures == ["Traceback", "ValueError: x"]
 
 
