@@ -265,9 +265,9 @@ DKV: Table = {
     "fp32": {64: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
     "unaligned": {128: [(32, 64, 4, 1)], 256: [(32, 32, 4, 1)]},
     "sm_80": {64: [(64, 64, 4, 2), (32, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
-    "sm_86": {64: [(32, 64, 4, 2)], 128: [(32, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
+    "sm_86": {64: [(32, 64, 4, 2), (32, 64, 8, 2)], 128: [(32, 64, 4, 2), (32, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
     "sm_90": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 4, 2)], 256: [(32, 64, 8, 2)]},
-    "sm_100": {64: [(64, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 8, 2)], 256: [(32, 64, 8, 2)]},
+    "sm_100": {64: [(64, 64, 4, 2), (32, 64, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 8, 2)], 256: [(32, 64, 8, 2)]},
     "sm_120": {
         64: [(32, 64, 4, 2), (32, 32, 4, 2)],
         96: [(32, 32, 4, 2)],
@@ -333,7 +333,8 @@ def attention_bwd(
     dq, dk, dv = (_empty_as(t, t.shape) for t in (q, k, v))
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
-    warps = 4 if arch(q.device).startswith("gfx") else 8  # 256 threads
+    threads = 256 if v.shape[3] <= 128 else 512
+    warps = threads // (64 if arch(q.device).startswith("gfx") else 32)
     launch(
         attention_bwd_delta_kernel, (padded // ROWS * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H,
         Tq, padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=ROWS, num_warps=warps,
