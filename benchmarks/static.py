@@ -63,7 +63,7 @@ SPILLS = {
 # pattern of "case kernel" -> why nothing is asked of the width of its accesses
 NARROW = {
     r"cross_entropy-16x128256-\S+ cross_entropy_fwd_long_kernel#4": "adds up the partial sums of split rows: reads no row",
-    r"full-bias-\S+-gfx\w+ attention_bwd_dbias_kernel": "stores the bias's gradient as mfma leaves it, 8 bytes of a row to a lane",
+    r"full-bias-\S+-gfx\w+ attention_bwd_dbias_kernel": "stores the bias's gradient as mfma leaves it, 8 bytes to a lane",
 }
 
 
