@@ -215,6 +215,7 @@ def test_ctrl_c_ends_with_what_there_is(text_file, tmp_path, sent):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     try:
         for line in process.stdout:

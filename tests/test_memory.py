@@ -20,7 +20,7 @@ def faults():
             op()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(faults())
+print(min(faults() for _ in range(3)))  # what else the process does takes a page now and then
 """
 
 
