@@ -58,6 +58,7 @@ def numbers(result: dict, demo: dict, names: tuple[str, str], drawn: list[str]) 
     pictures = [f"![{plots.TITLES[plot]}](benchmarks/results/plots/{plot}.svg)" for plot in drawn]
     files = " and ".join(f"`benchmarks/results/{name}`" for name in names)
     growth = "; ".join(growth_text(result["rows"]))
+    told = f" ({result['note']})" if result.get("note") else ""
     return (
         f"""
 On {where}, torch {environment["torch"]}, {environment["date"][:10]}; in the same run {measured}.
@@ -67,7 +68,7 @@ The machine is shared: read the ratios. All of it: {files}.
 
 {rows_table([header, *map(list, rows)])}
 
-`{result["command"]}`: how often faster than the better of eager and `torch.compile`, our time, and half the
+`{result["command"]}`{told}: how often faster than the better of eager and `torch.compile`, our time, and half the
 distance between its quartiles where that is above 20 %. {small(result["rows"])}
 
 {ops(result["rows"])}

@@ -61,6 +61,7 @@ SPILLS = {
 # pattern of "case kernel" -> why nothing is asked of the width of its accesses
 NARROW = {
     r"cross_entropy-16x128256-\S+ cross_entropy_fwd_long_kernel#4": "adds up the partial sums of split rows: reads no row",
+    r"D80-bf16-sm_(86|89|120) attention_bwd_dkv_kernel": "73 %: 16 of its columns, of 32 rows, are 8 bytes of a thread",
     r"full-bias-\S+-gfx\w+ attention_bwd_dbias_kernel": "stores the bias's gradient as mfma leaves it, 8 bytes to a lane",
 }
 

@@ -212,7 +212,7 @@ ALL = (
     cross_entropy(8191, 50257, aligned=False),
     attention(8, 12, 1024, 64, main=True),
     attention(4, 16, 2048, 128, main=True),
-    attention(4, 16, 1024, 80, wide=0.7),  # 16 of its columns, of 32 rows, are 8 bytes of a thread
+    attention(4, 16, 1024, 80),
     attention(2, 8, 1024, 256),
     attention(2, 32, 4096, 128, Hk=8, window=1023, softcap=50.0),
     attention(8, 12, 1024, 64, dropout_p=0.1),

@@ -11,12 +11,9 @@ from benchmarks import static, static_cuda
 
 needs_nvcc = pytest.mark.skipif(static_cuda.NVCC is None, reason="no nvcc")
 BASELINE = static.load_baseline("cuda") if static_cuda.NVCC else {}
-# they run on the simulator, but with spills here and there (dev/LOG.md): no budget yet, and in no default build
-UNTUNED: tuple[str, ...] = ()
 CASES = [
     pytest.param(case, id=case.id, marks=[] if case.arch in static_cuda.PR_ARCHS else pytest.mark.slow)
     for case in static_cuda.matrix("full")
-    if case.id.rpartition("-")[0] not in UNTUNED
 ]
 
 
