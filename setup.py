@@ -1,11 +1,11 @@
-"""Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there; installs without them
-else. csrc/cuda becomes _cuda.so only where it is asked for: no GPU has run those kernels yet, and they take minutes to compile.
+"""Builds the kernels: csrc/cpu into gpt_kernels/_cpu.so, where a compiler and torch's headers are there, csrc/cuda into
+_cuda.so for the GPUs of this machine, where nvcc is there too; installs without them else, and says what is left out and why.
 
-GPT_KERNELS_BUILD=auto (default): the C++ kernels if they can be built; says what is left out and why.
+GPT_KERNELS_BUILD=auto (default): what can be built, as above.
                   cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.
                   none: nothing.
                   sim, sim_tsan, sim_asan: csrc/cuda on its CPU model csrc/sim, for the tests; never part of a wheel.
-GPT_KERNELS_CUDA_ARCHS="80 90a": machine code for these alone instead of all that are supported.
+GPT_KERNELS_CUDA_ARCHS="80 90a": machine code for these, instead of this machine's GPUs (auto) or all supported (cuda).
 
 torch is never imported here: its headers are found beside the Python that runs this, also from inside pip's isolated
 build environment, so `pip install .` downloads no second torch and takes about a minute.
@@ -24,6 +24,7 @@ import sysconfig
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = pathlib.Path(__file__).parent
 # the LibTorch stable ABI of torch 2.10: one binary for every torch since
@@ -78,16 +79,33 @@ def plan():
     if wish == "cuda" and not find_nvcc():
         sys.exit("GPT_KERNELS_BUILD=cuda, but there is no nvcc: install the CUDA toolkit, set CUDA_HOME or PATH")
     cpu = f"C++ kernels for the CPU, with {find_compiler()}"
-    if wish == "cuda":
+    if wish == "cuda" or (wish == "auto" and find_nvcc() and cuda_archs()):
         return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}"
-    why = "GPT_KERNELS_BUILD=cpu" if wish == "cpu" else "not asked for (GPT_KERNELS_BUILD=cuda)"
-    return ["cpu"], f"{cpu}; CUDA kernels: none, {why}"
+    if wish == "cpu":
+        why = "GPT_KERNELS_BUILD=cpu"
+    else:
+        why = "no GPU from sm_80 on here" if find_nvcc() else "no nvcc found"
+    return ["cpu"], f"{cpu}; CUDA kernels: none, {why} (GPT_KERNELS_BUILD=cuda to have them)"
+
+
+def gpus_archs():
+    """The entries of CUDA_ARCHS for the GPUs of this machine, as nvidia-smi names them; none without one."""
+    smi = shutil.which("nvidia-smi")
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True).stdout if smi else ""
+    present = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.M)}
+    # code runs on later ones of its generation, but for an `a`; all others get the PTX of the oldest
+    number = {a: int(a.rstrip("a")) for a in CUDA_ARCHS.split()}
+    serves = {gpu: [a for a, n in number.items() if n == gpu or (a.isdigit() and n // 10 == gpu // 10 and n < gpu)]
+              for gpu in present if gpu >= min(number.values())}  # fmt: skip
+    return sorted({found[-1] if found else min(number, key=number.get) for found in serves.values()}, key=number.get)
 
 
 def cuda_archs():
     """Machine code for each, and the PTX of the oldest: every GPU since runs it, also those that a newer one leaves out."""
-    archs = (os.environ.get("GPT_KERNELS_CUDA_ARCHS") or CUDA_ARCHS).split()
-    return [f"sm_{a}" for a in archs] + [f"compute_{min(int(a.rstrip('af')) for a in archs)}"]
+    named = os.environ.get("GPT_KERNELS_CUDA_ARCHS") or (CUDA_ARCHS if os.environ.get("GPT_KERNELS_BUILD") == "cuda" else "")
+    archs = named.split() or gpus_archs()
+    return [*(f"sm_{a}" for a in archs), f"compute_{min(int(a.rstrip('af')) for a in archs)}"] if archs else []
 
 
 def gencodes():
@@ -181,6 +199,8 @@ class BuildKernels(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja(), "-C", str(build), *jobs]).returncode != 0:
             what = "C++" if kind == "cpu" else "CUDA"
+            if ext.optional:
+                raise CompileError(f"the {what} kernels did not compile, see above: installed without them")
             sys.exit(f"the {what} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
 
 
@@ -216,6 +236,7 @@ setup(
         Extension(
             library_name(kind),
             sorted(str(p.relative_to(ROOT)) for pattern in SOURCES[kind] for p in ROOT.glob(pattern)),
+            optional=kind == "cuda" and os.environ.get("GPT_KERNELS_BUILD") != "cuda",  # Triton serves the GPU then
         )
         for kind in libraries
     ],

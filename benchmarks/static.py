@@ -58,7 +58,7 @@ SPILLS = {
     "attention_bwd-sm_8[69] attention_bwd<b?f16, 128, true>": "CUDA C++: never launched there, it needs more than 99 KB",
     "attention_bwd-sm_8[69] attention_bwd<bf16, 64, true>": "CUDA C++: 42 accesses, to be mended; none of them on sm_80",
 }
-# pattern of "case kernel" -> why nothing is asked of the width of its accesses
+# the same -> why nothing is asked of the width of its accesses
 NARROW = {
     r"cross_entropy-16x128256-\S+ cross_entropy_fwd_long_kernel#4": "adds up the partial sums of split rows: reads no row",
     r"D80-bf16-sm_(86|89|120) attention_bwd_dkv_kernel": "73 %: 16 of its columns, of 32 rows, are 8 bytes of a thread",
@@ -193,6 +193,9 @@ class Row:
     def id(self) -> str:
         return f"{self.case.id} {self.kernel}"
 
+    def excepted(self, table: dict[str, str]) -> bool:
+        return any(re.search(pattern, f"{triton.__version__} {self.id}") for pattern in table)
+
     def faults(self) -> list[str]:
         """What is wrong with it, on any Triton."""
         if self.facts is None:
@@ -202,12 +205,12 @@ class Row:
             found.append(f"needs {f.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]} KB")
         if not f.ctas:
             found.append(f"does not fit on a processor: {f.limit}")
-        if f.spills and not any(re.search(p, f"{triton.__version__} {self.id}") for p in SPILLS):
+        if f.spills and not self.excepted(SPILLS):
             found.append(f"spills: {f.spills} accesses to local memory")
         want = problem.matrix if problem.matrix and arch.startswith("sm_") else MATRIX[arch]
         if f.products and self.case.dtype != "fp32" and want not in f.matrix:
             found.append(f"has products but no {want}, only {f.matrix or 'scalar ones'}")
-        if problem.aligned and f.wide < problem.wide and not any(re.search(p, self.id) for p in NARROW):
+        if problem.aligned and f.wide < problem.wide and not self.excepted(NARROW):
             found.append(f"moves {f.wide:.0%} of its bytes 16 at a time, expected {problem.wide:.0%}")
         return found
 

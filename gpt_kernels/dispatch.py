@@ -205,7 +205,7 @@ def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    library, error = _load("_cuda.so", "CUDA", "nvcc present and GPT_KERNELS_BUILD=cuda")
+    library, error = _load("_cuda.so", "CUDA", "nvcc and a GPU present, or GPT_KERNELS_BUILD=cuda")
     if library is not None:
         library.gpt_kernels_cuda_archs.restype = ctypes.c_char_p
     return library, error

@@ -129,6 +129,56 @@ def test_a_compiler_that_fails_is_said(source, tmp_path):
     assert "cannot compile" in output and "the C++ kernels did not compile" in output
 
 
+def fake(folder, name, script):
+    """A program of that name, first on the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_a_gpu_gets_cuda_kernels_of_its_own(source, tmp_path):
+    """Only nvidia-smi's answer is made up: the library is built, loaded and asked."""
+    path = fake(tmp_path / "bin", "nvidia-smi", "echo 8.0; echo 8.0")
+    python = make_venv(tmp_path / "venv")
+    output = pip(python, "--no-build-isolation", "--no-deps", source, PATH=path)
+    assert "CUDA kernels for sm_80 compute_80" in output
+    facts = check(python)
+    assert facts["gpu"]["archs_built"] == ["sm_80", "compute_80"]
+    assert all(w["CUDA"].startswith("cuda (compiled kernel") for w in facts["ops"].values())
+
+
+@needs_compiler
+def test_where_nvcc_fails_triton_serves_the_gpu(source, tmp_path):
+    fake(tmp_path / "bin", "nvidia-smi", "echo 12.0")
+    path = fake(tmp_path / "bin", "nvcc", "echo too old >&2; exit 1")
+    python = make_venv(tmp_path / "venv")
+    output = pip(python, "--no-build-isolation", "--no-deps", source, PATH=path)
+    assert "CUDA kernels for sm_120a compute_120" in output and "too old" in output and "installed without them" in output
+    facts = check(python)
+    assert facts["library"]["built"] and all(w["CUDA"].startswith("triton") for w in facts["ops"].values())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "capabilities, said",
+    [
+        ("", "none, no GPU from sm_80 on"),
+        ("7.5", "none, no GPU from sm_80 on"),
+        ("7.5 8.7", "for sm_86 compute_86"),
+        ("9.0 8.0", "for sm_80 sm_90a compute_80"),
+        ("10.3", "for sm_80 compute_80"),  # sm_100a runs on 10.0 alone
+        ("nonsense", "none, no GPU from sm_80 on"),
+    ],
+)
+def test_gpus_that_are_there_choose_the_architectures(source, tmp_path, capabilities, said):
+    fake(tmp_path / "bin", "nvidia-smi", "\n".join(f"echo {c}" for c in capabilities.split()))
+    path = fake(tmp_path / "bin", "nvcc", "exit 1")
+    assert f"CUDA kernels {said}" in run(sys.executable, "setup.py", "--name", cwd=source, PATH=path)
+
+
 @needs_compiler
 def test_isolated_install_takes_no_second_torch(source, tmp_path):
     """Plain `pip install .`: setuptools and ninja come from the registry, torch's headers from where torch is."""
