@@ -104,22 +104,37 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 namespace GK_TARGET {
 
-// One row stays in L1 over three passes: mean, variance of the centred row (no cancellation), y = (x - mean) rstd w + b.
-// The sum of the centred row is what the first mean was off by: with it a mean far from 0 is right to the last bit.
+// Mean and variance of a row by one pass over it: sums of x and x^2. Where the mean outweighs the deviation these cancel, and a
+// second pass sums the centred row, whose own sum is what the first mean was off by: a mean far from 0 is right to the last bit.
+template <class T, class C = compute_t<T>> GK_INLINE void moments(C* mean, C* var, const T* x, int64_t N) {
+  vec<C> sum[4] = {}, squares[4] = {};
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+    const vec<C> v = load_any(x + i, n);
+    sum[k] += v;
+    squares[k] += v * v;
+  });
+  const C rough = hsum4<C>(sum) / N;
+  *mean = rough, *var = hsum4<C>(squares) / N - rough * rough;
+  if (rough * rough <= *var) return;
+  vec<C> rest[4] = {}, centred[4] = {};
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+    const vec<C> v = keep_first<C>(load_any(x + i, n) - rough, n);
+    rest[k] += v;
+    centred[k] += v * v;
+  });
+  const C off = hsum4<C>(rest) / N;
+  *mean = rough + off, *var = hsum4<C>(centred) / N - off * off;
+}
+
+// y = (x - mean) rstd w + b, from L1, while the next row is on its way there
 template <class T, class P, class C = compute_t<T>>
 GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
                                bool streams) {
-  vec<C> sum[4] = {}, rest[4] = {}, squares[4] = {};
-  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(x + i, n); });
-  const C rough = hsum4<C>(sum) / N;
-  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
-    const vec<C> centred = keep_first<C>(load_any(x + i, n) - rough, n);
-    rest[k] += centred;
-    squares[k] += centred * centred;
-  });
-  const C off = hsum4<C>(rest) / N, mu = rough + off, var = hsum4<C>(squares) / N - off * off;
+  C mu, var;
+  moments(&mu, &var, x, N);
   const C rs = 1 / sqrt_of((var < 0 ? 0 : var) + eps);
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
+    prefetch(x + N + i);
     vec<C> v = (load_any(x + i, n) - mu) * rs;
     if (w) v *= load_any(w + i, n);
     if (b) v += load_any(b + i, n);
@@ -150,8 +165,9 @@ GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, con
     });
     const C mean_g = hsum4<C>(sum_g) / N, mean_gx = hsum4<C>(sum_gx) / N;
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
+      prefetch(dy + N + i), prefetch(x + N + i);
       const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
-      const vec<C> g = w ? d * load_any(w + i, n) : d;
+      const vec<C> g = w ? GK_ROUNDED(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
       const vec<C> d_x = (g - mean_g - x_hat * mean_gx) * rs;
       streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });

@@ -26,8 +26,9 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTen
       const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
       C* rp = (C*)rstd.mutable_data_ptr();
+      const bool streams = row_streams(y, N);
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
-        for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps);
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps, streams);
       });
     };
     weight && weight->scalar_type() != x.scalar_type() ? run(C{}) : run(T{});
@@ -62,10 +63,11 @@ static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tenso
       const C* rp = (const C*)rstd.const_data_ptr();
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = (C*)partial.mutable_data_ptr();
+      const bool streams = row_streams(dx, N);
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
-          rows(dxp + m0 * N, weight ? pp + c * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, rp + m0, m1 - m0, N);
+          rows(dxp + m0 * N, weight ? pp + c * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, rp + m0, m1 - m0, N, streams);
         }
       });
       if (weight) GK_BEST(sum_partials<P>)((P*)dweight.mutable_data_ptr(), pp, chunks, N, N);
@@ -91,7 +93,7 @@ namespace GK_TARGET {
 
 // y = x rstd w,  rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T, class P, class C = compute_t<T>>
-GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps) {
+GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps, bool streams) {
   vec<C> squares[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
     const vec<C> v = load_any(x + i, n);
@@ -99,15 +101,19 @@ GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N
   });
   const C rs = 1 / sqrt_of(hsum4<C>(squares) / N + eps);
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
-    const vec<C> x_hat = load_any(x + i, n) * rs;
-    store_any(y + i, w ? x_hat * load_any(w + i, n) : x_hat, n);
+    prefetch(x + N + i);
+    vec<C> v = load_any(x + i, n) * rs;
+    if (w) v *= load_any(w + i, n);
+    streams ? stream(y + i, v) : store_any(y + i, v, n);
   });
+  if (streams) end_stream();
   *rstd = rs;
 }
 
 // x_hat = x rstd;  dx = (w dy - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat
 template <class T, class P, class C = compute_t<T>>
-GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N) {
+GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N,
+                              bool streams) {
   for (int64_t i = 0; dw && i < N; i++) dw[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
     const C rs = rstd[m];
@@ -119,10 +125,13 @@ GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P*
     });
     const C mean_gx = hsum4<C>(sum_gx) / N;
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
+      prefetch(dy + N + i), prefetch(x + N + i);
       const vec<C> d = load_any(dy + i, n), g = w ? d * load_any(w + i, n) : d;
-      store_any(dx + i, (g - load_any(x + i, n) * rs * mean_gx) * rs, n);
+      const vec<C> d_x = (g - load_any(x + i, n) * rs * mean_gx) * rs;
+      streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });
   }
+  if (streams) end_stream();
 }
 
 }  // namespace GK_TARGET

@@ -45,9 +45,13 @@ GK_INLINE vd load(const double* p) { vd v; __builtin_memcpy(&v, p, sizeof v); re
 GK_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 GK_INLINE void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
+// a 16-bit word to the upper half of a 32-bit one: by a permutation one instruction, not a conversion and a shift
 #if GK_X86_TARGETS && GK_BYTES == 64
-GK_INLINE vf widen(vh h) { return bits_as<vf>((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16); }
+GK_INLINE vf widen(vh h) {
+  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,
+                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, twice, _mm512_castsi256_si512((__m256i)h));
+}
 #else
 GK_INLINE vf widen(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 16); }
 #endif
@@ -62,6 +66,7 @@ GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
 GK_INLINE vf load(const bf16* p) { vh h; __builtin_memcpy(&h, p, sizeof h); return widen(h); }
 GK_INLINE void store(bf16* p, vf v) { const vh h = narrow(v); __builtin_memcpy(p, &h, sizeof h); }
 
+// maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
 #if GK_X86_TARGETS && GK_BYTES == 64
 GK_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
 GK_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
@@ -136,6 +141,8 @@ template <class T> GK_INLINE void store_any(T* p, vec<compute_t<T>> v, int64_t c
   if (count == lanes<compute_t<T>>) store(p, v);
   else store_n(p, v, count);
 }
+// For the last pass over a row, which runs from L1 while the memory would be idle: the next row into L2. Any address will do.
+GK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Past the cache, for an output too large to be found there again (launch.h: row_streams): the line is not read before it
 // is written. p on a boundary of 64 bytes; end_stream() before another thread may read.
 template <class T> GK_INLINE void stream(T* p, vec<compute_t<T>> v) { store(p, v); }
@@ -186,27 +193,40 @@ template <> GK_INLINE vf load_bools<float>(const bool* p, int64_t count) {
 
 // ---- arithmetic ----
 
+// a product's own rounding, where a difference must come out as 0: without it the compiler may fuse the two
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+#define GK_ROUNDED(product) __builtin_assoc_barrier(product)
+#endif
+#endif
+#ifndef GK_ROUNDED
+#define GK_ROUNDED(product) (product)
+#endif
+
 template <class V> GK_INLINE V vmax(V a, V b) { return a > b ? a : b; }  // a NaN in b survives
 template <class V> GK_INLINE V vmin(V a, V b) { return a < b ? a : b; }
 GK_INLINE vf vabs(vf x) { return bits_as<vf>(bits_as<vi>(x) & 0x7fffffff); }
 GK_INLINE vd vabs(vd x) { return x < 0 ? -x : x; }
 
-// sums and maxima over lanes, as a tree of fixed shape
-template <class C> GK_INLINE C hsum(vec<C> v) {
-  C a[lanes<C>];
-  store(a, v);
-  for (int w = lanes<C> / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) a[i] += a[i + w];
-  return a[0];
+// Sums and maxima over lanes, as a tree of fixed shape. By shuffles: halves stored and read back at another place make the
+// processor wait for its own stores, which costs more than all the rest of a row of a thousand elements.
+template <int apart, class V, class Join> GK_INLINE V join_lanes(V v, const Join& join) {
+  if constexpr (apart > 0) {
+    decltype(v < v) other;
+    for (int i = 0; i < (int)(sizeof v / sizeof v[0]); i++) other[i] = i ^ apart;
+    return join_lanes<apart / 2>(join(v, __builtin_shuffle(v, other)), join);
+  }
+  return v;
 }
+struct Sum {
+  template <class V> GK_INLINE V operator()(V a, V b) const { return a + b; }
+};
+struct Max {
+  template <class V> GK_INLINE V operator()(V a, V b) const { return vmax(a, b); }
+};
+template <class C> GK_INLINE C hsum(vec<C> v) { return join_lanes<lanes<C> / 2>(v, Sum())[0]; }
 template <class C> GK_INLINE C hsum4(const vec<C>* v) { return hsum<C>((v[0] + v[1]) + (v[2] + v[3])); }
-template <class C> GK_INLINE C hmax(vec<C> v) {
-  C a[lanes<C>];
-  store(a, v);
-  for (int w = lanes<C> / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) a[i] = a[i] > a[i + w] ? a[i] : a[i + w];
-  return a[0];
-}
+template <class C> GK_INLINE C hmax(vec<C> v) { return join_lanes<lanes<C> / 2>(v, Max())[0]; }
 
 // 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9, of a result
 // that is stored as a 16-bit T 3e-6) times 2^n. Results run from the subnormals to inf; NaN stays NaN.
