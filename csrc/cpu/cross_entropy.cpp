@@ -1,7 +1,7 @@
 // cross_entropy on the CPU. Formula, shapes and gradients: gpt_kernels/ops/cross_entropy.py.
 //
-// A row is cut into segments of 4096 classes, which stay in L1 between the pass for the maximum and the pass for the sum;
-// the segments' results are joined in order. Threads share out rows or, where these are few, segments, so that one row of a
+// A row is cut into segments of 4096 classes, each read once for its maximum and its sum of exponentials; the segments' results
+// are joined in order. Threads share out rows or, where these are few, segments, so that one row of a
 // large vocabulary keeps every thread busy; either way the bits depend on nothing but the shape.
 #ifndef GK_TARGET
 
@@ -12,6 +12,7 @@
 
 namespace gk {
 constexpr int64_t SEGMENT = 4096;
+constexpr int64_t PART = 4;  // what is kept of a segment: maximum, origin, sum, distance
 
 struct CrossEntropyOptions {
   int64_t ignore_index, reduction;  // 0 none, 1 mean, 2 sum
@@ -112,10 +113,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
     const auto join = GK_BEST(cross_entropy_join<T>);
     const auto grad = GK_BEST(cross_entropy_grad<T>);
     const RowOffsets offset(logits);
-    // per segment its maximum, sum and distance; then, for a reduction, each row's loss and z-loss
-    const std::unique_ptr<C[]> scratch(new C[M * segments * 3 + 2 * M]);
+    // per segment its part; then, for a reduction, each row's loss and z-loss
+    const std::unique_ptr<C[]> scratch(new C[M * segments * PART + 2 * M]);
     const bool each = reduction == 0;
-    C *parts = scratch.get(), *rows = each ? (C*)loss.mutable_data_ptr() : parts + M * segments * 3;
+    C *parts = scratch.get(), *rows = each ? (C*)loss.mutable_data_ptr() : parts + M * segments * PART;
     C *z_rows = each ? (C*)z_loss.mutable_data_ptr() : rows + M, *row_max = (C*)lse.mutable_data_ptr(), *log_sum = row_max + M;
     const T* x = (const T*)logits.const_data_ptr();
     T* dx = (T*)dlogits.mutable_data_ptr();
@@ -124,11 +125,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
 
     const auto read = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT;
-      if (t[m] != ignore_index) segment(parts + (m * segments + s) * 3, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
+      if (t[m] != ignore_index) segment(parts + (m * segments + s) * PART, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
     };
     const auto finish = [&](int64_t m) {
       if (t[m] == ignore_index) rows[m] = z_rows[m] = row_max[m] = log_sum[m] = 0;
-      else join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * 3, x + offset(m) + t[m], segments, V, o);
+      else join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * PART, x + offset(m) + t[m], segments, V, o);
     };
     const auto write = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT, n = std::min(V - begin, SEGMENT);
@@ -239,43 +240,48 @@ template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& 
   for (int k = 0; i < n; i += L, k++) body(i, k, n - i < L ? n - i : L);
 }
 
-// out = (max, sum of exp(x - max), sum of x - max) over n classes
+// out = (max, origin, sum of exp(x - origin), sum of x - origin) over n classes. One pass: the origin is the maximum of the first
+// elements, unless that of all is far above it; then once more.
 template <bool capped, class T, class C = compute_t<T>>
 GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   const C low = -(C)__builtin_inf();
-  vec<C> top4[4], sum[4] = {}, distance[4] = {};
-  for (int k = 0; k < 4; k++) top4[k] = splat<C>(low);
-  for_groups<C>(n, [&](int64_t i, int k, int64_t count) { top4[k] = vmax(top4[k], load_any(x + i, count, low)); });
-  const vec<C> top_lanes = vmax(vmax(top4[0], top4[1]), vmax(top4[2], top4[3]));
-  // the cap grows with x, so the largest logit is also the largest after it
-  const C top = capped ? cap_of<C>(splat(hmax<C>(top_lanes)), softcap)[0] : hmax<C>(top_lanes), origin = origin_of(top);
-  for_groups<C>(n, [&](int64_t i, int k, int64_t count) {
-    vec<C> v = load_any(x + i, count);
-    v = (capped ? cap_of<C>(v, softcap) : v) - origin;
-    sum[k] += keep_first<C>(exp2(v * (C)1.44269504088896341), count);
-    distance[k] += keep_first<C>(v, count);
-  });
-  out[0] = top, out[1] = hsum<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  out[2] = hsum<C>((distance[0] + distance[1]) + (distance[2] + distance[3]));
+  const auto max_of = [&](vec<C> v) { return capped ? cap_of<C>(splat(hmax<C>(v)), softcap)[0] : hmax<C>(v); };  // the cap grows with x
+  constexpr int64_t some = 4 * lanes<C>;
+  vec<C> top4[4] = {splat(low), splat(low), splat(low), splat(low)};
+  for_groups<C>(n < some ? n : some, [&](int64_t i, int k, int64_t count) { top4[k] = load_any(x + i, count, low); });
+  for (C start = max_of(max_of_4(top4)), top;; start = top) {
+    const C origin = origin_of(start);
+    vec<C> sum[4] = {}, distance[4] = {};
+    for_groups<C>(n, [&](int64_t i, int k, int64_t count) {
+      vec<C> v = load_any(x + i, count, low);
+      top4[k] = vmax(top4[k], v);
+      v = (capped ? cap_of<C>(v, softcap) : v) - origin;
+      sum[k] += keep_first<C>(exp_limited<T>(v), count);
+      distance[k] += keep_first<C>(v, count);
+    });
+    top = max_of(max_of_4(top4));
+    if (top - start > far_above<C>) continue;
+    out[0] = top, out[1] = start, out[2] = hsum4<C>(sum), out[3] = hsum4<C>(distance);
+    return;
+  }
 }
 template <class T, class C = compute_t<T>>
 GK_KERNEL void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap) {
   softcap ? segment_of<true>(out, x, n, softcap) : segment_of<false>(out, x, n, softcap);
 }
 
-// The row's loss and lse from its segments' (max, sum, distance); scalar work, in double.
+// The row's loss and lse from its segments' parts; scalar work, in double.
 template <class T, class C = compute_t<T>>
 GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target, int64_t segments,
                                int64_t V, const gk::CrossEntropyOptions& o) {
   C top = parts[0];
-  for (int64_t s = 1; s < segments; s++) top = parts[3 * s] > top ? parts[3 * s] : top;
+  for (int64_t s = 1; s < segments; s++) top = parts[s * gk::PART] > top ? parts[s * gk::PART] : top;
   const C origin = origin_of(top);
   double sum = 0, distance = 0;
   for (int64_t s = 0; s < segments; s++) {
-    const C* part = parts + 3 * s;
-    const double shift = (double)origin_of(part[0]) - origin;
-    sum += part[1] * __builtin_exp(part[0] == origin ? 0 : (double)part[0] - origin);
-    distance += part[2] + shift * (s + 1 < segments ? gk::SEGMENT : V - s * gk::SEGMENT);
+    const C* part = parts + s * gk::PART;
+    sum += part[2] * __builtin_exp((double)part[1] - origin);
+    distance += part[3] + ((double)origin_of(part[1]) - origin) * (s + 1 < segments ? gk::SEGMENT : V - s * gk::SEGMENT);
   }
   const double log_sum = __builtin_log(sum), lse = top + log_sum, z = o.square_scale * lse * lse;
   const double to_target = (double)top - cap_of<C>(splat(load_one(x_target)), (C)o.softcap)[0];
@@ -289,9 +295,8 @@ GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum
 template <class T, class C = compute_t<T>>
 GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
                                const gk::CrossEntropyOptions& o) {
-  constexpr C log2e = 1.44269504088896341;
   const double z_slope = 2 * o.square_scale * ((double)top + log_sum);
-  const C softcap = o.softcap, slope = g * (C)(1 + z_slope), shift = log_sum * log2e, wanted = g * (C)(o.smoothing / V);
+  const C softcap = o.softcap, slope = g * (C)(1 + z_slope), wanted = g * (C)(o.smoothing / V);
   const auto uncap = [&](vec<C> d, vec<C> v) { return softcap ? d * (1 - (v * (1 / softcap)) * (v * (1 / softcap))) : d; };
   // the target's element: p - 1 as expm1, or a well-predicted row would lose its digits. Read before it may be overwritten.
   const bool inside = target >= 0 && target < n;
@@ -303,7 +308,7 @@ GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, 
   }
   for_vectors<C>(n, [&](int64_t i, int64_t count) {
     const vec<C> v = cap_of<C>(load_any(x + i, count), softcap);
-    store_any(dx + i, uncap(exp2<T>((v - top) * log2e - shift) * slope - wanted, v), count);
+    store_any(dx + i, uncap(exp_limited<T>(v - top - log_sum) * slope - wanted, v), count);
   });
   if (inside) store_n(dx + target, at_target, 1);
 }

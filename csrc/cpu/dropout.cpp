@@ -44,9 +44,10 @@ namespace GK_TARGET {
 
 // y = x / (1 - p) where kept, 0 where dropped, + residual
 template <class T>
-GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& philox) {
+GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& of_call) {
   typedef compute_t<T> C;
   constexpr int64_t block = 8 * lanes<float>;
+  const gk::Philox philox = of_call;  // which no store to y can change
   const C keep = philox.keep_scale;
   uint16_t random[block];
   for (int64_t j0 = 0; j0 < N; j0 += block) {

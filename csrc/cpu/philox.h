@@ -13,20 +13,30 @@ GK_INLINE vu lane_index() {
 
 // The values of one vector of column groups, eight to each lane, in order: out[8 * lanes], of which only the first
 // `groups` groups are written. Counter: (group, row, plane, offset), key: seed.
+//
+// Products of 32-bit words are 64 bits wide, so the lanes are worked on in two halves, a word in the low part of each 64 bits and
+// what is left of a product above it. Which lane stands where is chosen such that the words come together in order at the end.
 GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, uint32_t plane, const gk::Philox& philox) {
-  vu c0 = group, c1 = row, c2 = vu{} + plane, c3 = vu{} + philox.offset;
-  uint32_t k0 = philox.seed[0], k1 = philox.seed[1];
-  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    vu high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, high0, low0);
-    multiply_wide(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+  constexpr int W = lanes<float>;
+  uint64_t words[2 * W];
+  for (int half = 0; half < 2; half++) {
+    vu place;
+    for (int i = 0; i < W; i++) place[i] = half * (W / 2) + i / 2 % 2 * (W / 4) + i / 4;
+    vq c0 = bits_as<vq>(__builtin_shuffle(group, place)), c1 = bits_as<vq>(__builtin_shuffle(row, place)), c2 = vq{} + plane,
+       c3 = vq{} + philox.offset;
+    uint32_t k0 = philox.seed[0], k1 = philox.seed[1];
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const vq p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
+      c0 = exclusive_or(p1 >> 32, c1, vq{} + k0), c1 = p1, c2 = exclusive_or(p0 >> 32, c3, vq{} + k1), c3 = p0;
+    }
+    const vq first = (c0 & 0xffffffffu) | c1 << 32, second = (c2 & 0xffffffffu) | c3 << 32;
+    vq low, high;
+    for (int i = 0; i < W / 2; i++) low[i] = i / 2 * 2 + i % 2 * (W / 2), high[i] = low[i] + 1;
+    const vq even = __builtin_shuffle(first, second, low), odd = __builtin_shuffle(first, second, high);
+    __builtin_memcpy(words + half * W, &even, sizeof even);
+    __builtin_memcpy(words + half * W + W / 2, &odd, sizeof odd);
   }
-  // a group's four words side by side in memory: two rounds of interleaving
-  vu a0, a1, b0, b1, words[4];
-  interleave(c0, c2, a0, a1), interleave(c1, c3, b0, b1);
-  interleave(a0, b0, words[0], words[1]), interleave(a1, b1, words[2], words[3]);
-  if (groups >= lanes<float>) __builtin_memcpy(out, words, sizeof words);
+  if (groups >= W) __builtin_memcpy(out, words, sizeof words);
   else __builtin_memcpy(out, words, groups * 16);
 }
 
@@ -34,7 +44,7 @@ GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, ui
 GK_INLINE vf drop(vf v, const uint16_t* random, const gk::Philox& philox) {
   vh h;
   __builtin_memcpy(&h, random, sizeof h);
-  return __builtin_convertvector(h, vi) >= (int32_t)philox.drop_below ? v : vf{};
+  return keep_from(v, h, (uint16_t)philox.drop_below);
 }
 GK_INLINE vd drop(vd v, const uint16_t* random, const gk::Philox& philox) {
   for (int i = 0; i < lanes<double>; i++) v[i] = random[i] >= philox.drop_below ? v[i] : 0;

@@ -134,26 +134,35 @@ GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, in
       return v + (step ? load_any(mask + i, n) : splat<C>(load_one(mask)));
     }
   };
-  vec<C> top[4] = {splat(minus_inf), splat(minus_inf), splat(minus_inf), splat(minus_inf)};
-  for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { top[k] = vmax(top[k], keep_first<C>(z(i, n), n, minus_inf)); });
-  const C max = hmax<C>(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
-  if (max == minus_inf) visible = 0;
-
   // e waits in y where y has its precision, else in a buffer; a long 16-bit row computes it twice
   constexpr bool own = sizeof(T) == sizeof(C);
   constexpr int64_t capacity = own ? 1 : 4096;
   C buffer[capacity];
   const bool kept = own || visible <= capacity;
-  const auto e = [&](int64_t i, int64_t n) { return exp_not_positive<T>(z(i, n) - max); };
-  vec<C> sum[4] = {};
-  for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) {
-    const vec<C> v = e(i, n);
-    sum[k] += keep_first<C>(v, n);
-    if constexpr (own) store_any(y + i, v, n);
-    else if (kept) store_any(buffer + i, v, n);
-  });
-  const C inverse = 1 / hsum4<C>(sum);
+
+  // One pass finds the maximum and sums e, measured from the maximum of the row's first elements. That serves as well, unless
+  // the true one lies far above it: then once more.
+  constexpr int64_t some = 4 * lanes<C>;
+  vec<C> top[4] = {splat(minus_inf), splat(minus_inf), splat(minus_inf), splat(minus_inf)};
+  const auto look = [&](vec<C> v, int64_t n, int k) { top[k] = vmax(top[k], keep_first<C>(v, n, minus_inf)); };
+  for_vectors_by_4<C>(visible < some ? visible : some, [&](int64_t i, int64_t n, int k) { look(z(i, n), n, k); });
+  C origin = hmax<C>(max_of_4(top)), max, inverse;
+  const auto e = [&](int64_t i, int64_t n) { return exp_limited<T>(z(i, n) - origin); };
+  for (;; origin = max) {
+    vec<C> sum[4] = {};
+    for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) {
+      const vec<C> v = z(i, n), p = exp_limited<T>(v - origin);
+      look(v, n, k);
+      sum[k] += keep_first<C>(p, n);
+      if constexpr (own) store_any(y + i, p, n);
+      else if (kept) store_any(buffer + i, p, n);
+    });
+    max = hmax<C>(max_of_4(top)), inverse = 1 / hsum4<C>(sum);
+    if (!(max - origin > far_above<C>)) break;  // not for a NaN either
+  }
+  if (max == minus_inf) visible = 0;
   for_vectors<C>(visible, [&](int64_t i, int64_t n) {
+    prefetch(x + N + i);
     if constexpr (own) store_any(y + i, load_any(y + i, n) * inverse, n);
     else store_any(y + i, (kept ? load_any(buffer + i, n) : e(i, n)) * inverse, n);
   });
@@ -167,6 +176,7 @@ GK_KERNEL void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, 
   for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(dy + i, n) * load_any(y + i, n); });
   const C dot = hsum4<C>(sum);
   for_vectors<C>(visible, [&](int64_t i, int64_t n) {
+    prefetch(dy + N + i), prefetch(y + N + i);
     store_any(dx + i, load_any(y + i, n) * (load_any(dy + i, n) - dot) * scale, n);
   });
   for (int64_t i = visible; i < N; i++) dx[i] = T{};

@@ -226,6 +226,7 @@ struct Max {
 };
 template <class C> GK_INLINE C hsum(vec<C> v) { return join_lanes<lanes<C> / 2>(v, Sum())[0]; }
 template <class C> GK_INLINE C hsum4(const vec<C>* v) { return hsum<C>((v[0] + v[1]) + (v[2] + v[3])); }
+template <class V> GK_INLINE V max_of_4(const V* v) { return vmax(vmax(v[0], v[1]), vmax(v[2], v[3])); }
 template <class C> GK_INLINE C hmax(vec<C> v) { return join_lanes<lanes<C> / 2>(v, Max())[0]; }
 
 // 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9, of a result
@@ -238,7 +239,7 @@ GK_INLINE vf round_nearest(vf x) {
   return (x + magic) - magic;
 #endif
 }
-template <class T = float> GK_INLINE vf exp2_of_parts(vf n, vf r) {
+template <class T = float> GK_INLINE vf exp2_fraction(vf r) {
   vf y;
   if constexpr (sizeof(T) == 2) {
     y = splat(9.58285300945e-3f);
@@ -253,7 +254,10 @@ template <class T = float> GK_INLINE vf exp2_of_parts(vf n, vf r) {
     y = y * r + 2.40226509223e-1f;
     y = y * r + 6.93147206703e-1f;
   }
-  y = y * r + 1.f;
+  return y * r + 1.f;
+}
+template <class T = float> GK_INLINE vf exp2_of_parts(vf n, vf r) {
+  const vf y = exp2_fraction<T>(r);
 #if GK_X86_TARGETS && GK_BYTES == 64
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
 #else
@@ -278,8 +282,15 @@ GK_INLINE vf exp(vf x) {
   const vf n = round_nearest(x * 1.44269504f);
   return exp2_of_parts(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
 }
-// e^x for x <= 0 as softmax needs it, the maximum taken off: an absolute error of 1e-7
-template <class T = float> GK_INLINE vf exp_not_positive(vf x) { return exp2<T>(x * 1.44269504f); }
+// e^x for x <= 80 as softmax needs it, a maximum taken off: what is below 2^-126 becomes 0. Without the range checks of exp2:
+// n stands in the last bits of x + 1.5 2^23 and is added to the exponent.
+template <class T = float> GK_INLINE vf exp_limited(vf x) {
+  const vf magic = splat(12582912.f), shifted = x * 1.44269504f + magic, n = shifted - magic, y = exp2_fraction<T>(x * 1.44269504f - n);
+  return x <= -87.3365f ? vf{} : bits_as<vf>(bits_as<vi>(y) + (bits_as<vi>(shifted) << 23));  // NaN stays
+}
+// A sum of e^(x - origin) with the first few elements' maximum for origin keeps float's accuracy up to this far below the true
+// maximum, so that maximum and sum take one pass.
+template <class C> constexpr C far_above = 8;
 // 1 / x; to 6e-5 for a result that is stored as bf16
 template <class T = float> GK_INLINE vf reciprocal(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
@@ -323,19 +334,23 @@ GK_INLINE vd normal_cdf(vd x, vd) {
 
 // ---- 32-bit integers: what Philox needs ----
 
-// the 64-bit products of every lane with m, as high and low words
-GK_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
-  low = a * m;
+typedef uint64_t vq __attribute__((vector_size(GK_BYTES)));
+
+// the 64-bit products of m and the low halves of 64-bit lanes, whatever stands in the high ones
+GK_INLINE vq multiply_low(vq a, uint32_t m) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  const __m512i even = _mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), _mm512_set1_epi32(m));
-  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  return (vq)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(m));
 #elif GK_X86_TARGETS && GK_BYTES == 32
-  const __m256i even = _mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_set1_epi32(m));
-  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #else
-  for (int i = 0; i < lanes<float>; i++) high[i] = (uint64_t)a[i] * m >> 32;
+  return (a & 0xffffffffu) * m;
+#endif
+}
+GK_INLINE vq exclusive_or(vq a, vq b, vq c) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
 #endif
 }
 // (a0 b0 a1 b1 ...) in two vectors
@@ -359,6 +374,15 @@ GK_INLINE void transpose(vu (&square)[lanes<float>]) {
   }
 }
 
+// v where its 16-bit word is not below `limit`, 0 elsewhere
+GK_INLINE vf keep_from(vf v, vh words, uint16_t limit) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vf)_mm512_maskz_mov_ps(_mm256_cmpge_epu16_mask((__m256i)words, _mm256_set1_epi16(limit)), (__m512)v);
+#else
+  return __builtin_convertvector(words, vi) >= limit ? v : vf{};
+#endif
+}
+
 #ifdef GK_BF16
 // acc + a.low * b.low + a.high * b.high over pairs of bf16
 GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
@@ -378,7 +402,7 @@ template <class T = double> GK_LANEWISE(exp2, __builtin_exp2)
 GK_LANEWISE(exp, __builtin_exp)
 GK_LANEWISE(tanh, __builtin_tanh)
 #undef GK_LANEWISE
-template <class T = double> GK_INLINE vd exp_not_positive(vd x) { return exp(x); }
+template <class T = double> GK_INLINE vd exp_limited(vd x) { return exp(x); }
 template <class T = double> GK_INLINE vd reciprocal(vd x) { return 1 / x; }
 
 GK_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
