@@ -248,6 +248,20 @@ def test_specials():
     check((wide, far), reduction="none")
 
 
+@pytest.mark.parametrize("options", OPTIONS[:4])
+def test_maximum_late_in_the_row(options):
+    """above what a segment begins with by little, by much and by more than exp can hold; and behind nothing but -inf"""
+    for classes in (100, 1000, 9000):
+        logits, target = inputs(6, classes, ignored=False)
+        for row, above in enumerate((5, 12, 60, 1000)):
+            logits[row, -1 - 70 * (row % 2)] = logits[row].max() + above
+        if not options.get("label_smoothing"):  # the loss would be inf
+            logits[4, :90] = float("-inf")
+        logits[5, : classes // 2] -= 1000
+        target[:] = classes - 1
+        check((logits, target), **options)
+
+
 def test_nan_in_an_ignored_row_is_ignored():
     logits, target = inputs(6, 40)
     logits[2] = float("nan")

@@ -59,6 +59,19 @@ def test_truth(dtype, isa):
             check_truth(softmax, eager, (scores(2, 3, T, S, dtype=dtype), None, 0.125, True), name=f"causal {T} {S}")
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maximum_late_in_the_row(dtype, isa):
+    """above what the row begins with by little, by much and by more than exp can hold; and behind nothing but -inf"""
+    for N in (100, 1000, 5000):
+        x = scores(6, N, dtype=dtype)
+        for row, above in enumerate((5, 12, 60, 1000)):
+            x[row, -1 - 70 * (row % 2)] = x[row].max() + above
+        x[4, :90], x[5, : N // 2] = -INF, -1000
+        with gpt_kernels.use_isa(isa):
+            check_truth(softmax, eager, (x,), name=f"{N}")
+
+
 MASKS = ((6, 65), (1, 65), (65,), (2, 1, 6, 65), (3, 1, 1), (2, 3, 6, 1), (1, 3, 6, 65), (1,), (), (2, 3, 6, 65))
 
 

@@ -1,8 +1,8 @@
 // cross_entropy on the CPU. Formula, shapes and gradients: gpt_kernels/ops/cross_entropy.py.
 //
 // A row is cut into segments of 4096 classes, each read once for its maximum and its sum of exponentials; the segments' results
-// are joined in order. Threads share out rows or, where these are few, segments, so that one row of a
-// large vocabulary keeps every thread busy; either way the bits depend on nothing but the shape.
+// are joined in order. Threads share out rows or, where these are few, segments, so that one row of a large vocabulary keeps
+// every thread busy; either way the bits depend on nothing but the shape.
 #ifndef GK_TARGET
 
 #include <memory>
@@ -240,12 +240,13 @@ template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& 
   for (int k = 0; i < n; i += L, k++) body(i, k, n - i < L ? n - i : L);
 }
 
-// out = (max, origin, sum of exp(x - origin), sum of x - origin) over n classes. One pass: the origin is the maximum of the first
-// elements, unless that of all is far above it; then once more.
+// out = (max, origin, sum of exp(x - origin), sum of x - origin) over n classes. One pass: the origin is the maximum of the
+// first elements, unless that of all is far above it; then once more.
 template <bool capped, class T, class C = compute_t<T>>
 GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   const C low = -(C)__builtin_inf();
-  const auto max_of = [&](vec<C> v) { return capped ? cap_of<C>(splat(hmax<C>(v)), softcap)[0] : hmax<C>(v); };  // the cap grows with x
+  // the cap grows with x, so the largest logit is also the largest after it
+  const auto max_of = [&](vec<C> v) { return capped ? cap_of<C>(splat(hmax<C>(v)), softcap)[0] : hmax<C>(v); };
   constexpr int64_t some = 4 * lanes<C>;
   vec<C> top4[4] = {splat(low), splat(low), splat(low), splat(low)};
   for_groups<C>(n < some ? n : some, [&](int64_t i, int k, int64_t count) { top4[k] = load_any(x + i, count, low); });
@@ -256,7 +257,7 @@ GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
       vec<C> v = load_any(x + i, count, low);
       top4[k] = vmax(top4[k], v);
       v = (capped ? cap_of<C>(v, softcap) : v) - origin;
-      sum[k] += keep_first<C>(exp_limited<T>(v), count);
+      sum[k] += keep_first<C>(exp_limited(v), count);  // lse is float32 for 16-bit logits too
       distance[k] += keep_first<C>(v, count);
     });
     top = max_of(max_of_4(top4));

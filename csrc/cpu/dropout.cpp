@@ -47,7 +47,7 @@ template <class T>
 GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& of_call) {
   typedef compute_t<T> C;
   constexpr int64_t block = 8 * lanes<float>;
-  const gk::Philox philox = of_call;  // which no store to y can change
+  const gk::Philox philox = of_call;  // a copy, which for all the compiler knows no store to y changes
   const C keep = philox.keep_scale;
   uint16_t random[block];
   for (int64_t j0 = 0; j0 < N; j0 += block) {

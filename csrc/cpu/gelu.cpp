@@ -103,7 +103,7 @@ GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    store_any(y + i, v * (tanh ? reciprocal<T>((C)1 + gelu_exp<T, vec<C>, C>(v)) : normal_cdf(v, gelu_gauss<T, vec<C>, C>(v))), n);
+    store_any(y + i, v * (tanh ? reciprocal<T>((C)1 + gelu_exp<T, vec<C>, C>(v)) : normal_cdf<T>(v, gelu_gauss<T, vec<C>, C>(v))), n);
   });
 }
 
@@ -119,7 +119,7 @@ GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, i
       slope = (v < 0 ? q : p) + v * p * q * (gelu_a<C> + 3 * gelu_b<C> * v * v);
     } else {
       const vec<C> gauss = gelu_gauss<T, vec<C>, C>(v);
-      slope = normal_cdf(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
+      slope = normal_cdf<T>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
     }
     const vec<C> d = load_any(dy + i, n) * slope;
     store_any(dx + i, d, n);

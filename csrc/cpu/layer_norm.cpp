@@ -167,7 +167,7 @@ GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, con
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
       prefetch(dy + N + i), prefetch(x + N + i);
       const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
-      const vec<C> g = w ? GK_ROUNDED(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
+      const vec<C> g = w ? rounded(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
       const vec<C> d_x = (g - mean_g - x_hat * mean_gx) * rs;
       streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });

@@ -14,8 +14,8 @@ GK_INLINE vu lane_index() {
 // The values of one vector of column groups, eight to each lane, in order: out[8 * lanes], of which only the first
 // `groups` groups are written. Counter: (group, row, plane, offset), key: seed.
 //
-// Products of 32-bit words are 64 bits wide, so the lanes are worked on in two halves, a word in the low part of each 64 bits and
-// what is left of a product above it. Which lane stands where is chosen such that the words come together in order at the end.
+// Products of 32-bit words are 64 bits wide: the lanes are worked on in two halves, a word in the low part of each 64 bits, what
+// is left of a product above it. Which lane stands where is chosen such that the words come together in order at the end.
 GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, uint32_t plane, const gk::Philox& philox) {
   constexpr int W = lanes<float>;
   uint64_t words[2 * W];

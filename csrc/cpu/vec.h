@@ -193,15 +193,16 @@ template <> GK_INLINE vf load_bools<float>(const bool* p, int64_t count) {
 
 // ---- arithmetic ----
 
-// a product's own rounding, where a difference must come out as 0: without it the compiler may fuse the two
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-#define GK_ROUNDED(product) __builtin_assoc_barrier(product)
+// A product with its own rounding, where a difference must come out as 0: the compiler would fuse the two. (GCC's
+// __builtin_assoc_barrier does the same, one element after another.)
+template <class V> GK_INLINE V rounded(V product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
 #endif
-#endif
-#ifndef GK_ROUNDED
-#define GK_ROUNDED(product) (product)
-#endif
+  return product;
+}
 
 template <class V> GK_INLINE V vmax(V a, V b) { return a > b ? a : b; }  // a NaN in b survives
 template <class V> GK_INLINE V vmin(V a, V b) { return a < b ? a : b; }
@@ -285,7 +286,8 @@ GK_INLINE vf exp(vf x) {
 // e^x for x <= 80 as softmax needs it, a maximum taken off: what is below 2^-126 becomes 0. Without the range checks of exp2:
 // n stands in the last bits of x + 1.5 2^23 and is added to the exponent.
 template <class T = float> GK_INLINE vf exp_limited(vf x) {
-  const vf magic = splat(12582912.f), shifted = x * 1.44269504f + magic, n = shifted - magic, y = exp2_fraction<T>(x * 1.44269504f - n);
+  const vf magic = splat(12582912.f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const vf y = exp2_fraction<T>(x * 1.44269504f - n);
   return x <= -87.3365f ? vf{} : bits_as<vf>(bits_as<vi>(y) + (bits_as<vi>(shifted) << 23));  // NaN stays
 }
 // A sum of e^(x - origin) with the first few elements' maximum for origin keeps float's accuracy up to this far below the true
@@ -315,8 +317,8 @@ GK_INLINE vf tanh(vf x) {
 // The standard normal distribution function, given gauss = exp(-x^2 / 2), which its derivative needs as well:
 // erfc(|x| / sqrt 2) / 2 = gauss P(t), t = 1 / (1 + |x| / 2), P fitted to an absolute error of 3e-8 (Abramowitz and Stegun
 // 7.1.26 is of this form).
-GK_INLINE vf normal_cdf(vf x, vf gauss) {
-  const vf t = 2.f / (2.f + vabs(x));
+template <class T = float> GK_INLINE vf normal_cdf(vf x, vf gauss) {
+  const vf t = reciprocal<T>(1.f + 0.5f * vabs(x));
   vf p = splat(-4.795330753e-2f);
   p = p * t + 2.306086126e-1f;
   p = p * t - 3.939418775e-1f;
@@ -327,7 +329,7 @@ GK_INLINE vf normal_cdf(vf x, vf gauss) {
   const vf beyond = p * t * gauss;
   return x < 0 ? beyond : 1.f - beyond;
 }
-GK_INLINE vd normal_cdf(vd x, vd) {
+template <class T = double> GK_INLINE vd normal_cdf(vd x, vd) {
   for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
   return x;
 }
