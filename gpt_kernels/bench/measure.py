@@ -72,6 +72,7 @@ class Settings:
     targets: Sequence[str] = ("all",)
     quick: bool = False
     huge: bool = False
+    reuse: bool = False
     device: str = "auto"  # which run.py settles
     threads: int | None = None
     dtypes: Sequence[str] = ("float32", "bfloat16")
@@ -487,6 +488,8 @@ def configure(settings: Settings) -> None:
 
     torch._functorch.config.donated_buffer = False  # else a compiled forward allows one backward only, and "bwd" repeats it
     torch._inductor.config.compile_threads = 1  # no compiler processes beside the timing
+    if settings.reuse:
+        gpt_kernels.reuse_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_default_device(settings.device)
