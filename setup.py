@@ -95,7 +95,7 @@ def gpus_archs():
     said = subprocess.run(query, capture_output=True, text=True).stdout if smi else ""
     present = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.M)}
     # code runs on later ones of its generation, but for an `a`; all others get the PTX of the oldest
-    number = {a: int(a.rstrip("a")) for a in CUDA_ARCHS.split()}
+    number = {a: number_of(a) for a in CUDA_ARCHS.split()}
     serves = {gpu: [a for a, n in number.items() if n == gpu or (a.isdigit() and n // 10 == gpu // 10 and n < gpu)]
               for gpu in present if gpu >= min(number.values())}  # fmt: skip
     return sorted({found[-1] if found else min(number, key=number.get) for found in serves.values()}, key=number.get)
@@ -105,18 +105,23 @@ def cuda_archs():
     """Machine code for each, and the PTX of the oldest: every GPU since runs it, also those that a newer one leaves out."""
     named = os.environ.get("GPT_KERNELS_CUDA_ARCHS") or (CUDA_ARCHS if os.environ.get("GPT_KERNELS_BUILD") == "cuda" else "")
     archs = named.split() or gpus_archs()
-    return [*(f"sm_{a}" for a in archs), f"compute_{min(int(a.rstrip('af')) for a in archs)}"] if archs else []
+    return [*(f"sm_{a}" for a in archs), f"compute_{min(map(number_of, archs))}"] if archs else []
 
 
-def gencodes():
-    """nvcc's options. Its passes down to PTX take most of the time: one serves 80, 86 and 89, each `a` has its own."""
-    families = {}
+def gencodes(source):
+    """nvcc's options. Its passes down to PTX take most of the time: one serves every architecture, but where the source chooses
+    tiles by architecture one serves 80, 86 and 89, and each `a` has its own."""
+    by_arch, families = "tile_arch" in source.read_text(), {}
     for code in cuda_archs():
         number = code.partition("_")[2]
-        families.setdefault(number[:-1] if number.isdigit() else number, []).append(code)
-    return [
-        f"-gencode=arch={min(codes).replace('sm', 'compute')},code=[{','.join(codes)}]" for codes in families.values()
-    ]  # fmt: skip
+        family = (number[:-1] if number.isdigit() else number) if by_arch else "all"
+        families.setdefault(family, []).append(code if by_arch else code.rstrip("af"))
+    oldest = {family: min((c.partition("_")[2] for c in codes), key=number_of) for family, codes in families.items()}
+    return [f"-gencode=arch=compute_{oldest[family]},code=[{','.join(codes)}]" for family, codes in families.items()]
+
+
+def number_of(arch):
+    return int(arch.rstrip("af"))
 
 
 SIMULATORS = ("sim", "sim_tsan", "sim_asan")
@@ -157,7 +162,7 @@ class BuildKernels(build_ext):
         if kind == "cuda":
             host = ",".join([*maps, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
             compilers[".cu"] = [
-                "-std=c++17", "-O3", *gencodes(), "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
+                "-std=c++17", "-O3", "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
             libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -172,7 +177,7 @@ class BuildKernels(build_ext):
             link = [*sanitizer, "-Wl,--version-script=exports.map"]
         rules = [f"cxx = {find_compiler()}"]
         for suffix, words in compilers.items():
-            compiler = "$nvcc" if suffix == ".cu" and kind == "cuda" else "$cxx"
+            compiler = "$nvcc $gencodes" if suffix == ".cu" and kind == "cuda" else "$cxx"
             rules += [
                 f"rule compile{suffix}",
                 f"  command = {compiler} {shell(*words)} -MMD -MF $out.d -c $in -o $out",
@@ -190,10 +195,10 @@ class BuildKernels(build_ext):
         objects = [
             f"{kind}_{pathlib.Path(s).stem}.o" if s.endswith(".cpp") else f"{pathlib.Path(s).stem}.o" for s in ext.sources
         ]
-        rules += [
-            f"build {o}: compile{pathlib.Path(s).suffix} {escape((ROOT / s).resolve())}"
-            for o, s in zip(objects, ext.sources, strict=True)
-        ]
+        for o, s in zip(objects, ext.sources, strict=True):
+            rules.append(f"build {o}: compile{pathlib.Path(s).suffix} {escape((ROOT / s).resolve())}")
+            if kind == "cuda":
+                rules.append(f"  gencodes = {shell(*gencodes(ROOT / s))}")
         rules += [f"build {escape(target)}: link {' '.join(objects)}", ""]
         (build / "build.ninja").write_text("\n".join(rules))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -212,6 +217,10 @@ def shell(*words):
 def escape(path):
     """A path for a ninja build line."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def size(path):
+    return path.stat().st_size
 
 
 def ninja():
@@ -235,7 +244,8 @@ setup(
     ext_modules=[
         Extension(
             library_name(kind),
-            sorted(str(p.relative_to(ROOT)) for pattern in SOURCES[kind] for p in ROOT.glob(pattern)),
+            # the largest first: it takes longest
+            [str(p.relative_to(ROOT)) for pattern in SOURCES[kind] for p in sorted(ROOT.glob(pattern), key=size, reverse=True)],
             optional=kind == "cuda" and os.environ.get("GPT_KERNELS_BUILD") != "cuda",  # Triton serves the GPU then
         )
         for kind in libraries

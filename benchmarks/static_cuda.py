@@ -87,11 +87,13 @@ def version() -> str:
 
 def compile_source(path: pathlib.Path, arch: str) -> bytes:
     """A cubin. Raises RuntimeError with nvcc's words; a warning is an error."""
-    virtual = "compute_80" if arch.startswith("sm_8") else TARGETS[arch].replace("sm", "compute")  # as setup.py does
+    # as setup.py does
+    own = not arch.startswith("sm_8") and "tile_arch" in path.read_text()
+    virtual, real = (TARGETS[arch].replace("sm", "compute"), TARGETS[arch]) if own else ("compute_80", arch)
     torch = pathlib.Path(find_spec("torch").origin).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         command = [
-            NVCC, "-std=c++17", "-O3", f"-gencode=arch={virtual},code={TARGETS[arch]}", "-cubin", "-Werror", "all-warnings",
+            NVCC, "-std=c++17", "-O3", f"-gencode=arch={virtual},code={real}", "-cubin", "-Werror", "all-warnings",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
             "-isystem", str(torch / "include"), str(path), "-o", cubin.name,
         ]  # fmt: skip

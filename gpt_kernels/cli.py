@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("targets", nargs="*", metavar="TARGET", default=["all"], help="what to measure")
     bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter timing: a few minutes")
     bench.add_argument("--huge", action="store_true", help="also the largest sizes, of several GB")
+    bench.add_argument(
+        "--reuse", action="store_true", help="with gpt_kernels.reuse_memory(), for every variant: no fresh pages in a call"
+    )
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     bench.add_argument("--threads", type=_positive, help="torch's threads (otherwise its own choice)")
     dtypes = "the first everywhere, all of them in the main cases"

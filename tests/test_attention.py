@@ -378,7 +378,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < 200 * 1024  # KiB
 
 
-@pytest.mark.parametrize("far, rows", [(2**31 + 64, 2), (2**30 + 64, 3)])
+@pytest.mark.parametrize("far, rows", [(2**31 + 64, 2), (2**30 + 64, 3), (2**24 + 64, 130)])
 def test_strides_beyond_32_bits(far, rows):
     """Rows so far apart that the last one lies 2^31 elements away; only the pages that are used take memory."""
     torch.use_deterministic_algorithms(False)  # or the whole allocation would be filled with NaN

@@ -151,7 +151,7 @@ def test_a_gpu_gets_cuda_kernels_of_its_own(source, tmp_path):
 
 
 @needs_compiler
-def test_where_nvcc_fails_triton_serves_the_gpu(source, tmp_path):
+def test_where_nvcc_fails_the_other_kernels_are_installed(source, tmp_path):
     fake(tmp_path / "bin", "nvidia-smi", "echo 12.0")
     path = fake(tmp_path / "bin", "nvcc", "echo too old >&2; exit 1")
     python = make_venv(tmp_path / "venv")

@@ -290,6 +290,23 @@ def built(build):
     subprocess.run(command, cwd=ROOT, env={**os.environ, "GPT_KERNELS_BUILD": build}, check=True)
 
 
+def relinked(build, changed, folder):
+    """A library of that build in which some sources are compiled by a changed command: {source's stem: command -> command}."""
+    built(build)
+    (at,) = ROOT.glob("build/temp*/sim")
+    said = subprocess.run(["ninja", "-t", "commands"], cwd=at, capture_output=True, text=True, check=True).stdout
+    *compiles, link = said.splitlines()
+    for stem, change in changed.items():
+        (command,) = (c for c in compiles if c.endswith(f"-o {stem}.o"))
+        new = f"{folder}/{stem}.o"
+        command = re.sub(r"-o \S+", f"-o {new}", re.sub(r"-MF \S+", f"-MF {new}.d", change(command)))
+        subprocess.run(command, shell=True, cwd=at, check=True)
+        link = re.sub(rf"(?<= ){stem}\.o", new, link)
+    library = folder / f"_cuda_{build}.so"
+    subprocess.run(re.sub(r"-o \S+", f"-o {library}", link), shell=True, cwd=at, check=True)
+    return str(library)
+
+
 def run_ops(env, *ops):
     command = [sys.executable, str(ROOT / "tests" / "sim" / "ops.py"), *ops]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
@@ -319,22 +336,30 @@ BARRIERS = {  # op: its file, and what stands before the barriers that are left 
 @pytest.mark.parametrize("op", BARRIERS)
 def test_an_op_without_a_barrier_is_reported(op, tmp_path):
     """The sanitizer's build of an op sees what is missing: its 0 reports mean something."""
-    built("sim_tsan")
     name, before = BARRIERS[op]
     source = ROOT / "csrc" / "cuda" / name
     text, count = re.subn(rf"({before})__syncthreads\(\);", r"\1", source.read_text())
     assert count
     (tmp_path / name).write_text(text)
-    (folder,) = ROOT.glob("build/temp*/sim")
-    *compiles, link = subprocess.run(
-        ["ninja", "-t", "commands"], cwd=folder, capture_output=True, text=True
-    ).stdout.splitlines()
-    (command,) = (c for c in compiles if c.endswith(f"-o {source.stem}.o"))
-    library = tmp_path / "_cuda_sim_tsan.so"
-    command = command.replace(f"-c {source}", f"-I {source.parent} -c {tmp_path / name}")
-    command = re.sub(r"-o \S+", f"-o {tmp_path}/op.o", re.sub(r"-MF \S+", f"-MF {tmp_path}/op.d", command))
-    link = re.sub(r"-o \S+", f"-o {library}", re.sub(rf"(?<= ){source.stem}\.o", f"{tmp_path}/op.o", link))
-    for step in (command, link):
-        subprocess.run(step, shell=True, cwd=folder, check=True)
-    done = run_ops({**environment("sim_tsan", "libtsan.so"), "GPT_KERNELS_SIM_LIBRARY": str(library)}, op)
+    changed = {source.stem: lambda command: command.replace(f"-c {source}", f"-I {source.parent} -c {tmp_path / name}")}
+    done = run_ops(
+        {**environment("sim_tsan", "libtsan.so"), "GPT_KERNELS_SIM_LIBRARY": relinked("sim_tsan", changed, tmp_path)}, op
+    )
     assert "WARNING: ThreadSanitizer: data race" in done.stderr, done.stderr[-3000:]
+
+
+# ---- the tiles of later architectures ----
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("sim builds")
+@pytest.mark.parametrize("arch", (90, 100))
+def test_attention_in_the_tiles_of(arch, tmp_path):
+    """What sm_90a and sm_100a are compiled with, exact on integers, with edges inside a tile and in any split."""
+    changed = dict.fromkeys(("attention", "attention_bwd"), lambda command: f"{command} -DGK_TILE_ARCH={arch}")
+    env = {**os.environ, "GPT_KERNELS_TEST_BACKEND": "cuda_sim", "GPT_KERNELS_SIM_LIBRARY": relinked("sim", changed, tmp_path)}
+    chosen = "integers_are_exact or edges or splits or tuned_and_general or bank_conflicts or schedules"
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_sim_attention.py", "-k", chosen, "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

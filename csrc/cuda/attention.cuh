@@ -28,9 +28,11 @@ namespace gk {
 
 constexpr float log2_e = 1.44269504f, infinity = INFINITY;
 
-// The GPU that code is compiled for, from which its tiles follow; the simulator's is the oldest.
+// The GPU that code is compiled for, from which its tiles follow; the simulator's is the oldest, or one that a test names.
 #ifdef __CUDA_ARCH__
 constexpr int tile_arch = __CUDA_ARCH__ / 10;
+#elif defined(GK_TILE_ARCH)
+constexpr int tile_arch = GK_TILE_ARCH;
 #else
 constexpr int tile_arch = 80;
 #endif
