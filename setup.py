@@ -160,7 +160,9 @@ class BuildKernels(build_ext):
         libraries = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"]
         compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
         if kind == "cuda":
-            host = ",".join([*maps, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
+            # nvcc gives these to a shell: a folder's name may have a space
+            quoted = [re.sub(r"=(.*)=", r'="\1"=', option) for option in maps]
+            host = ",".join([*quoted, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
             compilers[".cu"] = [
                 "-std=c++17", "-O3", "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",

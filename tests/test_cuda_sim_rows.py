@@ -119,6 +119,22 @@ def test_cuda_sim_rows_in_shared_memory(N):
     assert all(torch.equal(a, b) for a, b in zip(fwd(logits, target, *DEFAULTS, True), expected, strict=True))
 
 
+@pytest.mark.parametrize("op, parameters", (("layer_norm", 2), ("rms_norm", 1)))
+def test_cuda_sim_norms_of_more_rows_than_warps(op, parameters):
+    """A warp's weight gradient is of several rows, a block's of several warps."""
+    inputs = (torch.randn(120, 64), *(torch.randn(64) for _ in range(parameters)))
+    check_truth(getattr(gpt_kernels, op), lambda x, *p: getattr(torch.nn.functional, op)(x, (64,), *p), inputs, name=op)
+
+
+@pytest.mark.parametrize("N", (770, 776))
+def test_cuda_sim_dropout_of_more_elements_than_threads(N):
+    """A thread goes on by steps that begin in one row and end in another: the CPU's mask."""
+    x, rng_state = torch.ones(200, N), torch.tensor([5, 7])
+    y = gpt_kernels.dropout(x, 0.3, rng_state=rng_state)
+    with gpt_kernels.use_backend("cpu"):
+        assert torch.equal(y, gpt_kernels.dropout(x, 0.3, rng_state=rng_state))
+
+
 CALLS = {
     **{
         f"layer_norm {N}": lambda N=N: gradients("layer_norm", *map(torch.randn, ((9, N), (N,), (N,)))) for N in (33, 768, 2056)
