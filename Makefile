@@ -19,8 +19,9 @@ test-full: setup $(VENV)/.simulator
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -k triton $(or $(ARGS),tests) || [ $$? -eq 5 ]
 	GPT_KERNELS_TEST_BACKEND=cuda_sim $(BIN)/python -m pytest -n 2 --dist loadgroup -k cuda_sim $(or $(ARGS),tests) || [ $$? -eq 5 ]
+	$(if $(ARGS),,$(BIN)/python -m tests.mutants)
 
-mutants: setup
+mutants: setup $(VENV)/.simulator
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 # the ops under pytest-benchmark; `python -m gpt_kernels bench` is the command for people
