@@ -97,13 +97,14 @@ def test_what_cannot_be_is_said(capsys, workers, monkeypatch, tmp_path):
 
 
 def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
-    flags = "rms_norm sweep --quick --huge --reuse --device cpu --threads 3 --dtypes float16 --against liger,apex --backends reference"
+    flags = "rms_norm sweep --quick --huge --reuse --device cpu --threads 3 --dtypes float16 --against liger,apex"
+    flags += " --backends reference"
     assert cli.main(["bench", *flags.split(), "--no-compile", "--cases", "2", "--out", "here"]) == 0
     assert [(command, job["run"]) for command, job in workers[0]] == [("bench-worker", "rms_norm"), ("bench-worker", "sweep")]
     given = Settings(**workers[0][0][1]["settings"])
     assert dataclasses.asdict(given) == {
-        "targets": ["rms_norm", "sweep"], "quick": True, "huge": True, "reuse": True, "device": "cpu", "threads": 3, "dtypes": ["float16"],
-        "against": ["liger", "apex"], "backends": ["reference"], "compile": False, "cases": 2, "out": "here",
+        "targets": ["rms_norm", "sweep"], "quick": True, "huge": True, "reuse": True, "device": "cpu", "threads": 3,
+        "dtypes": ["float16"], "against": ["liger", "apex"], "backends": ["reference"], "compile": False, "cases": 2, "out": "here",
     }  # fmt: skip
     written = json.loads((tmp_path / "here" / "bench.json").read_text())
     assert written["command"] == f"python -m gpt_kernels bench {flags} --no-compile --cases 2", "all but --out, as it was typed"
