@@ -104,7 +104,8 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
     given = Settings(**workers[0][0][1]["settings"])
     assert dataclasses.asdict(given) == {
         "targets": ["rms_norm", "sweep"], "quick": True, "huge": True, "reuse": True, "device": "cpu", "threads": 3,
-        "dtypes": ["float16"], "against": ["liger", "apex"], "backends": ["reference"], "compile": False, "cases": 2, "out": "here",
+        "dtypes": ["float16"], "against": ["liger", "apex"], "backends": ["reference"], "compile": False, "cases": 2,
+        "out": "here",
     }  # fmt: skip
     written = json.loads((tmp_path / "here" / "bench.json").read_text())
     assert written["command"] == f"python -m gpt_kernels bench {flags} --no-compile --cases 2", "all but --out, as it was typed"
