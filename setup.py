@@ -142,6 +142,12 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext):
         return []
 
+    def run(self):
+        # what an earlier build has left there would be installed, too
+        for left in pathlib.Path(self.build_lib, "gpt_kernels").glob("*.so"):
+            left.unlink()
+        super().run()
+
     def build_extension(self, ext):
         torch = find_torch()
         if torch is None:
