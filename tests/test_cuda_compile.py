@@ -77,6 +77,14 @@ def test_no_ptx_outside_its_header():
             assert not re.search(r"\basm\b|__asm|_sync\(0x|__shfl_|__ballot|<<<", text), path.name
 
 
+def test_what_depends_on_the_architecture_says_so():
+    """setup.py and static_cuda take every file without tile_arch down to PTX once, for all architectures."""
+    for path in sorted(static_cuda.FOLDER.iterdir()):
+        text = path.read_text()
+        assert ("__CUDA_ARCH__" in text) == (path.name == "attention.cuh"), path.name
+        assert "tile_arch" in text or '#include "attention.cuh"' not in text, path.name
+
+
 def test_one_way_to_launch():
     for path in sorted(static_cuda.FOLDER.iterdir()):
         if path.name != "runtime.cu":

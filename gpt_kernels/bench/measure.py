@@ -2,7 +2,7 @@
 
 1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run ends with 1. Another
    variant that is wrong gets no number either, and the row says so;
-2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of a call is taken
+2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of two calls is taken
    (high-water mark of the process above what it held before; on a GPU that of torch's allocator);
 3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: back to back (warm),
    and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a model finds
@@ -445,8 +445,8 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
                 figures[name] = {"first": trial.first.get(name, first)}
                 begin = time.perf_counter()
                 # the lesser of two: what malloc has left in pieces only adds to it
-                marks = [peak_memory(variant.call) for _ in range(2)]
-                figures[name]["memory"] = None if None in marks else min(marks)  # type: ignore[type-var]
+                marks = [m for _ in range(2) if (m := peak_memory(variant.call)) is not None]
+                figures[name]["memory"] = min(marks, default=None)
                 about[name] = (time.perf_counter() - begin) / 2
         except Exception as error:  # only ours must work; the row says what became of the others
             if name == "ours":
