@@ -19,7 +19,7 @@ from op_checks import (
 
 from gpt_kernels import dropout, use_backend, use_isa
 from gpt_kernels.ops import dropout as module
-from gpt_kernels.ops.philox import dropout_threshold, philox_uint16
+from gpt_kernels.ops.philox import dropout_threshold, philox, philox_uint16
 
 RNG = torch.tensor([-987654321987654321, 3])
 
@@ -43,6 +43,45 @@ def test_against_float64(dtype, isa):
             x, residual = torch.randn(2, 3, n).to(dtype), torch.randn(2, 3, n).to(dtype)
             check_truth(ours, eager, (x,), name=f"{n}")
             check_truth(ours, eager, (x, residual), name=f"{n} with residual")
+
+
+# Random123's kat_vectors, philox4x32 of 7 rounds: counter and key -> words
+KNOWN = {
+    "00000000 00000000 00000000 00000000 00000000 00000000": "5f6fb709 0d893f64 4f121f81 4f730a48",
+    "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff": "5207ddc2 45165e59 4d8ee751 8c52f662",
+    "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0": "4dfccaba 190a87f0 c47362ba b6b5242a",
+}
+
+
+@pytest.mark.parametrize("given", KNOWN)
+def test_known_answers(given):
+    words = philox(*(torch.tensor(int(word, 16)) for word in given.split()))
+    assert " ".join(f"{int(word):08x}" for word in words) == KNOWN[given]
+
+
+@every_isa
+def test_known_answer_of_the_kernel(isa):
+    x, words = torch.ones(1, 8), [int(word, 16) for word in KNOWN["00000000 " * 5 + "00000000"].split()]
+    with use_isa(isa):
+        for column, value in enumerate(half for word in words for half in (word & 0xFFFF, word >> 16)):
+            # a value is kept at a threshold of its own and dropped at the next
+            at, above = (dropout(x, v / 65536, rng_state=torch.tensor([0, 0]))[0, column] for v in (value, value + 1))
+            assert at != 0 and above == 0
+
+
+def test_neighbours_are_uncorrelated():
+    values = philox_uint16(RNG, 1, 4, 256, 512)
+    pairs = {f"{d} columns": (values[..., d:], values[..., :-d]) for d in (1, 2, 4, 8)}
+    pairs |= {"rows": (values[:, :, 1:], values[:, :, :-1]), "planes": (values[:, 1:], values[:, :-1])}
+    pairs |= {
+        name: (values, philox_uint16(RNG + torch.tensor(step), 1, 4, 256, 512))
+        for name, step in {"seeds": (1, 0), "seeds' high words": (1 << 32, 0), "offsets": (0, 1)}.items()
+    }
+    for name, (a, b) in pairs.items():
+        for p in (0.01, 0.1, 0.5, 0.9):
+            dropped = torch.stack((a.flatten(), b.flatten())) < dropout_threshold(p)
+            # 5 standard deviations of a correlation of independent draws
+            assert abs(torch.corrcoef(dropped.double())[0, 1].item()) < 5 * a.numel() ** -0.5, f"{name}, p = {p}"
 
 
 def test_mask_is_the_same_on_every_isa_and_backend():

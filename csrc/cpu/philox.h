@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al. 2011), per target, after vec.h. One call gives four 32-bit words, that is eight 16-bit
+// Philox4x32-7 (Salmon et al. 2011), per target, after vec.h. One call gives four 32-bit words, that is eight 16-bit
 // values, to eight neighbouring columns; the mask is a function of (seed, offset) and the element's place alone, the
 // same on every backend. The specification: gpt_kernels/ops/philox.py.
 
@@ -25,7 +25,7 @@ GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, ui
     vq c0 = bits_as<vq>(__builtin_shuffle(group, place)), c1 = bits_as<vq>(__builtin_shuffle(row, place)), c2 = vq{} + plane,
        c3 = vq{} + philox.offset;
     uint32_t k0 = philox.seed[0], k1 = philox.seed[1];
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int round = 0; round < 7; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       const vq p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
       c0 = exclusive_or(p1 >> 32, c1, vq{} + k0), c1 = p1, c2 = exclusive_or(p0 >> 32, c3, vq{} + k1), c3 = p0;
     }

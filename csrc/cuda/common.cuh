@@ -167,7 +167,7 @@ template <bool block, int count> GK_DEVICE void row_sum(float (&v)[count]) {
   }
 }
 
-// ---- Philox4x32-10 (gpt_kernels/ops/philox.py): the same bits on every backend ----
+// ---- Philox4x32-7 (gpt_kernels/ops/philox.py): the same bits on every backend ----
 struct Philox {
   const int64_t* state;  // (seed, offset), read by the kernel: the launcher never waits for the GPU
   uint32_t drop_below;   // a 16-bit value below it is dropped
@@ -178,7 +178,7 @@ GK_DEVICE uint4 philox_8(uint64_t seed, uint32_t offset, uint32_t group, uint32_
   uint4 c = make_uint4(group, row, plane, offset);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+  for (int round = 0; round < 7; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     const uint64_t p0 = uint64_t(c.x) * 0xD2511F53u, p1 = uint64_t(c.z) * 0xCD9E8D57u;
     c = make_uint4(uint32_t(p1 >> 32) ^ c.y ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w ^ k1, uint32_t(p0));
   }

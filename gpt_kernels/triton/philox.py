@@ -1,4 +1,4 @@
-"""Philox4x32-10 in kernels: the specification is ops/philox.py, the bits are the same."""
+"""Philox4x32-7 in kernels: the specification is ops/philox.py, the bits are the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from ..ops.philox import dropout_threshold
+from ..ops.philox import ROUNDS, dropout_threshold
 from .common import check_device, check_dtype, fail
+
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
 def check_dropout(op: str, rng_state: Tensor | None, dropout_p: float, like: Tensor) -> tuple[int, float]:
@@ -35,7 +37,7 @@ def philox_words(rng_state, group, row, plane):
     zero = (group * 0 + row * 0).to(tl.uint32)
     return philox_impl(
         zero + group.to(tl.uint32), zero + row.to(tl.uint32), zero + plane.to(tl.uint32), zero + offset,
-        seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
+        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), n_rounds=PHILOX_ROUNDS,
     )  # fmt: skip
 
 
