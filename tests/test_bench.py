@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ import bench_tools
 import pytest
 import torch
 
-from gpt_kernels import cache, cli
+from gpt_kernels import cache, cli, worker
 from gpt_kernels.bench import environment, measure, plots, report, run
 from gpt_kernels.bench.measure import Settings
 from gpt_kernels.cli import UserError
@@ -206,7 +207,11 @@ def test_worker(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda case, direction, limits, settings: {"shape": case.shape, "limits": limits})
     assert run.worker("job") == 0
     assert [next(iter(f)) for f in sent] == ["environment", "doing", "row", "doing", "row"]
-    assert sent[2]["row"] == {"target": "rms_norm", "shape": "1x64", "limits": {"copy": 1.0, "gemm": 1.0}}
+    assert sent[2] == {"row": {"target": "rms_norm", "shape": "1x64", "limits": {"copy": 1.0, "gemm": 1.0}}}
+    sent.clear()
+    monkeypatch.setattr(run, "start", lambda path: ({"run": "gpt", "settings": {}}, lambda **f: sent.append(f)))
+    assert run.worker("job") == 0
+    assert [f["apart"] for f in sent if "row" in f] == [0, 1], "whose memory is asked for by these numbers"
 
 
 # ---- memory of whole models, each variant in a process of its own ----
@@ -277,6 +282,38 @@ def test_interrupted_between_a_models_time_and_its_memory(workers, alone):
     assert cli.main(["bench", "gpt", "gelu"]) == 130
     (row,) = written()["rows"]
     assert written()["interrupted"] and [v["memory"] for v in row["variants"].values()] == [2 << 20, None]
+
+
+def test_an_interrupt_ends_the_process_that_measures_memory(workers, monkeypatch):
+    targets, started = run.events, []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            started.append(self)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def events(command, job, folder):
+        return (worker.events if "variant" in job else targets)(command, job, folder)
+
+    monkeypatch.setattr(run, "events", events)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("PYTHONPATH", str(environment.ROOT))
+    workers[1]["gpt"] = [apart(0)]
+    assert cli.main(["bench", "gpt", "gelu"]) == 130
+    assert [p.returncode for p in started] == [-signal.SIGKILL] and len(written()["rows"]) == 1
+
+
+@pytest.mark.slow
+def test_memory_of_a_model_for_real(tmp_path):
+    pytest.importorskip("transformers")
+    done = process(tmp_path / "out", "gpt", "--threads", "1")
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    (row,) = run.load(tmp_path / "out" / "bench.json")["rows"]
+    memory = {name: v["memory"] for name, v in row["variants"].items()}
+    assert not row["absent"] and memory.keys() == {"eager", "ours", "GPT"}
+    assert measure.peak_memory(lambda: None) is None or 20 << 20 < memory["ours"] < memory["eager"]
 
 
 def test_worker_of_one_variant(monkeypatch):

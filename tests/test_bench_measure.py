@@ -319,15 +319,20 @@ def test_limits_are_sampled_among_the_rounds(monkeypatch):
 
 
 def test_what_is_around_a_call_is_not_timed(monkeypatch):
-    clock = Clock(monkeypatch)
+    clock, inside = Clock(monkeypatch), []
 
     @contextlib.contextmanager
     def around():
         clock.now += 100.0
+        inside.append(True)
         yield
+        inside.pop()
 
-    assert interleaved({"a": clock.variant("a", 1.0, around=around)}, 0.3)["a"] == [1.0] * 5
-    samples = interleaved({"a": clock.variant("a", 0.1, around=around)}, 0.3, beside={"copy": lambda: None})
+    def call():
+        assert inside, "each call, timed or not"
+        clock.now += 0.1
+
+    samples = interleaved({"a": Variant(call, around=around)}, 0.3, beside={"copy": lambda: None})
     assert samples["a"] == pytest.approx([0.1] * 9) and samples["copy"] == [0.0] * 9
 
 

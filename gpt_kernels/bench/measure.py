@@ -12,9 +12,9 @@ The limits are copy bandwidth and the rate of a matrix product in the case's dty
 minute hits them too, so the one that bounds the row (both, where either may) is sampled again among the row's own rounds,
 evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. On a CPU such a sample opens a
 round, and an untimed call of eager comes before the timed one: what the copy did to the caches is charged to no variant. A call
-slower than SLOW goes without, no cache holds what it needs; on a GPU every call has its own caches overwritten. Tiny
-rows, which neither limit bounds, keep those of their case. Share of the limit is the least time that the bytes and flops of the
-op's cost function need at these limits, over the time of ours; above 100 % the data came from cache.
+slower than SLOW goes without, no cache holds what it needs; nor does a GPU need it, where every call has caches overwritten for
+it. Tiny rows, which neither limit bounds, keep those of their case. Share of the limit is the least time that the bytes and
+flops of the op's cost function need at these limits, over the time of ours; above 100 % the data came from cache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
 SLOW = 0.5  # seconds per call, from which on there are fewer rounds
 COLD_ROUNDS = 5
 LIMIT_SAMPLES = 9  # among a row's rounds: a copy beyond cache takes longer than most of what is compared with it
-NEAR = 4  # within this factor of the limit that bounds, the other may bound by the time of the row: they can jump by three
+NEAR = 3  # within this factor of the limit that bounds, the other may bound when the row is timed: shared machines drift so far
 MOST_SAMPLES = 32  # kept of a variant, for bench diff
 
 
