@@ -68,9 +68,7 @@ class ModelCase:
     shape: str
     directions: tuple[str, ...]
     start: Callable[[ModelCase], tuple[Any, torch.Tensor]]  # a model from its seed, and its tokens: the same in every process
-    variant: Callable[
-        [ModelCase, str, Any, torch.Tensor], Variant
-    ]  # what becomes of that model, which is then no longer eager's
+    variant: Callable[[ModelCase, str, Any, torch.Tensor], Variant]  # made of that model, which it may change
     make: Callable[[ModelCase, Settings], Trial]
     main: bool = True
     length: int | None = None
