@@ -125,7 +125,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
 
     const auto read = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT;
-      if (t[m] != ignore_index) segment(parts + (m * segments + s) * PART, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap);
+      if (t[m] != ignore_index) segment(parts + (m * segments + s) * PART, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap,
+                                           o.smoothing != 0);
     };
     const auto finish = [&](int64_t m) {
       if (t[m] == ignore_index) rows[m] = z_rows[m] = row_max[m] = log_sum[m] = 0;
@@ -240,9 +241,9 @@ template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& 
   for (int k = 0; i < n; i += L, k++) body(i, k, n - i < L ? n - i : L);
 }
 
-// out = (max, origin, sum of exp(x - origin), sum of x - origin) over n classes. One pass: the origin is the maximum of the
-// first elements, unless that of all is far above it; then once more.
-template <bool capped, class T, class C = compute_t<T>>
+// out = (max, origin, sum of exp(x - origin), sum of x - origin where there is smoothing) over n classes. One pass: the origin is
+// the maximum of the first elements, unless that of all is far above it; then once more.
+template <bool capped, bool smoothed, class T, class C = compute_t<T>>
 GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   const C low = -(C)__builtin_inf();
   // the cap grows with x, so the largest logit is also the largest after it
@@ -257,8 +258,8 @@ GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
       vec<C> v = load_any(x + i, count, low);
       top4[k] = vmax(top4[k], v);
       v = (capped ? cap_of<C>(v, softcap) : v) - origin;
-      sum[k] += keep_first<C>(exp_limited(v), count);  // lse is float32 for 16-bit logits too
-      distance[k] += keep_first<C>(v, count);
+      sum[k] += keep_first<C>(exp_limited<T, 5>(v), count);  // lse is float32 for 16-bit logits too
+      if constexpr (smoothed) distance[k] += keep_first<C>(v, count);
     });
     top = max_of(max_of_4(top4));
     if (top - start > far_above<C>) continue;
@@ -267,8 +268,10 @@ GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   }
 }
 template <class T, class C = compute_t<T>>
-GK_KERNEL void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap) {
-  softcap ? segment_of<true>(out, x, n, softcap) : segment_of<false>(out, x, n, softcap);
+GK_KERNEL void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap, bool smoothed) {
+  const auto of = softcap ? (smoothed ? segment_of<true, true, T> : segment_of<true, false, T>)
+                          : (smoothed ? segment_of<false, true, T> : segment_of<false, false, T>);
+  of(out, x, n, softcap);
 }
 
 // The row's loss and lse from its segments' parts; scalar work, in double.

@@ -87,15 +87,20 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 namespace GK_TARGET {
 
-// tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e^-2u), 2u = v (a + b v^2): one exponential, and no cancellation
+// tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e), e = e^-2u, 2u = v (a + b v^2): one exponential, and no cancellation
 // where tanh u is close to -1
 template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;  // 2 sqrt(2/pi)
 template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
+// 9e-5 is a 23rd of what rounding to bf16 may cost
+template <class T> constexpr int gelu_degree = __is_same(T, bf16) ? 3 : exp_degree<T>;
 template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
-template <class T, class V, class C> GK_INLINE V gelu_exp(V v) {  // e^-2u
-  return exp2<T>(v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * v * v));
+template <class C, class V> GK_INLINE V gelu_log2_e(V v) { return v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * (v * v)); }
+template <class T, class C, class V> GK_INLINE V gelu_gauss(V v) { return exp2<T, gelu_degree<T>>((C)-0.5 * log2_e<C> * v * v); }
+
+template <class T, class C, class V> GK_INLINE V normal_cdf(V v, V gauss) {
+  const V tail = normal_tail<T>(v, gauss);
+  return v < 0 ? tail : 1 - tail;
 }
-template <class T, class V, class C> GK_INLINE V gelu_gauss(V v) { return exp2<T>((C)-0.5 * log2_e<C> * v * v); }
 
 // v = x + b;  y = v s(v) or v cdf(v)
 template <class T, class P, bool tanh, class C = compute_t<T>>
@@ -103,23 +108,24 @@ GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    store_any(y + i, v * (tanh ? reciprocal<T>((C)1 + gelu_exp<T, vec<C>, C>(v)) : normal_cdf<T>(v, gelu_gauss<T, vec<C>, C>(v))), n);
+    v *= tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v));
+    store_any(y + i, v, n);
   });
 }
 
-// tanh form: dx = dy (s + v s (1 - s) (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
+// tanh form: dx = dy s (1 + (1 - s) v (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
 template <class T, class P, bool tanh, class C = compute_t<T>>
 GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N) {
   for_vectors<C>(N, [&](int64_t i, int64_t n) {
     vec<C> v = load_any(x + i, n), slope;
     if (b) v += load_any(b + i, n);
     if constexpr (tanh) {
-      // p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
-      const vec<C> e = gelu_exp<T, vec<C>, C>(vabs(v)), p = reciprocal<T>((C)1 + e), q = e * p;
-      slope = (v < 0 ? q : p) + v * p * q * (gelu_a<C> + 3 * gelu_b<C> * v * v);
+      // q = 1 - s as e s, without the subtraction, which v (a + 3 b v^2) would magnify; 1 where that is inf * 0, a NaN
+      const vec<C> e = exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v)), s = reciprocal<T>((C)1 + e), q = vmin(e * s, splat<C>(1));
+      slope = s * (1 + q * (v * (gelu_a<C> + 3 * gelu_b<C> * (v * v))));
     } else {
-      const vec<C> gauss = gelu_gauss<T, vec<C>, C>(v);
-      slope = normal_cdf<T>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
+      const vec<C> gauss = gelu_gauss<T, C>(v);
+      slope = normal_cdf<T, C>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
     }
     const vec<C> d = load_any(dy + i, n) * slope;
     store_any(dx + i, d, n);

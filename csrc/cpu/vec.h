@@ -230,65 +230,71 @@ template <class C> GK_INLINE C hsum4(const vec<C>* v) { return hsum<C>((v[0] + v
 template <class V> GK_INLINE V max_of_4(const V* v) { return vmax(vmax(v[0], v[1]), vmax(v[2], v[3])); }
 template <class C> GK_INLINE C hmax(vec<C> v) { return join_lanes<lanes<C> / 2>(v, Max())[0]; }
 
-// 2^x and e^x: n + r = x log2(e) with n an integer and |r| <= 1/2, then 2^r as a polynomial (relative error 2e-9, of a result
-// that is stored as a 16-bit T 3e-6) times 2^n. Results run from the subnormals to inf; NaN stays NaN.
-GK_INLINE vf round_nearest(vf x) {
+// 2^x and e^x: n + r = x or x log2(e) with n an integer and 0 <= r <= 1, then 2^r as a polynomial times 2^n. The polynomial is 1
+// at 0; of degree 6 it is off by 2e-9 of the result, of 5 by 8e-8, of 4, for what is stored in 16 bits, by 3e-6, of 3 by 9e-5.
+// Results run from the subnormals to inf; NaN stays NaN.
+template <class T> constexpr int exp_degree = sizeof(T) == 2 ? 4 : 6;
+GK_INLINE vf floor_of(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);
+  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 9);
+#elif GK_X86_TARGETS && GK_BYTES == 32
+  return (vf)_mm256_floor_ps((__m256)x);
 #else
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1
-  return (x + magic) - magic;
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1. May be the integer above x where x is one too:
+  return (x - 0.5f + magic) - magic;   // then r is 1
 #endif
 }
-template <class T = float> GK_INLINE vf exp2_fraction(vf r) {
-  vf y;
-  if constexpr (sizeof(T) == 2) {
-    y = splat(9.58285300945e-3f);
-    y = y * r + 5.59064272674e-2f;
-    y = y * r + 2.40240986290e-1f;
-    y = y * r + 6.93124193076e-1f;
-  } else {
-    y = splat(1.54614446986e-4f);
-    y = y * r + 1.34004281776e-3f;
-    y = y * r + 9.61805667852e-3f;
-    y = y * r + 5.55032722667e-2f;
-    y = y * r + 2.40226509223e-1f;
-    y = y * r + 6.93147206703e-1f;
-  }
+template <int degree> GK_INLINE vf exp2_fraction(vf r) {
+  constexpr float c[4][6] = {{6.95116787e-1f, 2.27644991e-1f, 7.70670425e-2f},
+                             {6.93044845e-1f, 2.41280206e-1f, 5.22424715e-2f, 1.34266856e-2f},
+                             {6.93151312e-1f, 2.40164446e-1f, 5.57999222e-2f, 9.01702204e-3f, 1.86713273e-3f},
+                             {6.93147045e-1f, 2.40229299e-1f, 5.54853056e-2f, 9.67541439e-3f, 1.24680486e-3f, 2.16126801e-4f}};
+  vf y = splat(c[degree - 3][degree - 1]);
+  for (int i = degree - 1; i > 0; i--) y = y * r + c[degree - 3][i - 1];
   return y * r + 1.f;
 }
-template <class T = float> GK_INLINE vf exp2_of_parts(vf n, vf r) {
-  const vf y = exp2_fraction<T>(r);
+template <int degree> GK_INLINE vf exp2_of_parts(vf n, vf r) {
+  const vf y = exp2_fraction<degree>(r);
 #if GK_X86_TARGETS && GK_BYTES == 64
-  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)n);  // 2^floor(n)
 #else
   // two factors, since 2^n itself may be below the smallest or above the largest float
   const vi k = __builtin_convertvector(n == n ? n : splat(0.f), vi), half = k >> 1;
   return y * bits_as<vf>((half + 127) << 23) * bits_as<vf>((k - half + 127) << 23);
 #endif
 }
-template <class T = float> GK_INLINE vf exp2(vf x) {
+template <class T = float, int degree = exp_degree<T>> GK_INLINE vf exp2(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  const vf r = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 8);  // 0 of an infinity
-  return exp2_of_parts<T>(x - r, r);
+  return exp2_of_parts<degree>(x, (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 9));  // r = x - floor(x), 0 of an infinity
 #else
   x = vmin(splat(130.f), vmax(splat(-152.f), x));
-  const vf n = round_nearest(x);
-  return exp2_of_parts<T>(n, x - n);
+  const vf n = floor_of(x);
+  return exp2_of_parts<degree>(n, x - n);
 #endif
 }
 GK_INLINE vf exp(vf x) {
   // r = (x - n ln2) log2(e), ln2 in two parts: x log2(e) - n alone would lose the last bits of a large x
   x = vmin(splat(90.f), vmax(splat(-105.f), x));
-  const vf n = round_nearest(x * 1.44269504f);
-  return exp2_of_parts(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
+  const vf n = floor_of(x * 1.44269504f);
+  return exp2_of_parts<6>(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
 }
-// e^x for x <= 80 as softmax needs it, a maximum taken off: what is below 2^-126 becomes 0. Without the range checks of exp2:
-// n stands in the last bits of x + 1.5 2^23 and is added to the exponent.
-template <class T = float> GK_INLINE vf exp_limited(vf x) {
-  const vf magic = splat(12582912.f), shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const vf y = exp2_fraction<T>(x * 1.44269504f - n);
-  return x <= -87.3365f ? vf{} : bits_as<vf>(bits_as<vi>(y) + (bits_as<vi>(shifted) << 23));  // NaN stays
+// e^x for x <= 80 as softmax needs it, a maximum taken off: without exp2's care for results beyond the range, n is added to the
+// exponent, and what is below 2^-126 becomes 0 (of a 16-bit T it may stay).
+template <class T = float, int degree = exp_degree<T>> GK_INLINE vf exp_limited(vf x) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  if constexpr (sizeof(T) == 2) return exp2<T, degree>(x * 1.44269504f);
+  // rounded down to where the last bit of 1.5 * 2^23 is worth 1: n, as a float and as an integer
+  const vf magic = splat(12582912.f);
+  const vf shifted = (vf)_mm512_maskz_fmadd_round_ps(0xffff, (__m512)x, _mm512_set1_ps(1.44269504f), (__m512)magic,
+                                                     _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const vf n = shifted - magic;
+  const vi power = bits_as<vi>(shifted) << 23;
+#else
+  const vf n = floor_of(x * 1.44269504f);
+  const vi power = __builtin_convertvector(n, vi) << 23;
+#endif
+  const vf y = exp2_fraction<degree>(x * 1.44269504f - n);
+  return x <= -87.3365f ? vf{} : bits_as<vf>(bits_as<vi>(y) + power);  // NaN stays
 }
 // A sum of e^(x - origin) with the first few elements' maximum for origin keeps float's accuracy up to this far below the true
 // maximum, so that maximum and sum take one pass.
@@ -314,23 +320,32 @@ GK_INLINE vf tanh(vf x) {
   return a < 0.625f ? p : large;
 }
 
-// The standard normal distribution function, given gauss = exp(-x^2 / 2), which its derivative needs as well:
-// erfc(|x| / sqrt 2) / 2 = gauss P(t), t = 1 / (1 + |x| / 2), P fitted to an absolute error of 3e-8 (Abramowitz and Stegun
-// 7.1.26 is of this form).
-template <class T = float> GK_INLINE vf normal_cdf(vf x, vf gauss) {
-  const vf t = reciprocal<T>(1.f + 0.5f * vabs(x));
-  vf p = splat(-4.795330753e-2f);
-  p = p * t + 2.306086126e-1f;
-  p = p * t - 3.939418775e-1f;
-  p = p * t + 1.838505251e-1f;
-  p = p * t + 1.293441268e-1f;
-  p = p * t + 1.980829209e-1f;
-  p = p * t + 2.000089698e-1f;
-  const vf beyond = p * t * gauss;
-  return x < 0 ? beyond : 1.f - beyond;
+// The standard normal distribution's tail beyond |x|, given gauss = exp(-x^2 / 2), which the derivative needs as well:
+// erfc(|x| / sqrt 2) / 2 = gauss t P(t), t = 1 / (1 + c |x|) (Abramowitz and Stegun 7.1.26 is of this form), P fitted to an absolute
+// error of 3e-8, for a result that is stored as bf16 to a relative one of 5e-5.
+template <class T = float> GK_INLINE vf normal_tail(vf x, vf gauss) {
+  vf p, t;
+  if constexpr (__is_same(T, bf16)) {
+    t = reciprocal<T>(1.f + 0.255f * vabs(x));
+    p = splat(2.044265922e-1f);
+    p = p * t - 4.613928200e-2f;
+    p = p * t + 1.475232786e-1f;
+    p = p * t + 9.177932461e-2f;
+    p = p * t + 1.024337114e-1f;
+  } else {
+    t = reciprocal<T>(1.f + 0.5f * vabs(x));
+    p = splat(-4.795330753e-2f);
+    p = p * t + 2.306086126e-1f;
+    p = p * t - 3.939418775e-1f;
+    p = p * t + 1.838505251e-1f;
+    p = p * t + 1.293441268e-1f;
+    p = p * t + 1.980829209e-1f;
+    p = p * t + 2.000089698e-1f;
+  }
+  return p * t * gauss;
 }
-template <class T = double> GK_INLINE vd normal_cdf(vd x, vd) {
-  for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+template <class T = double> GK_INLINE vd normal_tail(vd x, vd) {
+  for (int i = 0; i < lanes<double>; i++) x[i] = 0.5 * __builtin_erfc(__builtin_fabs(x[i]) * 0.70710678118654752440);
   return x;
 }
 
@@ -400,11 +415,11 @@ GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((
     for (int i = 0; i < lanes<double>; i++) x[i] = function(x[i]);  \
     return x;                                                       \
   }
-template <class T = double> GK_LANEWISE(exp2, __builtin_exp2)
+template <class T = double, int = 6> GK_LANEWISE(exp2, __builtin_exp2)
 GK_LANEWISE(exp, __builtin_exp)
 GK_LANEWISE(tanh, __builtin_tanh)
 #undef GK_LANEWISE
-template <class T = double> GK_INLINE vd exp_limited(vd x) { return exp(x); }
+template <class T = double, int = 6> GK_INLINE vd exp_limited(vd x) { return exp(x); }
 template <class T = double> GK_INLINE vd reciprocal(vd x) { return 1 / x; }
 
 GK_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
