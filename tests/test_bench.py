@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ import bench_tools
 import pytest
 import torch
 
-from gpt_kernels import cache, cli
+from gpt_kernels import cache, cli, worker
 from gpt_kernels.bench import environment, measure, plots, report, run
 from gpt_kernels.bench.measure import Settings
 from gpt_kernels.cli import UserError
@@ -202,11 +203,127 @@ def test_worker(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(run, "start", lambda path: ({"run": "rms_norm", "settings": {"cases": 1}}, lambda **f: sent.append(f)))
     monkeypatch.setattr(measure, "configure", lambda settings: None)
-    monkeypatch.setattr(measure, "measure_limits", lambda dtype: {"copy": 1.0, "gemm": 1.0})
+    monkeypatch.setattr(measure, "Limits", lambda dtype: {"copy": 1.0, "gemm": 1.0})
     monkeypatch.setattr(measure, "measure", lambda case, direction, limits, settings: {"shape": case.shape, "limits": limits})
     assert run.worker("job") == 0
     assert [next(iter(f)) for f in sent] == ["environment", "doing", "row", "doing", "row"]
-    assert sent[2]["row"] == {"target": "rms_norm", "shape": "1x64", "limits": {"copy": 1.0, "gemm": 1.0}}
+    assert sent[2] == {"row": {"target": "rms_norm", "shape": "1x64", "limits": {"copy": 1.0, "gemm": 1.0}}}
+    sent.clear()
+    monkeypatch.setattr(run, "start", lambda path: ({"run": "gpt", "settings": {}}, lambda **f: sent.append(f)))
+    assert run.worker("job") == 0
+    assert [f["apart"] for f in sent if "row" in f] == [0, 1], "whose memory is asked for by these numbers"
+
+
+# ---- memory of whole models, each variant in a process of its own ----
+
+
+def apart(number=3, **more):
+    row = bench_tools.row("gpt", direction="step", **more)
+    for figures in row["variants"].values():
+        figures["memory"] = None
+    return {"row": row, "apart": number}
+
+
+@pytest.fixture
+def alone(workers, monkeypatch):
+    """Answers of the processes for one variant, by its name: bytes, or an exception."""
+    targets, answers = run.events, {}
+
+    def events(command, job, folder):
+        if "variant" not in job:
+            yield from targets(command, job, folder)
+            return
+        workers[0].append((command, job))
+        if isinstance(answers[job["variant"]], BaseException):
+            raise answers[job["variant"]]
+        yield {"memory": answers[job["variant"]]}
+
+    monkeypatch.setattr(run, "events", events)
+    workers[1]["gpt"] = [apart(), {"row": bench_tools.row("gpt") | {"mismatch": "FAIL", "variants": {}}, "apart": 4}]
+    return answers
+
+
+def written():
+    return json.loads(open("bench-out/bench.json").read())
+
+
+def test_memory_of_a_model_is_of_a_process_per_variant(workers, alone):
+    alone |= {"eager": 2 << 20, "ours": 1 << 20}
+    workers[1]["gpt"].pop()
+    assert cli.main(["bench", "gpt", "gelu"]) == 0
+    settings = workers[0][0][1]["settings"]
+    assert [job for _, job in workers[0][1:3]] == [
+        {"run": "gpt", "settings": settings, "case": 3, "variant": name} for name in ("eager", "ours")
+    ]
+    assert [job["run"] for _, job in workers[0]] == ["gpt"] * 3 + ["gelu"] and "variant" not in workers[0][3][1]
+    gpt, gelu = written()["rows"]
+    assert {name: v["memory"] for name, v in gpt["variants"].items()} == alone and not gpt["absent"]
+    assert gelu["variants"]["ours"]["memory"], "an op's is of its own run"
+
+
+def test_memory_that_could_not_be_measured_is_none_and_the_row_says_why(workers, alone, capsys):
+    home = os.path.expanduser("~")
+    alone["eager"] = run.RunFailed("the gpt process ended with signal 9:\n  ")
+    alone["ours"] = run.RunFailed(f"the gpt process ended with exit code 1:\n  Traceback\n  OSError: {home}/x")
+    assert cli.main(["bench", "gpt"]) == 1, "for the mismatch"
+    rows = written()["rows"]
+    assert rows[0]["absent"] == {
+        "memory of eager": "the gpt process ended with signal 9",
+        "memory of ours": "the gpt process ended with exit code 1: OSError: ~/x",
+    }
+    assert all(v["memory"] is None for v in rows[0]["variants"].values()) and rows[1]["absent"] == {}
+    assert "no numbers for memory of ours: the gpt process ended with exit code 1: OSError: ~/x" in capsys.readouterr().out
+    assert cli.main(["bench", "diff", "bench-out/bench.json", "bench-out/bench.json"]) == 0, "compared as any other"
+
+
+def test_interrupted_between_a_models_time_and_its_memory(workers, alone):
+    alone |= {"eager": 2 << 20, "ours": KeyboardInterrupt()}
+    workers[1]["gpt"].pop()
+    assert cli.main(["bench", "gpt", "gelu"]) == 130
+    (row,) = written()["rows"]
+    assert written()["interrupted"] and [v["memory"] for v in row["variants"].values()] == [2 << 20, None]
+
+
+def test_an_interrupt_ends_the_process_that_measures_memory(workers, monkeypatch):
+    targets, started = run.events, []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            started.append(self)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def events(command, job, folder):
+        return (worker.events if "variant" in job else targets)(command, job, folder)
+
+    monkeypatch.setattr(run, "events", events)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("PYTHONPATH", str(environment.ROOT))
+    workers[1]["gpt"] = [apart(0)]
+    assert cli.main(["bench", "gpt", "gelu"]) == 130
+    assert [p.returncode for p in started] == [-signal.SIGKILL] and len(written()["rows"]) == 1
+
+
+@pytest.mark.slow
+def test_memory_of_a_model_for_real(tmp_path):
+    pytest.importorskip("transformers")
+    done = process(tmp_path / "out", "gpt", "--threads", "1")
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    (row,) = run.load(tmp_path / "out" / "bench.json")["rows"]
+    memory = {name: v["memory"] for name, v in row["variants"].items()}
+    assert not row["absent"] and memory.keys() == {"eager", "ours", "GPT"}
+    assert measure.peak_memory(lambda: None) is None or 20 << 20 < memory["ours"] < memory["eager"]
+
+
+def test_worker_of_one_variant(monkeypatch):
+    sent, configured = [], []
+    job = {"run": "rms_norm", "settings": {"quick": True}, "case": 1, "variant": "ours"}
+    monkeypatch.setattr(run, "start", lambda path: (job, lambda **facts: sent.append(facts)))
+    monkeypatch.setattr(measure, "configure", configured.append)
+    monkeypatch.setattr(measure, "memory_apart", lambda case, name: f"{case.shape} {name}")
+    assert run.worker("job") == 0
+    assert sent == [{"memory": "8192x768 ours"}] and configured[0].quick
 
 
 # ---- what the figures are valid for ----

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import sys
 import time
 import types
@@ -17,6 +18,7 @@ from gpt_kernels.cli import FAMILIES
 from gpt_kernels.triton import tuning
 
 LIMITS = {"copy": 2e9, "gemm": 4e9}
+FIXED = types.SimpleNamespace(rates=LIMITS, calls=dict.fromkeys(LIMITS, lambda: None), work={"copy": 3e6, "gemm": 5e6})
 PLAIN = Settings(compile=False, quick=True)
 interleaved, other_temperature = measure.interleaved, measure.other_temperature  # the real ones
 
@@ -25,11 +27,11 @@ interleaved, other_temperature = measure.interleaved, measure.other_temperature 
 def no_clock(monkeypatch):
     """Where time is not the matter, each variant is called once and got its samples from nowhere."""
 
-    def called(variants, seconds, known):
+    def called(variants, seconds, known, beside):
         for variant in variants.values():
             with variant.around():
                 variant.call()
-        return {name: [1e-3 * (1 + n / 100) for n in range(9)] for name in variants}
+        return {name: [1e-3 * (1 + n / 100) for n in range(9)] for name in (*variants, *beside)}
 
     monkeypatch.setattr(measure, "interleaved", called)
     monkeypatch.setattr(measure, "other_temperature", lambda variants, once: once)
@@ -46,7 +48,7 @@ def case(ours=gpt_kernels.layer_norm, eager=lambda x, w: F.layer_norm(x, (8,), w
 
 
 def row_of(case, direction="fwd+bwd", settings=PLAIN):
-    return measure.measure(case, direction, LIMITS, settings)
+    return measure.measure(case, direction, FIXED, settings)
 
 
 class WrongGradient(torch.autograd.Function):
@@ -121,14 +123,64 @@ def test_row():
             assert row["served"] == gpt_kernels.where("layer_norm_fwd")["CPU"] and row["limits"] == LIMITS
 
 
+def made(trial, apart=False):
+    """A case of which this trial comes."""
+    return types.SimpleNamespace(op="decode", shape="", main=True, length=None, dtype=torch.float32, served=lambda: "cpu",
+                                 apart=apart, trial=lambda direction, settings: trial)  # fmt: skip
+
+
 def test_time_of_many_units_is_per_unit(monkeypatch):
     trial = measure.Trial({name: Variant(lambda: None) for name in ("eager", "ours")}, 1 << 20, 8, units=4)
-    made = types.SimpleNamespace(op="decode", shape="", main=True, length=None, dtype=torch.float32, served=lambda: "cpu",
-                                 trial=lambda direction, settings: trial)  # fmt: skip
-    monkeypatch.setattr(measure, "interleaved", lambda variants, seconds, known: {"eager": [8.0] * 9, "ours": [4.0] * 9})
-    row = measure.measure(made, "token", LIMITS, PLAIN)
+
+    def fixed(variants, seconds, known, beside):
+        return {"eager": [8.0] * 9, "ours": [4.0] * 9, "copy": [1.0] * 9}
+
+    monkeypatch.setattr(measure, "interleaved", fixed)
+    row = row_of(made(trial), "token")
     assert row["variants"]["ours"]["seconds"] == 1.0 and row["variants"]["ours"]["cold"] == 1.0 and row["ratio"] == 2.0
     assert row["variants"]["ours"]["samples"] == [1.0] * 9
+
+
+@pytest.mark.parametrize(
+    "moved, flops, sampled, bound",
+    [
+        (8_000_000, 1_000_000, {"copy"}, "copy"),  # 4 ms and 0.25 ms at the case's limits
+        (800_000, 8_000_000, {"gemm"}, "gemm"),  # 0.4 ms and 2 ms
+        (3_000_000, 8_000_000, {"copy", "gemm"}, "copy"),  # 1.5 ms and 2 ms, but 2 ms and 1.6 ms when it is timed
+        (1000, 8000, set(), "gemm"),  # tiny
+    ],
+)
+def test_a_row_is_compared_with_limits_of_its_own_rounds(monkeypatch, moved, flops, sampled, bound):
+    trial = measure.Trial({name: Variant(lambda: None) for name in ("eager", "ours")}, moved, flops)
+    taken = {"eager": [1e-2] * 9, "ours": [8e-3] * 9, "copy": [1e-3, 4e-3, 2e-3], "gemm": [1e-3, 1e-3, 2e-3]}
+
+    def fixed(variants, seconds, known, beside):
+        assert beside == {name: FIXED.calls[name] for name in sampled}
+        return {name: taken[name] for name in (*variants, *beside)}
+
+    monkeypatch.setattr(measure, "interleaved", fixed)
+    row = row_of(made(trial), "fwd")
+    fresh = {"copy": 3e6 / 2e-3, "gemm": 5e6 / 1e-3}
+    assert row["limits"] == {name: pytest.approx(fresh[name] if name in sampled else LIMITS[name]) for name in LIMITS}
+    assert row["limits_spread"].keys() == sampled and row["bound"] == bound
+    if "copy" in sampled:
+        assert row["limits_spread"]["copy"] == pytest.approx((3e9 - 0.75e9) / 2)
+    seconds = max(moved / row["limits"]["copy"], flops / row["limits"]["gemm"])
+    assert row["of_limit"] == pytest.approx(seconds / 8e-3)
+    assert json.dumps(row)
+
+
+def test_memory_that_is_measured_apart_is_not_measured_here(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "peak_memory", lambda call: [calls.append("watched"), 7 - len(calls)][1])
+    variants = {name: Variant(lambda: calls.append("called")) for name in ("eager", "ours")}
+    row = row_of(made(measure.Trial(variants, 8, 8), apart=True), "step")
+    assert row["variants"]["ours"]["memory"] is None and "watched" not in calls
+    row = row_of(made(measure.Trial(variants, 8, 8)), "step")
+    assert calls.count("watched") == 4 and row["variants"]["ours"]["memory"] is not None
+    calls.clear()
+    alone = types.SimpleNamespace(alone=lambda name: variants[name])
+    assert measure.memory_apart(alone, "ours") == 4 and calls == ["called", "watched", "watched"], "the lesser, once warm"
 
 
 def test_a_failing_compiler_is_told(monkeypatch):
@@ -249,15 +301,39 @@ def test_tiny_calls_are_repeated_and_slow_ones_are_few(monkeypatch):
     assert len(clock.order) == 5 + 1, "of a slow call it is known how long it takes"
 
 
-def test_what_is_around_a_call_is_not_timed(monkeypatch):
+def test_limits_are_sampled_among_the_rounds(monkeypatch):
+    """At most so often, evenly, before the first variant, which then finds its caches as it would without."""
     clock = Clock(monkeypatch)
+    variants = {"a": clock.variant("a", 1e-3), "b": clock.variant("b", 2e-3)}
+    limit = clock.variant("copy", 5e-3).call
+    samples = interleaved(variants, 0.3, beside={"copy": limit})
+    assert {name: len(s) for name, s in samples.items()} == {"copy": 9, "a": 200, "b": 200}
+    assert samples["copy"] == pytest.approx([5e-3] * 9) and samples["a"] == pytest.approx([1e-3] * 200)
+    order = "".join(name[0] for name in clock.order)
+    assert order == "aabb" + 3 * "ab" + 8 * ("caab" + 22 * "ab") + "caab" + 15 * "ab", "no sample before the pages are there"
+    for rounds, expected in ((0.03, 7), (0.0, 9)):
+        assert len(interleaved(variants, rounds, beside={"copy": limit})["copy"]) == expected >= 5
+    clock.order.clear()
+    slow = {"a": clock.variant("a", 2.0)}
+    assert len(interleaved(slow, 0.3, {"a": 2.0}, {"copy": limit})["copy"]) == 5 and clock.order == ["copy", "a"] * 5
+
+
+def test_what_is_around_a_call_is_not_timed(monkeypatch):
+    clock, inside = Clock(monkeypatch), []
 
     @contextlib.contextmanager
     def around():
         clock.now += 100.0
+        inside.append(True)
         yield
+        inside.pop()
 
-    assert interleaved({"a": clock.variant("a", 1.0, around=around)}, 0.3)["a"] == [1.0] * 5
+    def call():
+        assert inside, "each call, timed or not"
+        clock.now += 0.1
+
+    samples = interleaved({"a": Variant(call, around=around)}, 0.3, beside={"copy": lambda: None})
+    assert samples["a"] == pytest.approx([0.1] * 9) and samples["copy"] == [0.0] * 9
 
 
 def test_cold_means_that_the_caches_were_written_over(monkeypatch):
@@ -271,19 +347,24 @@ def test_cold_means_that_the_caches_were_written_over(monkeypatch):
 
 
 def test_limits(monkeypatch):
-    asked = {}
+    asked, seconds = {}, {"copy": [0.5], "gemm torch.float32": [2e-3], "gemm torch.bfloat16": [1e-3]}
 
-    def fake(calls, seconds):
-        asked.update(calls)
-        return {"copy": [0.5], "gemm": [2e-3], "gemm 16": [1e-3]}
+    def fake(variants, _):
+        asked.update({name: variant.call for name, variant in variants.items()})
+        return {name: seconds[name] for name in variants}
 
-    monkeypatch.setattr(measure, "interleaved", lambda calls, s: {k: v for k, v in fake(calls, s).items() if k in calls})
-    full = measure.measure_limits(torch.float32)
-    assert full == {"copy": 2 * (1 << 27) / 0.5, "gemm": 2 * 1024**3 / 2e-3} and "gemm 16" not in asked
+    monkeypatch.setattr(measure, "interleaved", fake)
+    full = measure.Limits(torch.float32)
+    assert full.rates == {"copy": 2 * (1 << 27) / 0.5, "gemm": 2 * 1024**3 / 2e-3} and len(asked) == 2
+    assert full.rates == {name: full.work[name] / seconds[key][0] for name, key in zip(full.work, seconds, strict=False)}
     # the better of the two rates: a CPU without bfloat16 units is not held against a slow product
-    assert measure.measure_limits(torch.bfloat16)["gemm"] == 2 * 1024**3 / 1e-3
-    for call in asked.values():
-        call.call()
+    for faster, rate in (("bfloat16", 1e-3), ("float32", 1e-4)):
+        seconds["gemm torch.float32"] = [rate if faster == "float32" else 2e-3]
+        half = measure.Limits(torch.bfloat16)
+        assert half.rates["gemm"] == 2 * 1024**3 / rate
+        assert half.calls == {"copy": asked["copy"], "gemm": asked[f"gemm torch.{faster}"]}
+        assert half.calls["gemm"]().dtype == getattr(torch, faster)
+    half.calls["copy"]()
 
 
 def test_samples_are_thinned_evenly():
@@ -328,6 +409,9 @@ def test_gpu_times_and_memory(monkeypatch):
     assert other_temperature(variants, dict.fromkeys("ab", 2e-3)) == {"a": 1e-3, "b": 1e-3} and asked == [False, True]
     assert other_temperature(variants, {"a": 2e-3, "b": 9.0}) == {"a": 1e-3}
     slow = interleaved(variants, 0.02, {"a": 9.0})
+    order.clear()
+    beside = interleaved(variants, 0.02, beside={"copy": lambda: order.append("copy")})
+    assert list(beside) == ["copy", "a", "b"] and beside["copy"] == [2e-3] * 9 and order == ["copy", "a", "b"] * 9
     assert [len(s) for s in slow.values()] == [5, 5] and max(slow["a"]) < 1e-3 and slow["b"] == [2e-3] * 5, "a by the clock"
     held = {"now": 100, "peak": 100}
 
@@ -518,6 +602,31 @@ def test_models(small, target, direction, dtype):
     row = row_of(made, only, small)
     assert only == direction and row["mismatch"] is None and row["variants"].keys() == {"eager", "ours", "GPT"}
     assert row["absent"]["liger"] == "compared op by op, not in a whole model" and row["main"] and row["op"] == target
+    assert all(v["memory"] is None for v in row["variants"].values()) and made.apart
+
+
+@pytest.mark.parametrize("target", ["gpt", "decode"])
+def test_a_variant_alone_is_the_one_of_the_trial(small, target, monkeypatch):
+    """The same weights, the same tokens, the same answer."""
+    started = []
+
+    def kept(case, name, model, ids):
+        started.append((name, ids, [p.detach().clone() for p in model.parameters()]))
+        return real(case, name, model, ids)
+
+    (case,) = run.cases(target, small)
+    real = case.variant
+    case.variant = kept
+    trial = case.trial(case.directions[0], Settings(quick=True, compile=target == "gpt"))
+    for name in trial.variants:
+        torch.rand(3)  # whatever was drawn before
+        variant = case.alone(name)
+        beside = next(s for s in started if s[0] == name)
+        assert torch.equal(started[-1][1], beside[1])
+        assert all(map(torch.equal, started[-1][2], beside[2])) and len(beside[2]) > 10
+        if target == "decode":
+            assert torch.equal(variant.call(), trial.variants[name].call())
+    assert measure.memory_apart(case, "ours") is None or measure.memory_apart(case, "ours") >= 0
 
 
 def test_a_wrong_model_has_no_numbers(small, monkeypatch):

@@ -163,12 +163,12 @@ GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, con
       store_any(dw + i, load_any(dw + i, n) + d * x_hat, n);
       store_any(db + i, load_any(db + i, n) + d, n);
     });
-    const C mean_g = hsum4<C>(sum_g) / N, mean_gx = hsum4<C>(sum_gx) / N;
+    const C mean_g = hsum4<C>(sum_g) / N, slope = hsum4<C>(sum_gx) / N * rs * rs;
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
       prefetch(dy + N + i), prefetch(x + N + i);
-      const vec<C> d = load_any(dy + i, n), x_hat = (load_any(x + i, n) - mu) * rs;
+      const vec<C> d = load_any(dy + i, n), centred = load_any(x + i, n) - mu;
       const vec<C> g = w ? rounded(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
-      const vec<C> d_x = (g - mean_g - x_hat * mean_gx) * rs;
+      const vec<C> d_x = (g - mean_g) * rs - centred * slope;
       streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });
   }

@@ -123,11 +123,11 @@ GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P*
       sum_gx[k] += w ? dx_hat * load_any(w + i, n) : dx_hat;
       if (dw) store_any(dw + i, load_any(dw + i, n) + dx_hat, n);
     });
-    const C mean_gx = hsum4<C>(sum_gx) / N;
+    const C slope = hsum4<C>(sum_gx) / N * rs * rs;
     for_vectors<C>(N, [&](int64_t i, int64_t n) {
       prefetch(dy + N + i), prefetch(x + N + i);
       const vec<C> d = load_any(dy + i, n), g = w ? d * load_any(w + i, n) : d;
-      const vec<C> d_x = (g - load_any(x + i, n) * rs * mean_gx) * rs;
+      const vec<C> d_x = g * rs - load_any(x + i, n) * slope;
       streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
     });
   }

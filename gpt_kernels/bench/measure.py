@@ -3,13 +3,18 @@
 1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run ends with 1. Another
    variant that is wrong gets no number either, and the row says so;
 2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of two calls is taken
-   (high-water mark of the process above what it held before; on a GPU that of torch's allocator);
+   (high-water mark of the process above what it held before; on a GPU that of torch's allocator). A whole model's is taken in a
+   process of its own, see run.py: what malloc keeps from the variants before it can be as much as a step needs;
 3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: back to back (warm),
    and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a model finds
    its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
-The limits (copy bandwidth, rate of a matrix product in the case's dtype) are measured anew before each case. Share of the
-limit is the least time that the bytes and flops of the op's cost function need at these limits, over the time of ours; above
-100 % the data came from cache.
+The limits are copy bandwidth and the rate of a matrix product in the case's dtype. Both are measured before each case. A slow
+minute hits them too, so the one that bounds the row (both, where either may) is sampled again among the row's own rounds,
+evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. On a CPU such a sample opens a
+round, and an untimed call of eager comes before the timed one: what the copy did to the caches is charged to no variant. A call
+slower than SLOW goes without, no cache holds what it needs; nor does a GPU need it, where every call has caches overwritten for
+it. Tiny rows, which neither limit bounds, keep those of their case. Share of the limit is the least time that the bytes and
+flops of the op's cost function need at these limits, over the time of ours; above 100 % the data came from cache.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +45,8 @@ DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
 SLOW = 0.5  # seconds per call, from which on there are fewer rounds
 COLD_ROUNDS = 5
+LIMIT_SAMPLES = 9  # among a row's rounds: a copy beyond cache takes longer than most of what is compared with it
+NEAR = 3  # within this factor of the limit that bounds, the other may bound when the row is timed: shared machines drift so far
 MOST_SAMPLES = 32  # kept of a variant, for bench diff
 
 
@@ -108,6 +115,7 @@ class Case:
     length: int | None = None  # of the sequence, where lengths are swept over
     naive: bool = False  # our reference beside ours
     opaque: str = ""  # why there is nothing in it for torch.compile
+    apart: ClassVar[bool] = False  # its memory is measured here, beside its time
 
     def __post_init__(self):
         unknown = set(self.directions) - set(DIRECTIONS)
@@ -298,6 +306,19 @@ def peak_memory(call: Callable) -> int | None:
         return None
 
 
+def least_peak(call: Callable) -> int | None:
+    """The lesser of two: what malloc has left in pieces only adds to it."""
+    return min((m for _ in range(2) if (m := peak_memory(call)) is not None), default=None)
+
+
+def memory_apart(case: Any, name: str) -> int | None:
+    """For a process that does nothing else. case: a models.ModelCase."""
+    variant = case.alone(name)
+    with variant.around():
+        variant.call()  # compiles, and makes what stays from call to call
+        return least_peak(variant.call)
+
+
 def _status(key: str) -> int:
     line = next(s for s in pathlib.Path("/proc/self/status").read_text().splitlines() if s.startswith(key + ":"))
     return int(line.split()[1]) * 1024
@@ -321,14 +342,19 @@ def one_call(call: Callable) -> float:
 
 
 def interleaved(
-    variants: dict[str, Variant], seconds: float, known: dict[str, float] | None = None
-) -> dict[str, list[float]]:  # fmt: skip
+    variants: dict[str, Variant],
+    seconds: float,
+    known: dict[str, float] | None = None,
+    beside: dict[str, Callable] | None = None,
+) -> dict[str, list[float]]:
     """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample.
 
     known: about how long a call of each takes; the slow ones are not called once more to find out.
+    beside: limits' calls, sampled at the beginning of LIMIT_SAMPLES of the rounds at most.
     """
+    beside = beside or {}
     if on_gpu():
-        return interleaved_on_gpu(variants, known=known)
+        return interleaved_on_gpu({name: Variant(call) for name, call in beside.items()} | variants, known=known)
     repeats, once, rounds = {}, dict(known or {}), {}
     for name, variant in variants.items():
         if once.get(name, 0.0) < SLOW:
@@ -339,13 +365,20 @@ def interleaved(
     usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
     for name, variant in variants.items():
         rounds[name] = 1 if variant.brief and once[name] > SLOW else usual
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[float]] = {name: [] for name in (*beside, *variants)}
+    first, stride = next(iter(variants)), -(-usual // LIMIT_SAMPLES)
     # the first rounds touch memory that the system has not handed out before, which costs more than many an op
     unseen = 0 if lap > SLOW else 3
     gc.collect()
     gc.disable()
     try:
         for n in range(-unseen, usual):
+            if beside and n >= 0 and n % stride == 0:
+                for name, call in beside.items():
+                    samples[name].append(stopwatch(call))
+                if once[first] <= SLOW:  # it shall find the caches as in the other rounds
+                    with variants[first].around():
+                        variants[first].call()
             for name, variant in variants.items():
                 if n < rounds[name]:
                     with variant.around():
@@ -397,21 +430,24 @@ def other_temperature(variants: dict[str, Variant], once: dict[str, float]) -> d
     return {name: statistics.median(s) for name, s in samples.items()}
 
 
-def measure_limits(dtype: torch.dtype) -> dict[str, float]:
-    """copy: bytes read plus bytes written per second, beyond cache; gemm: flop per second of a square product in dtype."""
-    elements, n = (1 << 28, 8192) if on_gpu() else (1 << 25, 1024)
-    source, target, a = torch.ones(elements), torch.empty(elements), torch.randn(n, n)
-    target.fill_(0)  # page faults are not the copy's
-    calls = {"copy": Variant(lambda: target.copy_(source)), "gemm": Variant(lambda: torch.mm(a, a))}
-    if dtype.itemsize == 2:
-        b = a.to(dtype)
-        # a CPU may have no units for the dtype: then float32's rate is the limit of ours, too
-        calls["gemm 16"] = Variant(lambda: torch.mm(b, b))
-        if on_gpu():
-            del calls["gemm"]
-    work = {"copy": 2 * source.nbytes, "gemm": 2 * n**3, "gemm 16": 2 * n**3}
-    rates = {name: work[name] / statistics.median(s) for name, s in interleaved(calls, 0.05).items()}
-    return {"copy": rates.pop("copy"), "gemm": max(rates.values())}
+class Limits:
+    """What the machine can do: "copy", bytes read plus bytes written per second, beyond cache; "gemm", flop per second of a
+    square product in dtype. `rates` are those of now; `calls`, each of so much `work`, are there to be sampled again."""
+
+    def __init__(self, dtype: torch.dtype):
+        elements, n = (1 << 28, 8192) if on_gpu() else (1 << 25, 1024)
+        source, target = torch.ones(elements), torch.empty(elements)
+        target.fill_(0)  # page faults are not the copy's
+        calls: dict[str, Callable] = {"copy": lambda: target.copy_(source)}
+        # a CPU may have no units for a 16-bit dtype: then float32's rate is the limit of ours, too
+        for d in {dtype} if on_gpu() else {dtype, torch.float32}:
+            a = torch.randn(n, n).to(d)
+            calls[f"gemm {d}"] = functools.partial(torch.mm, a, a)
+        samples = interleaved({name: Variant(call) for name, call in calls.items()}, 0.05)
+        seconds = {name: statistics.median(s) for name, s in samples.items()}
+        self.calls = {"copy": calls.pop("copy"), "gemm": calls[min(calls, key=lambda name: seconds[name])]}
+        self.work = {"copy": 2 * source.nbytes, "gemm": 2 * n**3}
+        self.rates = {"copy": self.work["copy"] / seconds.pop("copy"), "gemm": self.work["gemm"] / min(seconds.values())}
 
 
 # ---- a row ----
@@ -428,7 +464,12 @@ def thinned(samples: Sequence[float]) -> list[float]:
     return [float(f"{samples[int(i * step)]:.5g}") for i in range(int(len(samples) / step))]
 
 
-def measure(case: Any, direction: str, limits: dict[str, float], settings: Settings) -> dict[str, Any]:
+def floors(trial: Trial, rates: dict[str, float]) -> dict[str, float]:
+    """The least seconds for its bytes and its flops."""
+    return {"copy": trial.bytes / rates["copy"], "gemm": trial.flops / rates["gemm"]}
+
+
+def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> dict[str, Any]:
     """case: a Case or a models.ModelCase."""
     row: dict[str, Any] = {name: getattr(case, name) for name in ("op", "shape", "main", "length")}
     row |= {"dtype": str(case.dtype).removeprefix("torch."), "direction": direction, "served": case.served()}
@@ -437,29 +478,32 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
     if trial.mismatch:
         return row
     figures: dict[str, dict[str, Any]] = {}
-    about: dict[str, float] = {}  # seconds of a call, its memory being watched
+    about: dict[str, float] = {}  # seconds of a call
     for name, variant in list(trial.variants.items()):
         try:
             with variant.around():
                 first = one_call(variant.call)
-                figures[name] = {"first": trial.first.get(name, first)}
-                begin = time.perf_counter()
-                # the lesser of two: what malloc has left in pieces only adds to it
-                marks = [m for _ in range(2) if (m := peak_memory(variant.call)) is not None]
-                figures[name]["memory"] = min(marks, default=None)
-                about[name] = (time.perf_counter() - begin) / 2
+                figures[name] = {"first": trial.first.get(name, first), "memory": None}
+                if case.apart:
+                    about[name] = one_call(variant.call)
+                else:
+                    begin = time.perf_counter()
+                    figures[name]["memory"] = least_peak(variant.call)
+                    about[name] = (time.perf_counter() - begin) / 2
         except Exception as error:  # only ours must work; the row says what became of the others
             if name == "ours":
                 raise
             trial.absent[name] = first_line(error)
             del trial.variants[name]
             figures.pop(name, None)
-    samples = interleaved(trial.variants, settings.seconds, about)
+    tiny, least = trial.bytes < TINY, floors(trial, limits.rates)
+    beside = {name: limits.calls[name] for name in least if not tiny and NEAR * least[name] >= max(least.values())}
+    samples = interleaved(trial.variants, settings.seconds, about, beside)
+    rates = {name: [limits.work[name] / s for s in samples.pop(name)] for name in beside}
     median = {name: statistics.median(s) for name, s in samples.items()}
     other = other_temperature(trial.variants, median)
     kept, measured_too = ("cold", "warm") if on_gpu() else ("warm", "cold")
     row["timed"] = kept
-    tiny = trial.bytes < TINY
     for name, variant in trial.variants.items():
         per = [s / trial.units for s in samples[name]]
         figures[name] |= {
@@ -471,11 +515,12 @@ def measure(case: Any, direction: str, limits: dict[str, float], settings: Setti
         if tiny:
             with variant.around():
                 figures[name]["launch"] = stopwatch(variant.call, 100) if on_gpu() else figures[name]["seconds"]
-    row |= {"variants": figures, "bytes": trial.bytes, "flops": trial.flops, "tiny": tiny, "limits": limits}
-    ours = figures["ours"]["seconds"]
-    floors = {"copy": trial.bytes / limits["copy"], "gemm": trial.flops / limits["gemm"]}
-    row["bound"] = max(floors, key=lambda name: floors[name])
-    row["of_limit"] = floors[row["bound"]] / ours
+    row |= {"variants": figures, "bytes": trial.bytes, "flops": trial.flops, "tiny": tiny}
+    row["limits"] = limits.rates | {name: statistics.median(r) for name, r in rates.items()}
+    row["limits_spread"] = {name: half_interquartile(r) for name, r in rates.items()}  # of those sampled beside the variants
+    ours, least = figures["ours"]["seconds"], floors(trial, row["limits"])
+    row["bound"] = max(least, key=lambda name: least[name])
+    row["of_limit"] = least[row["bound"]] / ours
     rivals = [figures[name]["seconds"] for name in ("eager", "compile") if name in figures]
     row["ratio"] = min(rivals) / ours if rivals else None
     return row

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -67,15 +67,22 @@ class ModelCase:
     dtype: torch.dtype
     shape: str
     directions: tuple[str, ...]
+    start: Callable[[ModelCase], tuple[Any, torch.Tensor]]  # a model from its seed, and its tokens: the same in every process
+    variant: Callable[[ModelCase, str, Any, torch.Tensor], Variant]  # made of that model, which it may change
     make: Callable[[ModelCase, Settings], Trial]
     main: bool = True
     length: int | None = None
+    apart: ClassVar[bool] = True  # its memory is measured by memory_apart()
 
     def served(self) -> str:
         return gpt_kernels.where("attention_fwd")["CUDA" if on_gpu() else "CPU"]
 
     def trial(self, direction: str, settings: Settings) -> Trial:
         return self.make(self, settings)
+
+    def alone(self, name: str) -> Variant:
+        """The variant that a trial has by this name, without the others."""
+        return self.variant(self, name, *self.start(self))
 
 
 def refusals(settings: Settings) -> dict[str, str]:
@@ -110,10 +117,25 @@ def step(model: Any, forward: Callable, ids: torch.Tensor, dtype: torch.dtype) -
     return call
 
 
+def training_start(case: ModelCase) -> tuple[Any, torch.Tensor]:
+    s = case.sizes
+    return build(s, dropout=0.1).train(), torch.randint(s.vocab, (s.batch, s.length))
+
+
+def training_variant(case: ModelCase, name: str, model: Any, ids: torch.Tensor) -> Variant:
+    """The loss is part of what is compiled, which is compiled at its first call."""
+    if name == "GPT":
+        own = gpt_kernels.GPT.from_hf(model).train()
+        return Variant(step(own, lambda x: own(x, targets=nn.functional.pad(x[:, 1:], (0, 1), value=-1))[1], ids, case.dtype))
+    if name == "ours":
+        patched(model)
+    run = torch.compile(model) if name == "compile" else model
+    return Variant(step(model, lambda x: run(input_ids=x, labels=x, use_cache=False).loss, ids, case.dtype))
+
+
 def training(case: ModelCase, settings: Settings) -> Trial:
     s = case.sizes
-    eager = build(s, dropout=0.1).train()
-    ids = torch.randint(s.vocab, (s.batch, s.length))
+    eager, ids = case.start(case)
     tokens, positions = ids.numel(), eager.transformer.wpe
     # 6 flops per weight and token, and the attention's products: as GPT.estimate_flops
     flops = 3 * tokens * (2 * parameters(eager, positions) + 4 * s.layers * s.width * s.length)
@@ -121,18 +143,9 @@ def training(case: ModelCase, settings: Settings) -> Trial:
     trial = Trial({}, moved, flops, refusals(settings), wrong_step(eager, ids, case.dtype))
     if trial.mismatch:
         return trial
-    models = {"eager": eager, "ours": patched(copy.deepcopy(eager)), "GPT": gpt_kernels.GPT.from_hf(eager).train()}
-    if settings.compile:
-        models["compile"] = copy.deepcopy(eager)
-    for name, model in models.items():
+    for name in ("eager", "ours", "GPT", *["compile"] * settings.compile):
         try:
-            # the compiled one is compiled at its first call, which measure() makes; the loss is part of what is compiled
-            if name == "GPT":
-                call = lambda x, m=model: m(x, targets=nn.functional.pad(x[:, 1:], (0, 1), value=-1))[1]  # noqa: E731
-            else:
-                run = torch.compile(model) if name == "compile" else model
-                call = lambda x, m=run: m(input_ids=x, labels=x, use_cache=False).loss  # noqa: E731
-            trial.variants[name] = Variant(step(model, call, ids, case.dtype))
+            trial.variants[name] = case.variant(case, name, copy.deepcopy(eager), ids)
         except Exception as error:
             trial.absent[name] = first_line(error)
     return trial
@@ -153,32 +166,39 @@ def wrong_tokens(model: Any, ids: torch.Tensor, prompt: int, dtype: torch.dtype)
     return None if behind <= allowed else f"a token is {behind:.3e} behind eager's best, allowed {allowed:.3e}"
 
 
+def decoding_start(case: ModelCase) -> tuple[Any, torch.Tensor]:
+    s = case.sizes
+    return build(s, dropout=0.0).to(case.dtype).eval(), torch.randint(1, s.vocab, (1, s.prompt))
+
+
+def decoding_variant(case: ModelCase, name: str, model: Any, prompt: torch.Tensor) -> Variant:
+    new = case.sizes.new
+    if name == "GPT":
+        own = gpt_kernels.GPT.from_hf(model).eval()
+        return Variant(lambda: own.generate(prompt, max_new_tokens=new, temperature=0.0))
+    if name == "ours":
+        patched(model)
+    fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": new, "max_new_tokens": new}
+    return Variant(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **fixed))
+
+
 def decoding(case: ModelCase, settings: Settings) -> Trial:
     s = case.sizes
-    eager = build(s, dropout=0.0).to(case.dtype).eval()
-    prompt = torch.randint(1, s.vocab, (1, s.prompt))
-    ours, own = patched(copy.deepcopy(eager)), gpt_kernels.GPT.from_hf(eager).eval()
-    fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": s.new, "max_new_tokens": s.new}
-
-    def generate(model):
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **fixed)
-
-    def own_generate():
-        return own.generate(prompt, max_new_tokens=s.new, temperature=0.0)
-
+    eager, prompt = case.start(case)
+    variants = {name: case.variant(case, name, copy.deepcopy(eager), prompt) for name in ("eager", "ours", "GPT")}
     weights = parameters(eager, eager.transformer.wpe)
     cached = 2 * s.layers * s.width * (s.prompt + s.new // 2)
     trial = Trial({}, (weights + cached) * case.dtype.itemsize, 2 * (weights + cached), refusals(settings), units=s.new)
-    trial.mismatch = wrong_tokens(eager, generate(ours), s.prompt, case.dtype)
+    wrong = {name: wrong_tokens(eager, variants[name].call(), s.prompt, case.dtype) for name in ("ours", "GPT")}
+    trial.mismatch = wrong["ours"]
     if trial.mismatch:
         return trial
-    trial.variants = {"eager": Variant(lambda: generate(eager)), "ours": Variant(lambda: generate(ours))}
+    trial.variants = variants
     if settings.compile:
         trial.absent["compile"] = "generation is not compiled: its shapes change at every token"
-    if reason := wrong_tokens(eager, own_generate(), s.prompt, case.dtype):
-        trial.absent["GPT"] = f"wrong: {reason}"
-    else:
-        trial.variants["GPT"] = Variant(own_generate)
+    if wrong["GPT"]:
+        del trial.variants["GPT"]
+        trial.absent["GPT"] = f"wrong: {wrong['GPT']}"
     return trial
 
 
@@ -186,11 +206,11 @@ def gpt(settings: Settings) -> Iterator[ModelCase]:
     s = sizes_for(settings)
     shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
     for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
-        yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training)
+        yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training_start, training_variant, training)
 
 
 def decode(settings: Settings) -> Iterator[ModelCase]:
     s = sizes_for(settings)
     shape = f"{s.layers} layers, width {s.width}, {s.new} tokens after {s.prompt}"
     for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
-        yield ModelCase("decode", s, getattr(torch, name), shape, ("token",), decoding)
+        yield ModelCase("decode", s, getattr(torch, name), shape, ("token",), decoding_start, decoding_variant, decoding)

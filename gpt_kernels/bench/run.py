@@ -1,7 +1,12 @@
-"""The command: each target measured in a process of its own, one result written, whole or not at all, however the run ends."""
+"""The command: each target measured in a process of its own, one result written, whole or not at all, however the run ends.
+
+A whole model's peak memory is measured when its target is done, each variant in a process of its own, from the same seed: what
+malloc keeps of one variant neither adds to the next one's nor serves it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -49,20 +54,25 @@ def cases(target: str, settings: Settings) -> Iterator[Any]:
 
 
 def worker(job_path: str) -> int:
-    """Entry point of `bench-worker`."""
-    from .measure import configure, measure, measure_limits
+    """Entry point of `bench-worker`: a target's rows, or the memory of one variant of one of its cases."""
+    from .measure import Limits, configure, measure, memory_apart
 
     job, send = start(job_path)
     settings = Settings(**job["settings"])
     configure(settings)
+    if "variant" in job:
+        case = next(itertools.islice(cases(job["run"], settings), job["case"], None))
+        send(memory=memory_apart(case, job["variant"]))
+        return 0
     from .environment import environment
 
     send(environment=environment())
-    for case in cases(job["run"], settings):
-        limits = measure_limits(case.dtype)
+    for number, case in enumerate(cases(job["run"], settings)):
+        limits = Limits(case.dtype)
         for direction in case.directions:
             send(doing=f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {direction}")
-            send(row={"target": job["run"]} | measure(case, direction, limits, settings))
+            row = {"target": job["run"]} | measure(case, direction, limits, settings)
+            send(row=row, **{"apart": number} if case.apart else {})
     return 0
 
 
@@ -168,21 +178,35 @@ def collect(targets: list[str], settings: Settings, folder: str, result: dict[st
     say = progress()
     for target in targets:
         job = {"run": target, "settings": dataclasses.asdict(settings)}
-        stream = events("bench-worker", job, folder)
+        apart: list[tuple[dict, int]] = []  # rows without memory, and the numbers of their cases
         try:
-            for event in stream:
-                if "doing" in event:
-                    say(event["doing"])
-                elif "row" in event:
-                    result["rows"].append(event["row"])
-                else:
-                    result["environment"] = result["environment"] or event["environment"]
+            with contextlib.closing(events("bench-worker", job, folder)) as stream:
+                for event in stream:
+                    if "doing" in event:
+                        say(event["doing"])
+                    elif "row" in event:
+                        result["rows"].append(event["row"])
+                        apart += [(event["row"], event["apart"])] if "apart" in event else []
+                    else:
+                        result["environment"] = result["environment"] or event["environment"]
         except RunFailed as error:
             result["failed"][target] = scrub(str(error))
             print(error, file=sys.stderr, flush=True)
-        finally:
-            stream.close()
+        for row, number in apart:
+            for name in row.get("variants", {}):
+                say(f"{row['op']} {row['shape']} {row['dtype']} {row['direction']}, memory of {name}")
+                add_memory(row, name, job | {"case": number, "variant": name}, folder)
     say("")
+
+
+def add_memory(row: dict[str, Any], name: str, job: dict[str, Any], folder: str) -> None:
+    """A variant's peak memory from a process of its own; where that fails, the row says why there is none."""
+    try:
+        with contextlib.closing(events("bench-worker", job, folder)) as stream:
+            (row["variants"][name]["memory"],) = (event["memory"] for event in stream)
+    except RunFailed as error:
+        first, *log = scrub(str(error)).strip().splitlines()
+        row["absent"][f"memory of {name}"] = ": ".join([first.removesuffix(":"), *map(str.strip, log[-1:])])
 
 
 def progress() -> Callable[[str], None]:

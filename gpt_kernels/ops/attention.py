@@ -25,10 +25,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
-from .common import stat_dtype, wants_grad
+from .common import once_differentiable, stat_dtype, wants_grad
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256

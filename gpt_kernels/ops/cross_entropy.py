@@ -19,10 +19,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
-from .common import rows_of, stat_dtype, wants_grad
+from .common import once_differentiable, rows_of, stat_dtype, wants_grad
 
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
-from .common import rows_of, stat_dtype, wants_grad
+from .common import once_differentiable, rows_of, stat_dtype, wants_grad
 
 
 def reference_fwd(x, weight, eps):

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import define
-from .common import stat_dtype, wants_grad
+from .common import once_differentiable, stat_dtype, wants_grad
 
 
 def reference_fwd(x, mask, scale, causal):
