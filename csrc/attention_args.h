@@ -64,8 +64,9 @@ inline View view_of(const Tensor& t) {
 
 // Fresh (B, H, T, D) memory laid out like t: heads inside tokens if t has it so (the reference's _empty_as).
 inline Tensor new_heads(const Tensor& t, int64_t B, int64_t H, int64_t T, int64_t D) {
-  if (t.stride(1) < t.stride(2)) return torch::stable::transpose(new_tensor(t, {B, T, H, D}, t.scalar_type()), 1, 2);
-  return new_tensor(t, {B, H, T, D}, t.scalar_type());
+  if (t.stride(1) >= t.stride(2)) return new_tensor(t, {B, H, T, D}, t.scalar_type());
+  const int64_t head = std::max<int64_t>(D, 1), row = head * std::max<int64_t>(H, 1), batch = row * std::max<int64_t>(T, 1);
+  return new_strided(t, {B, H, T, D}, {batch, head, row, 1}, t.scalar_type());
 }
 
 inline void check_heads(const char* op, const char* name, const Tensor& t, ScalarType dtype) {

@@ -112,12 +112,9 @@ inline Tensor advised(Tensor t) {
 #endif
   return t;
 }
-// Contiguous, uninitialised, on the device of `like`. Not by torch::stable::empty_like and new_empty: these look their op up by
+// Uninitialised, on the device of `like`. Not by torch::stable::empty_like, new_empty and transpose: these look their op up by
 // name at each call, which takes longer than all of a small op's work.
-inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+inline Tensor new_strided(const Tensor& like, Shape shape, Shape strides, ScalarType dtype) {
   int32_t device = 0;
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
@@ -125,6 +122,13 @@ inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle));
   return advised(Tensor(handle));
+}
+// The same, contiguous
+inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  return new_strided(like, shape, {strides.data(), strides.size()}, dtype);
 }
 inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
 

@@ -24,7 +24,9 @@ static std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tenso
     const auto tasks = GK_BEST(attention_fwd_tasks<T>);
     const auto scratch_bytes = GK_BEST(attention_fwd_scratch<T>);
     const auto run = GK_BEST(attention_fwd_range<T>);
-    run_with_scratch("attention_fwd", tasks(s), scratch_bytes(s), [&](int64_t t0, int64_t t1, char* scratch) { run(s, t0, t1, scratch); });
+    const double work = s.Tq <= few_queries ? 8 * score_work(s) : score_work(s);  // few rows go without the matrix kernel
+    run_with_scratch("attention_fwd", tasks(s), work, scratch_bytes(s),
+                     [&](int64_t t0, int64_t t1, char* scratch) { run(s, t0, t1, scratch); });
   });
   return {o, lse};
 }
@@ -42,10 +44,10 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_B
 namespace GK_TARGET {
 namespace {
 
+using gk::few_queries;
+
 // a multiple of tile_rows; large, since each block of queries streams the head's packed keys and values once
 constexpr int64_t query_block = 96;
-// up to here packing a key costs more than using it
-constexpr int64_t few_queries = 2;
 
 // One thread's memory and the forward pass of one head or block of queries.
 template <class T> struct Forward {

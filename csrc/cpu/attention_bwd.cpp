@@ -36,7 +36,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     void* partial_data = partial.mutable_data_ptr();
     const auto scratch = GK_BEST(attention_bwd_scratch<T>);
     const auto run = GK_BEST(attention_bwd_range<T>);
-    run_with_scratch(op, s.B * s.Hk * chunks, scratch(s, chunks), [&](int64_t t0, int64_t t1, char* memory) {
+    run_with_scratch(op, s.B * s.Hk * chunks, 2.5 * score_work(s), scratch(s, chunks), [&](int64_t t0, int64_t t1, char* memory) {
       run(s, chunks, partial_data, t0, t1, memory);
     });
     if (chunks > 1) {
@@ -48,7 +48,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
       const auto tasks = GK_BEST(attention_dbias_tasks<T>);
       const auto dbias_scratch = GK_BEST(attention_dbias_scratch<T>);
       const auto dbias_run = GK_BEST(attention_dbias_range<T>);
-      run_with_scratch(op, tasks(s, g), dbias_scratch(s, g), [&](int64_t t0, int64_t t1, char* memory) { dbias_run(s, g, t0, t1, memory); });
+      run_with_scratch(op, tasks(s, g), score_work(s), dbias_scratch(s, g),
+                       [&](int64_t t0, int64_t t1, char* memory) { dbias_run(s, g, t0, t1, memory); });
     }
   });
   return {dq, dk, dv, dbias};
