@@ -18,25 +18,27 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_readme_is_what_the_committed_results_say():
     block = readme.README.read_text().split(readme.BEGIN)[1].split(readme.END)[0]
-    name, demo_name = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", block)
-    result, demo = (
-        run.load(ROOT / "benchmarks/results" / name),
-        json.loads((ROOT / "benchmarks/results" / demo_name).read_text()),
-    )
+    names = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", block)
+    files = [ROOT / "benchmarks/results" / name for name in names]
+    result, reuse, demo = run.load(files[0]), run.load(files[1]), json.loads(files[2].read_text())
     drawn = [plot for plot in readme.PLOTS if plots.PLOTS[plot](result) is not None]
-    renew = f"python -m benchmarks.readme benchmarks/results/{name} benchmarks/results/{demo_name}"
-    assert readme.numbers(result, demo, (name, demo_name), drawn) == block, renew
+    renew = " ".join(["python -m benchmarks.readme", *(f"benchmarks/results/{name}" for name in names)])
+    assert readme.numbers(result, reuse, demo, tuple(names), drawn) == block, renew
     pictures = re.findall(r"\]\((benchmarks/results/plots/[\w-]+\.svg)\)", block)
     assert [pathlib.Path(p).stem for p in pictures] == drawn and all((ROOT / p).stat().st_size < 60_000 for p in pictures)
 
 
 def test_numbers_of_a_whole_result():
     demo = json.loads(next((ROOT / "benchmarks/results").glob("*demo*.json")).read_text())
-    text = readme.numbers(bench_tools.result(), demo, ("a.json", "d.json"), ["speed", "length-memory"])
+    result, reuse = bench_tools.result(), bench_tools.result()
+    for row in reuse["rows"]:
+        row |= {} if row["mismatch"] else {"bytes": readme.LARGE, "bound": "copy", "of_limit": 0.875}
+    text = readme.numbers(result, reuse, demo, ("a.json", "r.json", "d.json"), ["speed", "length-memory"])
     assert "`python -m gpt_kernels bench all --quick`: how often faster" in text and "in the same run copy 20 GB/s" in text
     assert "| layer_norm 8192x768, fwd | 2.00x" in text and "T^2.00 (to T = 8192)" in text
     assert "![Time of the others over ours](benchmarks/results/plots/speed.svg)" in text
     assert "On tiny inputs a call costs 992 µs to 992 µs; in 0 of 1 such rows" in text and not re.search(" $", text, re.M)
+    assert re.search(r"\| layer_norm 8192x768, fwd \| (\d+ %|-) / 88 %", text)
     assert readme.small([]) == ""
 
 

@@ -12,7 +12,7 @@ from .measure import Case, Settings, grid
 
 SIZES = {
     "tiny": (4, 64), "small": (64, 1000), "one row": (1, 50257), "main": (1024, 50257), "more": (8192, 8192),
-    "huge": (16384, 50257),
+    "huge": (8192, 50257),
 }  # fmt: skip
 
 
