@@ -240,8 +240,8 @@ GK_INLINE vf floor_of(vf x) {
 #elif GK_X86_TARGETS && GK_BYTES == 32
   return (vf)_mm256_floor_ps((__m256)x);
 #else
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1. May be the integer above x where x is one too:
-  return (x - 0.5f + magic) - magic;   // then r is 1
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: its last bit is worth 1
+  return (x - 0.5f + magic) - magic;   // of an integer it may be the one below: r is then 1
 #endif
 }
 template <int degree> GK_INLINE vf exp2_fraction(vf r) {
