@@ -133,6 +133,5 @@ inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
 inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
 
 using torch::stable::get_num_threads;
-using torch::stable::parallel_for;
 
 }  // namespace gk

@@ -1,5 +1,6 @@
 """reuse_memory(): what it is for, counted in page faults, in a process of its own: there is no way back."""
 
+import pathlib
 import platform
 import subprocess
 import sys
@@ -33,6 +34,13 @@ def page_faults(how: str) -> int:
 def test_freed_memory_is_used_again():
     assert page_faults("as it is") > 4 * 32
     assert page_faults("reuse") < 32, "of eight tensors of 64 MB"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_rows_written_past_the_cache():
+    script = pathlib.Path(__file__).with_name("streamed_rows.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_other_c_libraries_are_refused(monkeypatch):

@@ -255,6 +255,7 @@ GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
     const C origin = origin_of(start);
     vec<C> sum[4] = {}, distance[4] = {};
     for_groups<C>(n, [&](int64_t i, int k, int64_t count) {
+      prefetch(x + i + far_ahead<T>);
       vec<C> v = load_any(x + i, count, low);
       top4[k] = vmax(top4[k], v);
       v = (capped ? cap_of<C>(v, softcap) : v) - origin;
@@ -310,9 +311,10 @@ GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, 
     const double p_minus_1 = __builtin_expm1((double)v[0] - top - log_sum);
     at_target = uncap(splat((C)(g * (p_minus_1 * (1 + z_slope) + z_slope + o.smoothing - o.smoothing / V))), v);
   }
-  for_vectors<C>(n, [&](int64_t i, int64_t count) {
+  write_row(dx, n, false, [&](int64_t i, int64_t count) {
+    prefetch(x + i + far_ahead<T>);
     const vec<C> v = cap_of<C>(load_any(x + i, count), softcap);
-    store_any(dx + i, uncap(exp_limited<T>(v - top - log_sum) * slope - wanted, v), count);
+    return uncap(exp_limited<T>(v - top - log_sum) * slope - wanted, v);
   });
   if (inside) store_n(dx + target, at_target, 1);
 }

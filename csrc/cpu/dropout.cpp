@@ -24,8 +24,9 @@ static Tensor dropout_fwd_cpu(const Tensor& x, const OptTensor& residual, const 
     const auto row = GK_BEST(dropout_row<T>);
     const T *xp = (const T*)x.const_data_ptr(), *rp = residual ? (const T*)residual->const_data_ptr() : nullptr;
     T* yp = (T*)y.mutable_data_ptr();
+    const bool streams = row_streams(y, N, residual ? 3 : 2);
     parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
-      for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, rp ? rp + m * N : nullptr, m, N, philox);
+      for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, rp ? rp + m * N : nullptr, m, N, philox, streams);
     });
   });
   return y;
@@ -44,7 +45,8 @@ namespace GK_TARGET {
 
 // y = x / (1 - p) where kept, 0 where dropped, + residual
 template <class T>
-GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& of_call) {
+GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int64_t N, const gk::Philox& of_call,
+                           bool streams) {
   typedef compute_t<T> C;
   constexpr int64_t block = 8 * lanes<float>;
   const gk::Philox philox = of_call;  // a copy, which for all the compiler knows no store to y changes
@@ -52,11 +54,12 @@ GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int
   uint16_t random[block];
   for (int64_t j0 = 0; j0 < N; j0 += block) {
     if (philox.drop_below) philox_groups(random, lanes<float>, lane_index() + (uint32_t)(j0 / 8), vu{} + (uint32_t)row, 0, philox);
-    for_vectors<C>(N - j0 < block ? N - j0 : block, [&](int64_t j, int64_t n) {
+    write_row(y + j0, N - j0 < block ? N - j0 : block, streams, [&](int64_t j, int64_t n) {
+      prefetch(x + j0 + j + far_ahead<T>);
+      if (residual) prefetch(residual + j0 + j + far_ahead<T>);
       vec<C> v = load_any(x + j0 + j, n) * keep;
       if (philox.drop_below) v = drop(v, random + j, philox);
-      if (residual) v += load_any(residual + j0 + j, n);
-      store_any(y + j0 + j, v, n);
+      return residual ? v + load_any(residual + j0 + j, n) : v;
     });
   }
 }

@@ -26,8 +26,9 @@ static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
       const T* xp = (const T*)x.const_data_ptr();
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
+      const bool streams = row_streams(y, N, 2);
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
-        for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, bp, std::min(N, total - m * N));
+        for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, bp, std::min(N, total - m * N), streams);
       });
     };
     bias && bias->scalar_type() != x.scalar_type() ? run(compute_t<T>{}) : run(T{});
@@ -58,12 +59,13 @@ static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = bias ? (C*)partial.mutable_data_ptr() : nullptr;
+      const bool streams = row_streams(dx, N, 3);
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           C* db = pp ? pp + c * N : nullptr;
           if (db) std::memset(db, 0, N * sizeof(C));
           for (int64_t m = chunk_begin(c, chunks, M); m < chunk_begin(c + 1, chunks, M); m++)
-            row(dxp + m * N, db, dyp + m * N, xp + m * N, bp, std::min(N, total - m * N));
+            row(dxp + m * N, db, dyp + m * N, xp + m * N, bp, std::min(N, total - m * N), streams);
         }
       });
       if (bias) GK_BEST(sum_partials<P>)((P*)dbias.mutable_data_ptr(), pp, chunks, N, N);
@@ -104,19 +106,20 @@ template <class T, class C, class V> GK_INLINE V normal_cdf(V v, V gauss) {
 
 // v = x + b;  y = v s(v) or v cdf(v)
 template <class T, class P, bool tanh, class C = compute_t<T>>
-GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N) {
-  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N, bool streams) {
+  write_row(y, N, streams, [&](int64_t i, int64_t n) {
+    prefetch(x + far_ahead<T> + i);
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    v *= tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v));
-    store_any(y + i, v, n);
+    return v * (tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v)));
   });
 }
 
 // tanh form: dx = dy s (1 + (1 - s) v (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
 template <class T, class P, bool tanh, class C = compute_t<T>>
-GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N) {
-  for_vectors<C>(N, [&](int64_t i, int64_t n) {
+GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N, bool streams) {
+  write_row(dx, N, streams, [&](int64_t i, int64_t n) {
+    prefetch(x + far_ahead<T> + i), prefetch(dy + far_ahead<T> + i);
     vec<C> v = load_any(x + i, n), slope;
     if (b) v += load_any(b + i, n);
     if constexpr (tanh) {
@@ -128,8 +131,8 @@ GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, i
       slope = normal_cdf<T, C>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
     }
     const vec<C> d = load_any(dy + i, n) * slope;
-    store_any(dx + i, d, n);
     if (db) store_any(db + i, load_any(db + i, n) + d, n);
+    return d;
   });
 }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace gk {
@@ -35,6 +36,17 @@ void advise_huge_pages(void* data, int64_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
+#endif
+}
+
+bool is_fresh(const void* address) {
+#if defined(__linux__)
+  const uintptr_t page = sysconf(_SC_PAGESIZE), begin = reinterpret_cast<uintptr_t>(address) & ~(page - 1);
+  unsigned char resident = 1;
+  return mincore(reinterpret_cast<void*>(begin), 1, &resident) == 0 && !(resident & 1);
+#else
+  (void)address;
+  return false;
 #endif
 }
 

@@ -10,6 +10,9 @@
 
 namespace gk {
 
+// Has the page of this address never been written to? (isa.cpp; false where the system does not tell)
+bool is_fresh(const void* address);
+
 // 16-bit storage; arithmetic is float32 (csrc/cpu/vec.h converts on load and store).
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -42,12 +45,24 @@ inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
   return std::max<int64_t>(1, row_grain(columns) * chunks / std::max<int64_t>(1, rows));
 }
 
-// May rows of this output be written past the cache? Only where the whole is larger than what a core's share of the last
-// cache keeps, and every vector of every row stands on a boundary of 64 bytes.
-inline bool row_streams(const Tensor& out, int64_t columns) {
-  const int64_t size = element_size(out.scalar_type());
-  return out.numel() * size >= (int64_t{16} << 20) && columns * size % 64 == 0 &&
-         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+// May rows of this output be written past the cache? Only where the call's tensors, so many of the output's size, are larger than
+// what a last cache keeps, where its memory is not fresh from the system, whose zeros are in the cache still, and where every row
+// begins on a boundary of 64 bytes.
+inline bool row_streams(const Tensor& out, int64_t columns, int64_t tensors) {
+  const int64_t row = columns * element_size(out.scalar_type()), bytes = out.numel() * element_size(out.scalar_type());
+  const char* data = (const char*)out.const_data_ptr();
+  return tensors * bytes >= (int64_t{32} << 20) && row % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0 &&
+         !is_fresh(data + bytes / 2);
+}
+
+// What a thread has written past the cache is in memory before it says that it is done.
+template <class F> inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    f(b, e);
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+  });
 }
 
 }  // namespace gk

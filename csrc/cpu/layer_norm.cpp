@@ -32,7 +32,7 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
       C *mp = (C*)mean.mutable_data_ptr(), *rp = (C*)rstd.mutable_data_ptr();
-      const bool streams = row_streams(y, N);
+      const bool streams = row_streams(y, N, 2);
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps, streams);
       });
@@ -75,7 +75,7 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
       const C *mp = (const C*)mean.const_data_ptr(), *rp = (const C*)rstd.const_data_ptr();
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = (C*)partial.mutable_data_ptr();
-      const bool streams = row_streams(dx, N);
+      const bool streams = row_streams(dx, N, 3);
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
@@ -133,14 +133,13 @@ GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w
   C mu, var;
   moments(&mu, &var, x, N);
   const C rs = 1 / sqrt_of((var < 0 ? 0 : var) + eps);
-  for_vectors<C>(N, [&](int64_t i, int64_t n) {
-    prefetch(x + N + i);
+  write_row(y, N, streams, [&](int64_t i, int64_t n) {
+    prefetch(x + next_row<T>(N) + i);
     vec<C> v = (load_any(x + i, n) - mu) * rs;
     if (w) v *= load_any(w + i, n);
     if (b) v += load_any(b + i, n);
-    streams ? stream(y + i, v) : store_any(y + i, v, n);
+    return v;
   });
-  if (streams) end_stream();
   *mean = mu;
   *rstd = rs;
 }
@@ -164,15 +163,13 @@ GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, con
       store_any(db + i, load_any(db + i, n) + d, n);
     });
     const C mean_g = hsum4<C>(sum_g) / N, slope = hsum4<C>(sum_gx) / N * rs * rs;
-    for_vectors<C>(N, [&](int64_t i, int64_t n) {
-      prefetch(dy + N + i), prefetch(x + N + i);
+    write_row(dx, N, streams, [&](int64_t i, int64_t n) {
+      prefetch(dy + next_row<T>(N) + i), prefetch(x + next_row<T>(N) + i);
       const vec<C> d = load_any(dy + i, n), centred = load_any(x + i, n) - mu;
       const vec<C> g = w ? rounded(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
-      const vec<C> d_x = (g - mean_g) * rs - centred * slope;
-      streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
+      return (g - mean_g) * rs - centred * slope;
     });
   }
-  if (streams) end_stream();
 }
 
 }  // namespace GK_TARGET

@@ -26,7 +26,7 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTen
       const P* wp = weight ? (const P*)weight->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
       C* rp = (C*)rstd.mutable_data_ptr();
-      const bool streams = row_streams(y, N);
+      const bool streams = row_streams(y, N, 2);
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps, streams);
       });
@@ -63,7 +63,7 @@ static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tenso
       const C* rp = (const C*)rstd.const_data_ptr();
       T* dxp = (T*)dx.mutable_data_ptr();
       C* pp = (C*)partial.mutable_data_ptr();
-      const bool streams = row_streams(dx, N);
+      const bool streams = row_streams(dx, N, 3);
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
@@ -100,13 +100,11 @@ GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N
     squares[k] += v * v;
   });
   const C rs = 1 / sqrt_of(hsum4<C>(squares) / N + eps);
-  for_vectors<C>(N, [&](int64_t i, int64_t n) {
-    prefetch(x + N + i);
-    vec<C> v = load_any(x + i, n) * rs;
-    if (w) v *= load_any(w + i, n);
-    streams ? stream(y + i, v) : store_any(y + i, v, n);
+  write_row(y, N, streams, [&](int64_t i, int64_t n) {
+    prefetch(x + next_row<T>(N) + i);
+    const vec<C> v = load_any(x + i, n) * rs;
+    return w ? v * load_any(w + i, n) : v;
   });
-  if (streams) end_stream();
   *rstd = rs;
 }
 
@@ -124,14 +122,12 @@ GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P*
       if (dw) store_any(dw + i, load_any(dw + i, n) + dx_hat, n);
     });
     const C slope = hsum4<C>(sum_gx) / N * rs * rs;
-    for_vectors<C>(N, [&](int64_t i, int64_t n) {
-      prefetch(dy + N + i), prefetch(x + N + i);
+    write_row(dx, N, streams, [&](int64_t i, int64_t n) {
+      prefetch(dy + next_row<T>(N) + i), prefetch(x + next_row<T>(N) + i);
       const vec<C> d = load_any(dy + i, n), g = w ? d * load_any(w + i, n) : d;
-      const vec<C> d_x = g * rs - load_any(x + i, n) * slope;
-      streams ? stream(dx + i, d_x) : store_any(dx + i, d_x, n);
+      return g * rs - load_any(x + i, n) * slope;
     });
   }
-  if (streams) end_stream();
 }
 
 }  // namespace GK_TARGET

@@ -65,6 +65,7 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
   const std::optional<MaskRows> mask_rows = mask ? std::optional<MaskRows>(MaskRows(op, *mask, x)) : std::nullopt;
   const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0, T_rows = causal ? x.size(x.dim() - 2) : 1;
   Tensor y = new_like(x);
+  const bool streams = row_streams(y, N, 2);
 
   with_dtype(x_dtype, [&](auto x_tag) {
     using T = decltype(x_tag);
@@ -77,7 +78,7 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
         for (int64_t m = m0; m < m1; m++)
           row(yp + m * N, xp + m * N, kp ? kp + mask_rows->begin(m) : nullptr, kp ? mask_rows->step : 0,
-              causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale);
+              causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale, streams);
       });
     };
     !mask ? run(NoMask{}) : mask_dtype == ScalarType::Bool ? run(bool{}) : mask_dtype == x_dtype ? run(T{}) : run(compute_t<T>{});
@@ -92,6 +93,7 @@ static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, b
   check_same_shape(op, "dy", dy, "y", y);
   const int64_t N = y.size(y.dim() - 1), M = N ? y.numel() / N : 0, T_rows = causal ? y.size(y.dim() - 2) : 1;
   Tensor dx = new_like(y);
+  const bool streams = row_streams(dx, N, 3);
 
   with_dtype(y.scalar_type(), [&](auto y_tag) {
     using T = decltype(y_tag);
@@ -100,7 +102,7 @@ static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, b
     T* dxp = (T*)dx.mutable_data_ptr();
     parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
       for (int64_t m = m0; m < m1; m++)
-        row(dxp + m * N, dyp + m * N, yp + m * N, causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale);
+        row(dxp + m * N, dyp + m * N, yp + m * N, causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale, streams);
     });
   });
   return dx;
@@ -119,9 +121,18 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 namespace GK_TARGET {
 
+// The columns from `visible` on: the rest of its line as the line was begun, then whole lines.
+template <class T> GK_INLINE void write_zeros(T* y, int64_t visible, int64_t N, bool streams) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t next = (visible + line - 1) / line * line, begin = next < N ? next : N;
+  for (int64_t i = visible; i < begin; i++) y[i] = T{};
+  write_row(y + begin, N - begin, streams, [&](int64_t, int64_t) { return vec<compute_t<T>>{}; });
+}
+
 // z = scale x + mask on `visible` columns;  y = exp(z - max z) / sum exp(z - max z), 0 beyond and where nothing is visible
 template <class T, class K, class C = compute_t<T>>
-GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale) {
+GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale,
+                               bool streams) {
   constexpr C minus_inf = -__builtin_inff();
   const auto z = [&](int64_t i, int64_t n) {
     const vec<C> v = load_any(x + i, n) * scale;
@@ -161,25 +172,25 @@ GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, in
     if (!(max - origin > far_above<C>)) break;  // not for a NaN either
   }
   if (max == minus_inf) visible = 0;
-  for_vectors<C>(visible, [&](int64_t i, int64_t n) {
-    prefetch(x + N + i);
-    if constexpr (own) store_any(y + i, load_any(y + i, n) * inverse, n);
-    else store_any(y + i, (kept ? load_any(buffer + i, n) : e(i, n)) * inverse, n);
+  write_row(y, visible, streams && !own, [&](int64_t i, int64_t n) {
+    prefetch(x + next_row<T>(N) + i);
+    if constexpr (own) return load_any(y + i, n) * inverse;
+    else return (kept ? load_any(buffer + i, n) : e(i, n)) * inverse;
   });
-  for (int64_t i = visible; i < N; i++) y[i] = T{};
+  write_zeros(y, visible, N, streams && !own);
 }
 
 // dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0
 template <class T, class C = compute_t<T>>
-GK_KERNEL void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, int64_t N, C scale) {
+GK_KERNEL void softmax_bwd_row(T* dx, const T* dy, const T* y, int64_t visible, int64_t N, C scale, bool streams) {
   vec<C> sum[4] = {};
   for_vectors_by_4<C>(visible, [&](int64_t i, int64_t n, int k) { sum[k] += load_any(dy + i, n) * load_any(y + i, n); });
   const C dot = hsum4<C>(sum);
-  for_vectors<C>(visible, [&](int64_t i, int64_t n) {
-    prefetch(dy + N + i), prefetch(y + N + i);
-    store_any(dx + i, load_any(y + i, n) * (load_any(dy + i, n) - dot) * scale, n);
+  write_row(dx, visible, streams, [&](int64_t i, int64_t n) {
+    prefetch(dy + next_row<T>(N) + i), prefetch(y + next_row<T>(N) + i);
+    return load_any(y + i, n) * (load_any(dy + i, n) - dot) * scale;
   });
-  for (int64_t i = visible; i < N; i++) dx[i] = T{};
+  write_zeros(dx, visible, N, streams);
 }
 
 }  // namespace GK_TARGET

@@ -57,6 +57,8 @@ GK_INLINE vf widen(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 
 #endif
 #ifdef GK_BF16
 GK_INLINE vh narrow(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }  // what is below 2^-126 becomes 0
+// two float vectors to 32 bf16 in order
+GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #else
 GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
   const vu u = bits_as<vu>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -141,19 +143,35 @@ template <class T> GK_INLINE void store_any(T* p, vec<compute_t<T>> v, int64_t c
   if (count == lanes<compute_t<T>>) store(p, v);
   else store_n(p, v, count);
 }
-// For the last pass over a row, which runs from L1 while the memory would be idle: the next row into L2. Any address will do.
+// A load of what a loop will need in a while: the next row into L2, from the last pass over a row, which runs from L1 while the
+// memory would be idle; and where a core alone does not ask for enough at a time, 4 KB from here at least. Any address will do.
 GK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Past the cache, for an output too large to be found there again (launch.h: row_streams): the line is not read before it
-// is written. p on a boundary of 64 bytes; end_stream() before another thread may read.
-template <class T> GK_INLINE void stream(T* p, vec<compute_t<T>> v) { store(p, v); }
+template <class T> constexpr int64_t far_ahead = 4096 / sizeof(T);
+template <class T> GK_INLINE int64_t next_row(int64_t N) { return N > far_ahead<T> ? N : far_ahead<T>; }
+// One line of 64 bytes of the output, or two where a vector is half of that: past the cache, if it `streams` (launch.h:
+// row_streams), so that the line is not read before it is written. p is then on a boundary of 64 bytes.
+template <class T> GK_INLINE void put(T* p, vec<compute_t<T>> v, [[maybe_unused]] bool streams) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-template <> GK_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
-template <> GK_INLINE void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v)); }
+  if (streams) return _mm512_stream_ps((float*)p, (__m512)v);
 #endif
-GK_INLINE void end_stream() {
+  store(p, v);
+}
+template <class T> GK_INLINE void put(T* p, vf first, vf second, [[maybe_unused]] bool streams) {
+#ifdef GK_BF16
+  if constexpr (__is_same(T, bf16)) {
+    const vi both = narrow_pair(first, second);
+    return streams ? _mm512_stream_si512((__m512i*)p, (__m512i)both) : _mm512_storeu_si512(p, (__m512i)both);
+  }
+#endif
 #if GK_X86_TARGETS && GK_BYTES == 64
-  _mm_sfence();
+  if (streams) {
+    T half[lanes<float>];
+    store(half, first), _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((__m256i*)half));
+    store(half, second), _mm256_stream_si256((__m256i*)p + 1, _mm256_loadu_si256((__m256i*)half));
+    return;
+  }
 #endif
+  store(p, first), store(p + lanes<float>, second);
 }
 
 template <class C, class Body> GK_INLINE void for_vectors(int64_t n, const Body& body) {
@@ -169,6 +187,22 @@ template <class C, class Body> GK_INLINE void for_vectors_by_4(int64_t n, const 
   for (; i + 4 * L <= n; i += 4 * L) body(i, L, 0), body(i + L, L, 1), body(i + 2 * L, L, 2), body(i + 3 * L, L, 3);
   for (; i + L <= n; i += L) body(i, L, 0);
   if (i < n) body(i, n - i, 1);
+}
+// The last pass over a row of n elements: y[i] ... = body(i, count). 16-bit elements by two vectors, which are narrowed together.
+template <class T, class Body> GK_INLINE void write_row(T* y, int64_t n, bool streams, const Body& body) {
+  constexpr int64_t L = lanes<compute_t<T>>;
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * L <= n; i += 2 * L) {
+      const vf first = body(i, L);
+      put(y + i, first, body(i + L, L), streams);
+    }
+  else
+    for (; i + L <= n; i += L) put(y + i, body(i, L), streams);
+  for (; i < n; i += L) {  // what is less than a line, not past the cache, where it would be half a line
+    const int64_t count = n - i < L ? n - i : L;
+    store_any(y + i, body(i, count), count);
+  }
 }
 // `fill` in the lanes from `count` on: for sums and maxima whose terms are not neutral for a zero input
 template <class C> GK_INLINE vec<C> keep_first(vec<C> v, int64_t count, C fill = 0) {
@@ -405,8 +439,6 @@ GK_INLINE vf keep_from(vf v, vh words, uint16_t limit) {
 GK_INLINE vf dot_pairs(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 // one float vector to bf16, each in the low half of 32 bits
 GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
-// two float vectors to 32 bf16 in order
-GK_INLINE vi narrow_pair(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #endif
 
 // float64 serves gradient checks, not speed: lane by lane through libm
