@@ -1,4 +1,4 @@
-"""python streamed_rows.py: outputs so large that their rows are written past the cache (csrc/cpu/launch.h: row_streams) have
+"""python -m streamed_rows: outputs so large that their rows are written past the cache (csrc/cpu/launch.h: output_streams) have
 the bits of the same rows in small outputs. In a process of its own: memory fresh from the system is written otherwise, and
 only reuse_memory() keeps it from coming."""
 
@@ -28,25 +28,37 @@ def calls(x):
     yield "dropout", lambda x, r: gpt_kernels.dropout(x, 0.1, residual=r, rng_state=RNG), (torch.randn_like(x),), 1
 
 
+def gradient(logits):
+    """Of a sum, each row's is its own; rows of 50257 begin inside a line."""
+    loss = gpt_kernels.cross_entropy(logits.requires_grad_(), torch.arange(len(logits)) % 25, reduction="sum")
+    return torch.autograd.grad(loss, logits)
+
+
 def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def check(name: str, call, args: list, compared: int = PARTS) -> None:
+    """call(*args) gives tensors in the rows of args[0]: bit for bit those of its parts."""
+    for isa in ISA_LEVELS[: ISA_LEVELS.index(best_isa()) + 1]:
+        with gpt_kernels.use_isa(isa):
+            for _ in range(6):  # until the memory of what went before serves
+                whole = parts = same_rows = None
+                before = faults()
+                whole = call(*args)
+                if (fresh := faults() - before) < 64:
+                    break
+            assert fresh < 64, f"{name}: {fresh} page faults, its memory was not used again"
+            cut = [[a.chunk(PARTS)[i] if a.dim() == args[0].dim() else a for a in args] for i in range(compared)]
+            parts = [torch.cat(each) for each in zip(*(call(*part) for part in cut), strict=True)]
+        same_rows = [a[: len(e)] for a, e in zip(whole, parts, strict=True)]
+        assert_same(same_rows, parts, f"{name} {tuple(args[0].shape)} {args[0].dtype} {isa}")
 
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for rows, columns in ((32, 768), (33, 1000)):  # 1000 of 16 bits are no whole lines: written as ever
         x = torch.randn(-(-SIZE // (rows * columns * dtype.itemsize * PARTS)) * PARTS, rows, columns).to(dtype)
         for name, op, rest, compared in calls(x):
-            for isa in ISA_LEVELS[: ISA_LEVELS.index(best_isa()) + 1]:
-                with gpt_kernels.use_isa(isa):
-                    for _ in range(6):  # until the memory of what went before serves
-                        whole = parts = same_rows = None
-                        before = faults()
-                        whole = forward_backward(op, (x, *rest), x)[:2]
-                        if (fresh := faults() - before) < 64:
-                            break
-                    assert fresh < 64, f"{name}: {fresh} page faults, its memory was not used again"
-                    cut = [[a.chunk(PARTS)[i] if a.dim() == 3 else a for a in (x, *rest)] for i in range(compared)]
-                    parts = [forward_backward(op, args, args[0])[:2] for args in cut]
-                parts = [torch.cat(each) for each in zip(*parts, strict=True)]
-                same_rows = [a[: len(e)] for a, e in zip(whole, parts, strict=True)]
-                assert_same(same_rows, parts, f"{name} {tuple(x.shape)} {dtype} {isa}")
+            check(name, lambda *args, op=op: forward_backward(op, args, args[0])[:2], [x, *rest], compared)
+    rows = 50 * PARTS if dtype.itemsize == 2 else 25 * PARTS
+    check("cross_entropy", gradient, [torch.randn(rows, 50257).to(dtype)])

@@ -122,6 +122,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
     T* dx = (T*)dlogits.mutable_data_ptr();
     const int64_t* t = (const int64_t*)target.const_data_ptr();
     const C g = reduction == 1 ? (C)1 / kept : 1;
+    const bool streams = with_grad && output_streams(dlogits, 2);
 
     const auto read = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT;
@@ -135,7 +136,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
     const auto write = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT, n = std::min(V - begin, SEGMENT);
       if (t[m] == ignore_index) std::memset(dx + m * V + begin, 0, n * sizeof(T));
-      else grad(dx + m * V + begin, x + offset(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], g, V, o);
+      else grad(dx + m * V + begin, x + offset(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], g, V, o, streams);
     };
     // the same arithmetic whichever way the work is cut, and so the same bits
     if (M >= 4 * get_num_threads()) {
@@ -193,13 +194,14 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
     const int64_t* t = (const int64_t*)target.const_data_ptr();
     const C *row_max = (const C*)lse.const_data_ptr(), *log_sum = row_max + M, *g = (const C*)dloss.const_data_ptr();
     if (made && reduction != 0 && g[0] == 1) return;
+    const bool streams = dx != x && output_streams(dlogits, 2);  // in place a line is in the cache already
     parallel_for(0, M * segments, row_grain(std::min(V, SEGMENT)), [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; i++) {
         const int64_t m = i / segments, begin = i % segments * SEGMENT, n = std::min(V - begin, SEGMENT);
         T* out = dx + to(m) + begin;
         const C scale = reduction == 0 ? g[m] : reduction == 1 ? g[0] / kept : g[0];
         if (t[m] == ignore_index) std::memset(out, 0, n * sizeof(T));
-        else grad(out, x + from(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], scale, V, o);
+        else grad(out, x + from(m) + begin, n, t[m] - begin, row_max[m], log_sum[m], scale, V, o, streams);
       }
     });
   });
@@ -299,7 +301,7 @@ GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum
 // `target` counts from x and may lie outside. dx may be x.
 template <class T, class C = compute_t<T>>
 GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
-                               const gk::CrossEntropyOptions& o) {
+                               const gk::CrossEntropyOptions& o, bool streams) {
   const double z_slope = 2 * o.square_scale * ((double)top + log_sum);
   const C softcap = o.softcap, slope = g * (C)(1 + z_slope), wanted = g * (C)(o.smoothing / V);
   const auto uncap = [&](vec<C> d, vec<C> v) { return softcap ? d * (1 - (v * (1 / softcap)) * (v * (1 / softcap))) : d; };
@@ -311,11 +313,16 @@ GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, 
     const double p_minus_1 = __builtin_expm1((double)v[0] - top - log_sum);
     at_target = uncap(splat((C)(g * (p_minus_1 * (1 + z_slope) + z_slope + o.smoothing - o.smoothing / V))), v);
   }
-  write_row(dx, n, false, [&](int64_t i, int64_t count) {
+  const auto grad = [&](int64_t i, int64_t count) {
     prefetch(x + i + far_ahead<T>);
     const vec<C> v = cap_of<C>(load_any(x + i, count), softcap);
     return uncap(exp_limited<T>(v - top - log_sum) * slope - wanted, v);
-  });
+  };
+  // rows of 50257 begin anywhere: first up to where a line begins
+  int64_t begin = streams ? -(int64_t)((uintptr_t)dx / sizeof(T)) & (64 / sizeof(T) - 1) : 0;
+  if (begin > n) begin = n;
+  write_row(dx, begin, false, grad);
+  write_row(dx + begin, n - begin, streams, [&](int64_t i, int64_t count) { return grad(begin + i, count); });
   if (inside) store_n(dx + target, at_target, 1);
 }
 

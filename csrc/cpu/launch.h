@@ -45,14 +45,16 @@ inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
   return std::max<int64_t>(1, row_grain(columns) * chunks / std::max<int64_t>(1, rows));
 }
 
-// May rows of this output be written past the cache? Only where the call's tensors, so many of the output's size, are larger than
-// what a last cache keeps, where its memory is not fresh from the system, whose zeros are in the cache still, and where every row
-// begins on a boundary of 64 bytes.
+// May an output be written past the cache? Only where the call's tensors, so many of the output's size, are larger than what a
+// last cache keeps, and where its memory is not fresh from the system, whose zeros are in the cache still.
+inline bool output_streams(const Tensor& out, int64_t tensors) {
+  const int64_t bytes = out.numel() * element_size(out.scalar_type());
+  return tensors * bytes >= (int64_t{32} << 20) && !is_fresh((const char*)out.const_data_ptr() + bytes / 2);
+}
+// The same of an output in rows: each must begin on a boundary of 64 bytes.
 inline bool row_streams(const Tensor& out, int64_t columns, int64_t tensors) {
-  const int64_t row = columns * element_size(out.scalar_type()), bytes = out.numel() * element_size(out.scalar_type());
-  const char* data = (const char*)out.const_data_ptr();
-  return tensors * bytes >= (int64_t{32} << 20) && row % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0 &&
-         !is_fresh(data + bytes / 2);
+  return columns * element_size(out.scalar_type()) % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
+         output_streams(out, tensors);
 }
 
 // What a thread has written past the cache is in memory before it says that it is done.

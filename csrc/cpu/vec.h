@@ -312,23 +312,33 @@ GK_INLINE vf exp(vf x) {
   const vf n = floor_of(x * 1.44269504f);
   return exp2_of_parts<6>(n, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
 }
+#if GK_X86_TARGETS && GK_BYTES == 64
+// 2^(j/32), its bits less j << 18: with j + 32 n, shifted by 18, added, they are those of 2^(n + j/32)
+alignas(64) constexpr uint32_t exp2_32nds[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+#endif
 // e^x for x <= 80 as softmax needs it, a maximum taken off: without exp2's care for results beyond the range, n is added to the
-// exponent, and what is below 2^-126 becomes 0 (of a 16-bit T it may stay).
+// exponent, and what is below 2^-126 becomes 0 (of a 16-bit T it may stay). With 512 bits, to degree 5 and above: n + j/32 + r / 32
+// with -0.5 <= r <= 0.5, 2^(j/32) by a permutation of two registers, and two terms in r (off by 5e-08), since multiplications and
+// comparisons share two of the four units and permutations have another.
 template <class T = float, int degree = exp_degree<T>> GK_INLINE vf exp_limited(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
-  if constexpr (sizeof(T) == 2) return exp2<T, degree>(x * 1.44269504f);
-  // rounded down to where the last bit of 1.5 * 2^23 is worth 1: n, as a float and as an integer
-  const vf magic = splat(12582912.f);
-  const vf shifted = (vf)_mm512_maskz_fmadd_round_ps(0xffff, (__m512)x, _mm512_set1_ps(1.44269504f), (__m512)magic,
-                                                     _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  const vf n = shifted - magic;
-  const vi power = bits_as<vi>(shifted) << 23;
+  if constexpr (degree < 5) return exp2<T, degree>(x * 1.44269504f);
+  const vf magic = splat(12582912.f);  // its last bit is worth 1: n and j, as a float and as an integer
+  const vf shifted = x * (32 * 1.44269504f) + magic, r = x * (32 * 1.44269504f) - (shifted - magic);
+  const vi table = (vi)_mm512_permutex2var_epi32(_mm512_load_si512(exp2_32nds), (__m512i)shifted, _mm512_load_si512(exp2_32nds + 16));
+  const vf y = bits_as<vf>(table + (bits_as<vi>(shifted) << 18));
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLE_UQ);  // NaN, too
+  return (vf)_mm512_maskz_fmadd_ps(seen, (__m512)y, (__m512)(r * (r * 0.000234596184f + 0.0216611661f)), (__m512)y);
 #else
   const vf n = floor_of(x * 1.44269504f);
   const vi power = __builtin_convertvector(n, vi) << 23;
-#endif
   const vf y = exp2_fraction<degree>(x * 1.44269504f - n);
   return x <= -87.3365f ? vf{} : bits_as<vf>(bits_as<vi>(y) + power);  // NaN stays
+#endif
 }
 // A sum of e^(x - origin) with the first few elements' maximum for origin keeps float's accuracy up to this far below the true
 // maximum, so that maximum and sum take one pass.
