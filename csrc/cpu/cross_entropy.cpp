@@ -234,13 +234,18 @@ template <class C> GK_INLINE vec<C> cap_of(vec<C> x, C softcap) { return softcap
 // A maximum of -inf (all classes masked so far) is no origin to measure from: -inf - -inf is nan.
 template <class C> GK_INLINE C origin_of(C top) { return top == -(C)__builtin_inf() ? 0 : top; }
 
-// Calls body(i, lane group, count) for n elements, four independent groups so that no sum waits for the one before it.
-template <class C, class Body> GK_INLINE void for_groups(int64_t n, const Body& body) {
-  constexpr int L = lanes<C>;
+// Calls body(vector, k, count) for n elements of x, with k = 0 1 2 3 in turn, so that no sum waits for the one before it; what is
+// beyond count is `fill`.
+template <class T, class C = compute_t<T>, class Body> GK_INLINE void for_groups(const T* x, int64_t n, C fill, const Body& body) {
+  constexpr int64_t L = lanes<C>;
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L)
-    for (int k = 0; k < 4; k++) body(i + k * L, k, (int64_t)L);
-  for (int k = 0; i < n; i += L, k++) body(i, k, n - i < L ? n - i : L);
+  for (; i + 4 * L <= n; i += 4 * L) {
+    prefetch(x + i + far_ahead<T>), prefetch(x + i + 2 * L + far_ahead<T>);
+    vec<C> v[4];
+    load_4(v, x + i);
+    for (int k = 0; k < 4; k++) body(v[k], k, L);
+  }
+  for (int k = 0; i < n; i += L, k++) body(load_any(x + i, n - i < L ? n - i : L, fill), k, n - i < L ? n - i : L);
 }
 
 // out = (max, origin, sum of exp(x - origin), sum of x - origin where there is smoothing) over n classes. One pass: the origin is
@@ -252,13 +257,11 @@ GK_KERNEL void segment_of(C* out, const T* x, int64_t n, C softcap) {
   const auto max_of = [&](vec<C> v) { return capped ? cap_of<C>(splat(hmax<C>(v)), softcap)[0] : hmax<C>(v); };
   constexpr int64_t some = 4 * lanes<C>;
   vec<C> top4[4] = {splat(low), splat(low), splat(low), splat(low)};
-  for_groups<C>(n < some ? n : some, [&](int64_t i, int k, int64_t count) { top4[k] = load_any(x + i, count, low); });
+  for_groups(x, n < some ? n : some, low, [&](vec<C> v, int k, int64_t) { top4[k] = v; });
   for (C start = max_of(max_of_4(top4)), top;; start = top) {
     const C origin = origin_of(start);
     vec<C> sum[4] = {}, distance[4] = {};
-    for_groups<C>(n, [&](int64_t i, int k, int64_t count) {
-      prefetch(x + i + far_ahead<T>);
-      vec<C> v = load_any(x + i, count, low);
+    for_groups(x, n, low, [&](vec<C> v, int k, int64_t count) {
       top4[k] = vmax(top4[k], v);
       v = (capped ? cap_of<C>(v, softcap) : v) - origin;
       sum[k] += keep_first<C>(exp_limited<T, 5>(v), count);  // lse is float32 for 16-bit logits too

@@ -86,6 +86,21 @@ GK_INLINE void store(f16* p, vf v) {
 }
 #endif
 
+// four vectors of neighbouring elements, in the order that costs least: for sums and maxima
+template <class T> GK_INLINE void load_4(vec<compute_t<T>> (&v)[4], const T* p) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  if constexpr (__is_same(T, bf16)) {
+    for (int k = 0; k < 4; k += 2) {
+      vu two;
+      __builtin_memcpy(&two, p + k * lanes<float>, sizeof two);
+      v[k] = bits_as<vf>(two << 16), v[k + 1] = bits_as<vf>(two & 0xffff0000u);
+    }
+    return;
+  }
+#endif
+  for (int k = 0; k < 4; k++) v[k] = load(p + k * lanes<compute_t<T>>);
+}
+
 // the first n lanes only (0 <= n < lanes); nothing beyond p[n-1] is touched, the other lanes become `fill`
 template <class T> GK_INLINE vec<compute_t<T>> load_n(const T* p, int64_t n, compute_t<T> fill = 0) {
   typedef compute_t<T> C;
@@ -238,8 +253,16 @@ template <class V> GK_INLINE V rounded(V product) {
   return product;
 }
 
-template <class V> GK_INLINE V vmax(V a, V b) { return a > b ? a : b; }  // a NaN in b survives
+// A NaN in b survives. One instruction of the kind; GCC makes a comparison and a masked move of the expression.
+template <class V> GK_INLINE V vmax(V a, V b) { return a > b ? a : b; }
 template <class V> GK_INLINE V vmin(V a, V b) { return a < b ? a : b; }
+#if GK_X86_TARGETS && GK_BYTES == 64
+GK_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+GK_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif GK_X86_TARGETS && GK_BYTES == 32
+GK_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+GK_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 GK_INLINE vf vabs(vf x) { return bits_as<vf>(bits_as<vi>(x) & 0x7fffffff); }
 GK_INLINE vd vabs(vd x) { return x < 0 ? -x : x; }
 
