@@ -163,8 +163,8 @@ template <class T> GK_INLINE void store_any(T* p, vec<compute_t<T>> v, int64_t c
 GK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <class T> constexpr int64_t far_ahead = 4096 / sizeof(T);
 template <class T> GK_INLINE int64_t next_row(int64_t N) { return N > far_ahead<T> ? N : far_ahead<T>; }
-// One line of 64 bytes of the output, or two where a vector is half of that: past the cache, if it `streams` (launch.h:
-// row_streams), so that the line is not read before it is written. p is then on a boundary of 64 bytes.
+// A line of the output, 64 bytes of one vector or, in 16 bits, of two (of fewer bytes with shorter vectors): past the cache, if it
+// `streams` (launch.h: row_streams), so that the line is not read before it is written. p is then on a boundary of 64 bytes.
 template <class T> GK_INLINE void put(T* p, vec<compute_t<T>> v, [[maybe_unused]] bool streams) {
 #if GK_X86_TARGETS && GK_BYTES == 64
   if (streams) return _mm512_stream_ps((float*)p, (__m512)v);
@@ -344,9 +344,9 @@ alignas(64) constexpr uint32_t exp2_32nds[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 #endif
 // e^x for x <= 80 as softmax needs it, a maximum taken off: without exp2's care for results beyond the range, n is added to the
-// exponent, and what is below 2^-126 becomes 0 (of a 16-bit T it may stay). With 512 bits, to degree 5 and above: n + j/32 + r / 32
-// with -0.5 <= r <= 0.5, 2^(j/32) by a permutation of two registers, and two terms in r (off by 5e-08), since multiplications and
-// comparisons share two of the four units and permutations have another.
+// exponent, and what is below e^-87 becomes 0 (of a 16-bit T it may stay). From degree 5 on, with 512 bits: x log2(e) is n + j/32 +
+// r/32 with -0.5 <= r <= 0.5, 2^(j/32) a permutation of two registers, and two terms in r are left (off by 5e-8). Multiplications
+// and comparisons share two of a Zen 4's four vector units; permutations have others.
 template <class T = float, int degree = exp_degree<T>> GK_INLINE vf exp_limited(vf x) {
 #if GK_X86_TARGETS && GK_BYTES == 64
   if constexpr (degree < 5) return exp2<T, degree>(x * 1.44269504f);
