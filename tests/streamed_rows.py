@@ -5,10 +5,10 @@ only reuse_memory() keeps it from coming."""
 import resource
 
 import torch
+from grids import DTYPES, ISAS
 from op_checks import assert_same, forward_backward
 
 import gpt_kernels
-from gpt_kernels.dispatch import ISA_LEVELS, best_isa
 
 gpt_kernels.reuse_memory()
 # bytes of an output: two are beyond the 32 MB from which on a call's rows are streamed, those of a part are not
@@ -40,7 +40,7 @@ def faults() -> int:
 
 def check(name: str, call, args: list, compared: int = PARTS) -> None:
     """call(*args) gives tensors in the rows of args[0]: bit for bit those of its parts."""
-    for isa in ISA_LEVELS[: ISA_LEVELS.index(best_isa()) + 1]:
+    for isa in ISAS:
         with gpt_kernels.use_isa(isa):
             for _ in range(6):  # until the memory of what went before serves
                 whole = parts = same_rows = None
@@ -55,7 +55,7 @@ def check(name: str, call, args: list, compared: int = PARTS) -> None:
         assert_same(same_rows, parts, f"{name} {tuple(args[0].shape)} {args[0].dtype} {isa}")
 
 
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+for dtype in DTYPES:
     for rows, columns in ((32, 768), (33, 1000)):  # 1000 of 16 bits are no whole lines: written as ever
         x = torch.randn(-(-SIZE // (rows * columns * dtype.itemsize * PARTS)) * PARTS, rows, columns).to(dtype)
         for name, op, rest, compared in calls(x):

@@ -150,6 +150,7 @@ GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, in
   constexpr int64_t capacity = own ? 1 : 4096;
   C buffer[capacity];
   const bool kept = own || visible <= capacity;
+  streams = streams && !own;  // a line that e waits in is in the cache
 
   // One pass finds the maximum and sums e, measured from the maximum of the row's first elements. That serves as well, unless
   // the true one lies far above it: then once more.
@@ -172,12 +173,12 @@ GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, in
     if (!(max - origin > far_above<C>)) break;  // not for a NaN either
   }
   if (max == minus_inf) visible = 0;
-  write_row(y, visible, streams && !own, [&](int64_t i, int64_t n) {
+  write_row(y, visible, streams, [&](int64_t i, int64_t n) {
     prefetch(x + next_row<T>(N) + i);
     if constexpr (own) return load_any(y + i, n) * inverse;
     else return (kept ? load_any(buffer + i, n) : e(i, n)) * inverse;
   });
-  write_zeros(y, visible, N, streams && !own);
+  write_zeros(y, visible, N, streams);
 }
 
 // dx = scale y (dy - sum(dy y));  a row without a visible column has y = 0, so dx = 0
