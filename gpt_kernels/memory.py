@@ -6,8 +6,13 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# glibc's malloc.h, and the largest block that it takes from the heap by itself
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _LARGEST_IN_HEAP = -1, -3, -4, 32 << 20
+
+
+def _mallopt(*options: tuple[int, int]) -> bool:
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(option, value) for option, value in options)
 
 
 def reuse_memory() -> None:
@@ -19,7 +24,13 @@ def reuse_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         raise RuntimeError(f"reuse_memory: needs Linux with glibc, this is {platform.system()} without it")
-    libc = ctypes.CDLL(None)
     # no allocation by a mapping of its own, which free would unmap; the heap's top is never given back
-    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
+    if not _mallopt((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         raise RuntimeError("reuse_memory: the C library refused; another allocator may be preloaded")
+
+
+def hold_heap() -> None:
+    """For benchmarks: blocks of up to 32 MB come from the heap, as they do by themselves once one of 32 MB was freed, and the
+    heap's top is never given back, which happens from twice the size of that block on. Nothing where the C library is not glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        _mallopt((_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP), (_M_TRIM_THRESHOLD, -1))

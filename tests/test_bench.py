@@ -202,7 +202,7 @@ def test_a_real_interrupt_leaves_no_process_and_whole_files(tmp_path):
 def test_worker(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(run, "start", lambda path: ({"run": "rms_norm", "settings": {"cases": 1}}, lambda **f: sent.append(f)))
-    monkeypatch.setattr(measure, "configure", lambda settings: None)
+    monkeypatch.setattr(measure, "configure", lambda settings, models: None)
     monkeypatch.setattr(measure, "Limits", lambda dtype: {"copy": 1.0, "gemm": 1.0})
     monkeypatch.setattr(measure, "measure", lambda case, direction, limits, settings: {"shape": case.shape, "limits": limits})
     assert run.worker("job") == 0
@@ -316,14 +316,15 @@ def test_memory_of_a_model_for_real(tmp_path):
     assert measure.peak_memory(lambda: None) is None or 20 << 20 < memory["ours"] < memory["eager"]
 
 
-def test_worker_of_one_variant(monkeypatch):
+@pytest.mark.parametrize("target, models", [("rms_norm", False), ("gpt", True)])
+def test_worker_of_one_variant(monkeypatch, target, models):
     sent, configured = [], []
-    job = {"run": "rms_norm", "settings": {"quick": True}, "case": 1, "variant": "ours"}
+    job = {"run": target, "settings": {"quick": True}, "case": 0, "variant": "ours"}
     monkeypatch.setattr(run, "start", lambda path: (job, lambda **facts: sent.append(facts)))
-    monkeypatch.setattr(measure, "configure", configured.append)
-    monkeypatch.setattr(measure, "memory_apart", lambda case, name: f"{case.shape} {name}")
+    monkeypatch.setattr(measure, "configure", lambda settings, models: configured.append((settings.quick, models)))
+    monkeypatch.setattr(measure, "memory_apart", lambda case, name: f"{case.op} {name}")
     assert run.worker("job") == 0
-    assert sent == [{"memory": "8192x768 ours"}] and configured[0].quick
+    assert sent == [{"memory": f"{target} ours"}] and configured == [(True, models)]
 
 
 # ---- what the figures are valid for ----

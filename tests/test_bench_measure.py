@@ -287,13 +287,20 @@ def test_variants_take_turns(monkeypatch):
     samples = interleaved({"a": clock.variant("a", 1e-3), "b": clock.variant("b", 2e-3)}, 0.03)
     assert len(samples["a"]) == len(samples["b"]) == 20
     assert samples["a"] == pytest.approx([1e-3] * 20) and samples["b"] == pytest.approx([2e-3] * 20)
-    assert clock.order[4:] == ["a", "b"] * 23  # after two calls each to estimate; three rounds do not count
+    # after two calls each to estimate; three rounds do not count; each sample right after a call of the same variant
+    assert clock.order[4:] == ["a", "a", "b", "b"] * 23
+
+
+def test_a_long_call_needs_none_before_it(monkeypatch):
+    clock = Clock(monkeypatch)
+    interleaved({"a": clock.variant("a", 1e-3), "long": clock.variant("long", 0.06)}, 0.03)
+    assert clock.order[4:] == ["a", "a", "long"] * 12
 
 
 def test_tiny_calls_are_repeated_and_slow_ones_are_few(monkeypatch):
     clock = Clock(monkeypatch)
     assert len(interleaved({"a": clock.variant("a", 1e-6)}, 0.01)["a"]) == 50
-    assert 50 * 200 <= len(clock.order) <= 60 * 200
+    assert 50 * 201 <= len(clock.order) <= 60 * 201
     clock.order.clear()
     variants = {"a": clock.variant("a", 1.0), "naive": clock.variant("naive", 9.0, brief=True)}
     known = {"a": 1.1, "naive": 8.0}
@@ -302,7 +309,7 @@ def test_tiny_calls_are_repeated_and_slow_ones_are_few(monkeypatch):
 
 
 def test_limits_are_sampled_among_the_rounds(monkeypatch):
-    """At most so often, evenly, before the first variant, which then finds its caches as it would without."""
+    """At most so often, evenly, before the first variant."""
     clock = Clock(monkeypatch)
     variants = {"a": clock.variant("a", 1e-3), "b": clock.variant("b", 2e-3)}
     limit = clock.variant("copy", 5e-3).call
@@ -310,7 +317,7 @@ def test_limits_are_sampled_among_the_rounds(monkeypatch):
     assert {name: len(s) for name, s in samples.items()} == {"copy": 9, "a": 200, "b": 200}
     assert samples["copy"] == pytest.approx([5e-3] * 9) and samples["a"] == pytest.approx([1e-3] * 200)
     order = "".join(name[0] for name in clock.order)
-    assert order == "aabb" + 3 * "ab" + 8 * ("caab" + 22 * "ab") + "caab" + 15 * "ab", "no sample before the pages are there"
+    assert order == "aabb" + 3 * "aabb" + 8 * ("c" + 23 * "aabb") + "c" + 16 * "aabb", "no sample before the pages are there"
     for rounds, expected in ((0.03, 7), (0.0, 9)):
         assert len(interleaved(variants, rounds, beside={"copy": limit})["copy"]) == expected >= 5
     clock.order.clear()

@@ -1,4 +1,4 @@
-"""reuse_memory(): what it is for, counted in page faults, in a process of its own: there is no way back."""
+"""reuse_memory() and the benchmarks' hold_heap(): what they are for, in a process of its own: there is no way back."""
 
 import os
 import pathlib
@@ -26,15 +26,47 @@ print(min(faults() for _ in range(3)))  # what else the process does takes a pag
 """
 
 
+HELD = """
+import ctypes, sys, gpt_kernels
+if sys.argv[1] == "hold":
+    gpt_kernels.memory.hold_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+libc.mallinfo2.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+blocks = [libc.malloc(24 << 20) for _ in range(5)]
+for block in blocks:
+    libc.free(block)
+print(libc.mallinfo2().keepcost >> 20)  # at the heap's end, and free
+mapped = libc.mallinfo2().hblkhd
+block = libc.malloc(200 << 20)
+print(libc.mallinfo2().hblkhd - mapped >> 20)
+libc.free(block)
+"""
+
+
+def printed(script: str, how: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, timeout=300, check=True)
+    return [int(word) for word in done.stdout.split()]
+
+
 def page_faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, timeout=300, check=True)
-    return int(done.stdout)
+    return printed(FAULTS, how)[0]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_used_again():
     assert page_faults("as it is") > 4 * 32
     assert page_faults("reuse") < 32, "of eight tensors of 64 MB"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_the_heap_of_a_benchmark():
+    """120 MB in blocks of 24 are kept, where the system gets back what is above 64; what the heap has no room for is mapped from 32 MB on, as ever."""
+    kept, mapped = printed(HELD, "as it is")
+    assert kept < 65 and mapped == 200
+    kept, mapped = printed(HELD, "hold")
+    assert kept >= 4 * 24 and mapped == 200
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

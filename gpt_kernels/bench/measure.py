@@ -5,16 +5,18 @@
 2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of two calls is taken
    (high-water mark of the process above what it held before; on a GPU that of torch's allocator). A whole model's is taken in a
    process of its own, see run.py: what malloc keeps from the variants before it can be as much as a step needs;
-3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: back to back (warm),
-   and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a model finds
-   its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
+3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: right after a call of
+   their own (warm), and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a
+   model finds its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
 The limits are copy bandwidth and the rate of a matrix product in the case's dtype. Both are measured before each case. A slow
 minute hits them too, so the one that bounds the row (both, where either may) is sampled again among the row's own rounds,
-evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. On a CPU such a sample opens a
-round, and an untimed call of eager comes before the timed one: what the copy did to the caches is charged to no variant. A call
-slower than SLOW goes without, no cache holds what it needs; nor does a GPU need it, where every call has caches overwritten for
-it. Tiny rows, which neither limit bounds, keep those of their case. Share of the limit is the least time that the bytes and
-flops of the op's cost function need at these limits, over the time of ours; above 100 % the data came from cache.
+evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. Tiny rows, which neither limit
+bounds, keep those of their case. Share of the limit is the least time that the bytes and flops of the op's cost function need at
+these limits, over the time of ours; above 100 % the data came from cache.
+
+An op's worker holds its heap (memory.hold_heap): else one variant pays now and then for what another has freed, 5 ms for 70 MB
+given back to the system, and the next one for getting it again, beside calls of 2 ms. Above 32 MB, what the heap has no room for is
+mapped and unmapped at each call, as ever. Whole models run with the allocator as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor
 import gpt_kernels
 
 from ..dispatch import ops
+from ..memory import hold_heap
 from ..triton.tuning import event_timer
 from . import peers
 
@@ -44,6 +47,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, tor
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
 SLOW = 0.5  # seconds per call, from which on there are fewer rounds
+LONG = 0.05  # seconds per call, from which on no cache holds what the next one needs
 COLD_ROUNDS = 5
 LIMIT_SAMPLES = 9  # among a row's rounds: a copy beyond cache takes longer than most of what is compared with it
 NEAR = 3  # within this factor of the limit that bounds, the other may bound when the row is timed: shared machines drift so far
@@ -347,7 +351,8 @@ def interleaved(
     known: dict[str, float] | None = None,
     beside: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample.
+    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample. On a CPU
+    each sample of calls that are not LONG comes after an untimed one.
 
     known: about how long a call of each takes; the slow ones are not called once more to find out.
     beside: limits' calls, sampled at the beginning of LIMIT_SAMPLES of the rounds at most.
@@ -362,11 +367,12 @@ def interleaved(
                 once[name] = min(stopwatch(variant.call) for _ in range(2))
         repeats[name] = max(1, int(2e-4 / once[name]))
     lap = sum(once[name] * repeats[name] for name in variants)
+    led = {name for name in variants if once[name] < LONG}
     usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
     for name, variant in variants.items():
         rounds[name] = 1 if variant.brief and once[name] > SLOW else usual
     samples: dict[str, list[float]] = {name: [] for name in (*beside, *variants)}
-    first, stride = next(iter(variants)), -(-usual // LIMIT_SAMPLES)
+    stride = -(-usual // LIMIT_SAMPLES)
     # the first rounds touch memory that the system has not handed out before, which costs more than many an op
     unseen = 0 if lap > SLOW else 3
     gc.collect()
@@ -376,12 +382,11 @@ def interleaved(
             if beside and n >= 0 and n % stride == 0:
                 for name, call in beside.items():
                     samples[name].append(stopwatch(call))
-                if once[first] <= SLOW:  # it shall find the caches as in the other rounds
-                    with variants[first].around():
-                        variants[first].call()
             for name, variant in variants.items():
                 if n < rounds[name]:
                     with variant.around():
+                        if name in led:
+                            variant.call()
                         taken = stopwatch(variant.call, repeats[name])
                     if n >= 0:
                         samples[name].append(taken)
@@ -526,8 +531,8 @@ def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> di
     return row
 
 
-def configure(settings: Settings) -> None:
-    """This process measures and does nothing else."""
+def configure(settings: Settings, models: bool = False) -> None:
+    """This process measures and does nothing else: ops, or whole models."""
     import torch._functorch.config
     import torch._inductor.config
 
@@ -535,6 +540,8 @@ def configure(settings: Settings) -> None:
     torch._inductor.config.compile_threads = 1  # no compiler processes beside the timing
     if settings.reuse:
         gpt_kernels.reuse_memory()
+    elif not models:
+        hold_heap()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_default_device(settings.device)

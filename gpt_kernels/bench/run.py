@@ -59,7 +59,7 @@ def worker(job_path: str) -> int:
 
     job, send = start(job_path)
     settings = Settings(**job["settings"])
-    configure(settings)
+    configure(settings, models=TARGETS[job["run"]][0] == "models")
     if "variant" in job:
         case = next(itertools.islice(cases(job["run"], settings), job["case"], None))
         send(memory=memory_apart(case, job["variant"]))
