@@ -62,7 +62,7 @@ def test_freed_memory_is_used_again():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_the_heap_of_a_benchmark():
-    """120 MB in blocks of 24 are kept, where the system gets back what is above 64; what the heap has no room for is mapped from 32 MB on, as ever."""
+    """120 MB in blocks of 24 are kept, where else the system gets what is above 64; the heap grows by no block above 32."""
     kept, mapped = printed(HELD, "as it is")
     assert kept < 65 and mapped == 200
     kept, mapped = printed(HELD, "hold")

@@ -6,17 +6,17 @@
    (high-water mark of the process above what it held before; on a GPU that of torch's allocator). A whole model's is taken in a
    process of its own, see run.py: what malloc keeps from the variants before it can be as much as a step needs;
 3. the variants are timed in turn, round by round, so that a slow minute of the machine hits all of them: right after a call of
-   their own (warm), and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU, where a
-   model finds its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
+   their own (warm), and with the caches overwritten before each call (cold). The row's seconds are the warm ones on a CPU,
+   where a model finds its activations in cache, and the cold ones on a GPU, by CUDA events, as triton.testing.do_bench has it.
 The limits are copy bandwidth and the rate of a matrix product in the case's dtype. Both are measured before each case. A slow
 minute hits them too, so the one that bounds the row (both, where either may) is sampled again among the row's own rounds,
-evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. Tiny rows, which neither limit
-bounds, keep those of their case. Share of the limit is the least time that the bytes and flops of the op's cost function need at
-these limits, over the time of ours; above 100 % the data came from cache.
+evenly and LIMIT_SAMPLES times at most, and the row is compared with the median of these samples. Tiny rows, which neither
+limit bounds, keep those of their case. Share of the limit is the least time that the bytes and flops of the op's cost function
+need at these limits, over the time of ours; above 100 % the data came from cache.
 
 An op's worker holds its heap (memory.hold_heap): else one variant pays now and then for what another has freed, 5 ms for 70 MB
-given back to the system, and the next one for getting it again, beside calls of 2 ms. Above 32 MB, what the heap has no room for is
-mapped and unmapped at each call, as ever. Whole models run with the allocator as it is.
+given back to the system, and the next one for getting it again, beside calls of 2 ms. Above 32 MB, what the heap has no room
+for is mapped and unmapped at each call, as ever. Whole models run with the allocator as it is.
 """
 
 from __future__ import annotations
@@ -351,8 +351,8 @@ def interleaved(
     known: dict[str, float] | None = None,
     beside: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample. On a CPU
-    each sample of calls that are not LONG comes after an untimed one.
+    """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample. On a
+    CPU each sample of calls that are not LONG comes after an untimed one.
 
     known: about how long a call of each takes; the slow ones are not called once more to find out.
     beside: limits' calls, sampled at the beginning of LIMIT_SAMPLES of the rounds at most.
