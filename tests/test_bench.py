@@ -211,7 +211,7 @@ def test_worker(tmp_path, monkeypatch):
     sent.clear()
     monkeypatch.setattr(run, "start", lambda path: ({"run": "gpt", "settings": {}}, lambda **f: sent.append(f)))
     assert run.worker("job") == 0
-    assert [f["apart"] for f in sent if "row" in f] == [0, 1], "whose memory is asked for by these numbers"
+    assert [f["apart"] for f in sent if "row" in f] == [0, 1, 2], "whose memory is asked for by these numbers"
 
 
 # ---- memory of whole models, each variant in a process of its own ----

@@ -612,6 +612,13 @@ def test_models(small, target, direction, dtype):
     assert all(v["memory"] is None for v in row["variants"].values()) and made.apart
 
 
+def test_sizes_of_models():
+    """The quick run has one, the full one every dtype, and a model so small that it costs what calling costs."""
+    found = [(case.sizes, case.dtype) for case in run.cases("gpt", Settings())]
+    assert found == [(models.FULL, torch.float32), (models.FULL, torch.bfloat16), (models.TINY, torch.float32)]
+    assert [case.sizes for case in run.cases("gpt", Settings(quick=True))] == [models.QUICK]
+
+
 @pytest.mark.parametrize("target", ["gpt", "decode"])
 def test_a_variant_alone_is_the_one_of_the_trial(small, target, monkeypatch):
     """The same weights, the same tokens, the same answer."""

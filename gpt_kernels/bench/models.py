@@ -32,6 +32,7 @@ class Sizes:
 
 
 FULL = Sizes(6, 768, 12, 50257, 2, 512, 32, 32)
+TINY = Sizes(2, 64, 2, 512, 4, 32, 16, 16)  # costs what calling costs
 QUICK = Sizes(2, 256, 4, 8192, 2, 256, 16, 16)
 GPU = Sizes(12, 768, 12, 50257, 16, 1024, 32, 128)
 
@@ -203,10 +204,11 @@ def decoding(case: ModelCase, settings: Settings) -> Trial:
 
 
 def gpt(settings: Settings) -> Iterator[ModelCase]:
-    s = sizes_for(settings)
-    shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
-    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
-        yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training_start, training_variant, training)
+    full, first = sizes_for(settings), settings.dtypes[:1]
+    for s, dtypes in ((full, first),) if settings.quick else ((full, settings.dtypes), (TINY, first)):
+        shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
+        for name in dtypes:
+            yield ModelCase("gpt", s, getattr(torch, name), shape, ("step",), training_start, training_variant, training)
 
 
 def decode(settings: Settings) -> Iterator[ModelCase]:
