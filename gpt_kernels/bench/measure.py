@@ -16,7 +16,8 @@ need at these limits, over the time of ours; above 100 % the data came from cach
 
 An op's worker holds its heap (memory.hold_heap): else one variant pays now and then for what another has freed, 5 ms for 70 MB
 given back to the system, and the next one for getting it again, beside calls of 2 ms. Above 32 MB, what the heap has no room
-for is mapped and unmapped at each call, as ever. Whole models run with the allocator as it is.
+for is mapped and unmapped at each call, as ever. Whole models run with the allocator as it is: a step after one of the same
+variant finds what that one left, after another's it may have to get a gigabyte from the system.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, tor
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
 SLOW = 0.5  # seconds per call, from which on there are fewer rounds
-LONG = 0.05  # seconds per call, from which on no cache holds what the next one needs
 COLD_ROUNDS = 5
 LIMIT_SAMPLES = 9  # among a row's rounds: a copy beyond cache takes longer than most of what is compared with it
 NEAR = 3  # within this factor of the limit that bounds, the other may bound when the row is timed: shared machines drift so far
@@ -352,7 +352,7 @@ def interleaved(
     beside: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample. On a
-    CPU each sample of calls that are not LONG comes after an untimed one.
+    CPU each sample comes after an untimed call, but of one that is brief and slow.
 
     known: about how long a call of each takes; the slow ones are not called once more to find out.
     beside: limits' calls, sampled at the beginning of LIMIT_SAMPLES of the rounds at most.
@@ -367,7 +367,6 @@ def interleaved(
                 once[name] = min(stopwatch(variant.call) for _ in range(2))
         repeats[name] = max(1, int(2e-4 / once[name]))
     lap = sum(once[name] * repeats[name] for name in variants)
-    led = {name for name in variants if once[name] < LONG}
     usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
     for name, variant in variants.items():
         rounds[name] = 1 if variant.brief and once[name] > SLOW else usual
@@ -385,7 +384,7 @@ def interleaved(
             for name, variant in variants.items():
                 if n < rounds[name]:
                     with variant.around():
-                        if name in led:
+                        if rounds[name] > 1:
                             variant.call()
                         taken = stopwatch(variant.call, repeats[name])
                     if n >= 0:
