@@ -52,4 +52,4 @@ def chosen(request):
     found = settings(request.config)
     configure(found)
     yield found
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)

@@ -582,6 +582,30 @@ def test_adapters_call_as_the_documentation_has_it(monkeypatch):
     }  # fmt: skip
 
 
+def test_a_process_that_measures(monkeypatch):
+    """The heap is held for ops alone; on a CPU no default device, whose mode costs several times what a tiny call does."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    done = []
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    monkeypatch.setattr(measure, "hold_heap", lambda: done.append("held"))
+    monkeypatch.setattr(measure.gpt_kernels, "reuse_memory", lambda: done.append("reused"))
+    monkeypatch.setattr(torch, "set_default_device", done.append)
+    monkeypatch.setattr(torch, "set_num_threads", done.append)
+    for settings, models_, expected in (
+        (Settings(device="cpu"), False, ["held"]),
+        (Settings(device="cpu", threads=3), True, [3]),
+        (Settings(device="cpu", reuse=True), False, ["reused"]),
+        (Settings(device="cuda"), False, ["held", "cuda"]),
+    ):
+        done.clear()
+        measure.configure(settings, models=models_)
+        assert done == expected
+    assert not torch._functorch.config.donated_buffer and torch._inductor.config.compile_threads == 1
+
+
 # ---- models ----
 
 SMALL = models.Sizes(layers=1, width=32, heads=2, vocab=101, batch=2, length=16, prompt=6, new=4)

@@ -543,4 +543,5 @@ def configure(settings: Settings, models: bool = False) -> None:
         hold_heap()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.set_default_device(settings.device)
+    if settings.device != "cpu":  # a default device is a mode: every call of torch from Python goes through it, for microseconds
+        torch.set_default_device(settings.device)
