@@ -543,5 +543,5 @@ def configure(settings: Settings, models: bool = False) -> None:
         hold_heap()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.device != "cpu":  # a default device is a mode: every call of torch from Python goes through it, for microseconds
+    if settings.device != "cpu":  # its mode would cost every call of torch from Python microseconds
         torch.set_default_device(settings.device)
