@@ -588,22 +588,22 @@ def test_a_process_that_measures(monkeypatch):
     import torch._inductor.config
 
     done = []
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
     monkeypatch.setattr(measure, "hold_heap", lambda: done.append("held"))
     monkeypatch.setattr(measure.gpt_kernels, "reuse_memory", lambda: done.append("reused"))
     monkeypatch.setattr(torch, "set_default_device", done.append)
     monkeypatch.setattr(torch, "set_num_threads", done.append)
-    for settings, models_, expected in (
+    chosen = [
         (Settings(device="cpu"), False, ["held"]),
         (Settings(device="cpu", threads=3), True, [3]),
         (Settings(device="cpu", reuse=True), False, ["reused"]),
         (Settings(device="cuda"), False, ["held", "cuda"]),
-    ):
-        done.clear()
-        measure.configure(settings, models=models_)
-        assert done == expected
-    assert not torch._functorch.config.donated_buffer and torch._inductor.config.compile_threads == 1
+    ]
+    with torch._functorch.config.patch(donated_buffer=True), torch._inductor.config.patch(compile_threads=2):
+        for settings, whole_models, expected in chosen:
+            done.clear()
+            measure.configure(settings, models=whole_models)
+            assert done == expected
+        assert not torch._functorch.config.donated_buffer and torch._inductor.config.compile_threads == 1
 
 
 # ---- models ----
