@@ -96,7 +96,8 @@ distance between its quartiles where that is above 20 %. {small(result["rows"])}
 {f"{growth}." if growth else ""}
 
 Share of the copy rate that was measured among a row's own rounds, for the bytes that must move. First as it is, where a result
-above 32 MB is fresh pages from the system at every call; then with `reuse_memory()`, by
+above 32 MB is fresh pages from the system at every call (a smaller one comes from the heap, which the benchmark keeps from
+being given back between calls); then with `reuse_memory()`, by
 `{reuse["command"]}`.
 
 {shares(result["rows"], reuse["rows"])}

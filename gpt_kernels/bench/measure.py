@@ -352,7 +352,7 @@ def interleaved(
     beside: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, sample by sample, the variants in turn; tiny calls are repeated within a sample. On a
-    CPU each sample comes after an untimed call, but of one that is brief and slow.
+    CPU a sample comes after an untimed call of the same variant, unless that is brief and slow.
 
     known: about how long a call of each takes; the slow ones are not called once more to find out.
     beside: limits' calls, sampled at the beginning of LIMIT_SAMPLES of the rounds at most.
