@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -87,9 +88,7 @@ def run_smoke(device: str, backend: str) -> int:
     """Prints what was called; failures, one line each, on stderr."""
     failed, done = [], set()
     with dispatch.use_backend(backend):
-        for _, name, args in calls_of(backend, torch.bfloat16, device):
-            if name in done:
-                continue
+        for name, args in first_calls(backend, device):
             done.add(name)
             try:
                 op(name)(*args)
@@ -115,9 +114,7 @@ def host_cost(device: str, backend: str) -> Stage:
 def run_host_cost(device: str, backend: str) -> int:
     loops, seen = (3, {}) if device == "cpu" else (200, {})
     with torch.no_grad(), dispatch.use_backend(backend):
-        for _, name, args in calls_of(backend, torch.bfloat16, device):
-            if name in seen:
-                continue
+        for name, args in first_calls(backend, device):
             rounds = []
             for _ in range(6):  # the first compiles
                 begin = time.perf_counter()
@@ -196,6 +193,17 @@ def calls_of(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[st
     from kernel_calls import every_call, with_kernel
 
     return with_kernel(backend, every_call(dtype, device))
+
+
+def first_calls(backend: str, device: str) -> Iterator[tuple[str, tuple]]:
+    """(op, arguments) once per op, and no call of another kind, each of which Triton would compile."""
+    left = {name for name in dispatch.ops() if backend in dispatch._ops[name].kernels}
+    for _, name, args in calls_of(backend, torch.bfloat16, device):
+        if name in left:
+            yield name, args
+            left.discard(name)
+        if not left:
+            return
 
 
 def run_slice(device: str) -> None:
@@ -346,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
     )
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes for the tests: each takes its own memory of the GPU")
+    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), metavar="N",
+                        help="processes for the tests, most of whose time is Triton's compiler (default: %(default)s)")  # fmt: skip
     parser.add_argument("--slice", metavar="DEVICE", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
     parser.add_argument("--host", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
@@ -355,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_smoke(*args.smoke)
     if args.host:
         return run_host_cost(*args.host)
-    jobs[:] = ["-n", str(args.jobs)] if args.jobs > 1 else []
+    jobs[:] = ["-n", str(args.jobs)] if args.jobs > 1 and importlib.util.find_spec("xdist") else []
     if args.slice:
         run_slice(args.slice)
         return 0

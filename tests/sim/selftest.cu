@@ -177,7 +177,7 @@ GK_TEST(test_wrong(float* p, int what), wrong, 1, 64, p, what)
 // A launch of any size of a kernel that declares 256 bytes, through the launcher or as a driver meets one that never asked.
 extern "C" __attribute__((visibility("default"))) const char* test_size(unsigned x, unsigned y, unsigned z, unsigned threads,
                                                                         size_t shared, int ask) {
-  static float out[1024];
+  static float memory[1024], *const out = memory;
   return reporting([&] {
     if (ask) return gk::launch(GK_KERNEL(gk::declares), dim3(x, y, z), threads, shared, nullptr, out);
     auto body = [] { gk::declares_not_asked(out); };
