@@ -239,41 +239,41 @@ def test_reports(lib, what):
 
 @pytest.fixture
 def size(lib):
-    """(x, y, z, threads, bytes, ask=True) -> None or the report"""
-    lib.test_size.argtypes = [*[ctypes.c_uint] * 4, ctypes.c_size_t, ctypes.c_int]
-    yield lambda *args, ask=True: (lib.test_size(*args, int(ask)) or b"").decode() or None
+    """(kernel, x, y, z, threads, bytes) -> None or the report"""
+    lib.test_size.argtypes = [ctypes.c_int, *[ctypes.c_uint] * 4, ctypes.c_size_t]
+    yield lambda *args: (lib.test_size(*args) or b"").decode() or None
     lib.gpt_kernels_sim_configure(b"arch", 80)
 
 
-def test_the_runtime_refuses_what_a_driver_refuses(lib, size):
-    assert size(1, 1, 1, 64, 0) is None and size(2, 3, 4, 1024, 0) is None
+def test_the_runtime_refuses_what_a_driver_refuses(size):
+    assert size(1, 1, 1, 1, 64, 0) is None and size(1, 2, 3, 4, 1024, 0) is None
     for grid in ((1, 65536, 1), (1, 1, 65536)):
-        assert "launch of gk::declares refused: invalid configuration argument" in size(*grid, 64, 0)
-    assert "invalid configuration" in size(1, 1, 1, 1056, 0)
+        assert "launch of gk::declares<1> refused: invalid configuration argument" in size(1, *grid, 64, 0)
+    assert "invalid configuration" in size(1, 1, 1, 1, 1056, 0)
     limit = 163 << 10
-    assert size(1, 1, 1, 64, limit - 256) is None and "refused: invalid argument" in size(1, 1, 1, 64, limit - 240)
+    assert size(1, 1, 1, 1, 64, limit - 256) is None and "refused: invalid argument" in size(1, 1, 1, 1, 64, limit - 240)
 
 
 def test_what_a_kernel_declares_counts_in_the_48_kb_that_are_free(size):
     """Who has not asked has 48 KB, declared and dynamic together; the launcher asks for all there is."""
     most = (48 << 10) - 256
-    assert size(1, 1, 1, 64, most, ask=False) is None
-    for shared in (most + 16, 48 << 10):
-        assert size(1, 1, 1, 64, shared, ask=False) == "cudaErrorInvalidValue" and size(1, 1, 1, 64, shared) is None
+    for shared in (most, most + 16, 48 << 10):
+        assert size(2, 1, 1, 1, 64, shared) is None
+        assert size(0, 1, 1, 1, 64, shared) == (None if shared == most else "cudaErrorInvalidValue")
 
 
 def test_each_gpu_is_asked(lib, size):
     """The attribute is of a kernel on one GPU; the model plays one for each architecture."""
-    for arch, limit in ((80, 163), (90, 227), (86, 99), (80, 163)):
+    for arch, limit in ((86, 99), (90, 227), (80, 163), (86, 99)):
         lib.gpt_kernels_sim_configure(b"arch", arch)
-        assert size(1, 1, 1, 64, (limit << 10) - 256) is None
+        assert size(3, 1, 1, 1, 64, (limit << 10) - 256) is None
 
 
 def test_threads_launch_one_kernel_with_different_sizes(size):
     """None takes back what another has asked for."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        sizes = [(50 + 28 * (i % 5)) << 10 for i in range(400)]
-        assert set(pool.map(lambda shared: size(1, 1, 1, 64, shared), sizes)) == {None}
+        sizes = [(50 + 28 * (i % 5)) << 10 for i in range(100)]
+        assert set(pool.map(lambda shared: size(4, 1, 1, 1, 64, shared), sizes)) == {None}
 
 
 def test_fresh_shared_memory_is_nan(lib):

@@ -143,11 +143,11 @@ __global__ void wrong(float* p, int what) {
   }
 }
 
-__global__ void declares(float* p) {
+// a kernel for each test: what was asked for stays
+template <int which> __global__ void declares(float* p) {
   GK_SHARED(float, words, [64]);
   words[threadIdx.x % 64] = 1, p[threadIdx.x] = 1;
 }
-__global__ void declares_not_asked(float* p) { declares(p); }
 
 }  // namespace gk
 
@@ -174,16 +174,22 @@ GK_TEST(test_last(int* out, int* partial, uint32_t* arrived, int blocks, int ord
 GK_TEST(test_banks(float* out, int stride), banks, 1, 32, out, stride)
 GK_TEST(test_wrong(float* p, int what), wrong, 1, 64, p, what)
 
-// A launch of any size of a kernel that declares 256 bytes, through the launcher or as a driver meets one that never asked.
-extern "C" __attribute__((visibility("default"))) const char* test_size(unsigned x, unsigned y, unsigned z, unsigned threads,
-                                                                        size_t shared, int ask) {
+// A launch of any size of a kernel that declares 256 bytes, through the launcher or, where `which` is 0, as the runtime meets one
+// that never asked.
+extern "C" __attribute__((visibility("default"))) const char* test_size(int which, unsigned x, unsigned y, unsigned z,
+                                                                        unsigned threads, size_t shared) {
   static float memory[1024], *const out = memory;
+  const dim3 grid(x, y, z);
   return reporting([&] {
-    if (ask) return gk::launch(GK_KERNEL(gk::declares), dim3(x, y, z), threads, shared, nullptr, out);
-    auto body = [] { gk::declares_not_asked(out); };
-    gk::sim::Call call{"declares_not_asked", [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body};
+    switch (which) {
+      case 1: return gk::launch(GK_KERNEL(gk::declares<1>), grid, threads, shared, nullptr, out);
+      case 2: return gk::launch(GK_KERNEL(gk::declares<2>), grid, threads, shared, nullptr, out);
+      case 3: return gk::launch(GK_KERNEL(gk::declares<3>), grid, threads, shared, nullptr, out);
+      case 4: return gk::launch(GK_KERNEL(gk::declares<4>), grid, threads, shared, nullptr, out);
+    }
+    gk::sim::Call call{"declares<0>", [](void*) { gk::declares<0>(out); }, nullptr};
     void* args[] = {&call};
-    const cudaError_t error = cudaLaunchKernel((const void*)&gk::declares_not_asked, dim3(x, y, z), threads, args, shared, nullptr);
+    const cudaError_t error = cudaLaunchKernel((const void*)&gk::declares<0>, grid, threads, args, shared, nullptr);
     if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));
   });
 }
