@@ -27,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = pathlib.Path(__file__).parent
+# warnings are errors in our tests only: another nvcc warns of other things
+WERROR = ["-Werror", "all-warnings"] if os.environ.get("GPT_KERNELS_WERROR") else []
 # the LibTorch stable ABI of torch 2.10: one binary for every torch since
 TORCH_TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXXFLAGS = [
@@ -170,7 +172,7 @@ class BuildKernels(build_ext):
             quoted = [re.sub(r"=(.*)=", r'="\1"=', option) for option in maps]
             host = ",".join([*quoted, "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"])
             compilers[".cu"] = [
-                "-std=c++17", "-O3", "-Werror", "all-warnings", "-ccbin", find_compiler(), "-Xcompiler", host,
+                "-std=c++17", "-O3", *WERROR, "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
             libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
