@@ -34,7 +34,7 @@ TORCH_TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593
-    TORCH_TARGET_FLAG,
+    "-Wno-unknown-warning-option", TORCH_TARGET_FLAG,
 ]  # fmt: skip
 
 
@@ -164,8 +164,10 @@ class BuildKernels(build_ext):
         maps = [f"-ffile-prefix-map={ROOT.resolve()}=.", f"-ffile-prefix-map={torch}=torch"]
         # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
         (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
-        flags, link = [*CXXFLAGS, *maps], ["-s", "-Wl,--version-script=exports.map"]
-        libraries = ["-Wl,--no-as-needed", "-L", torch / "lib", "-ltorch_cpu"]
+        mac = sys.platform == "darwin"  # another linker
+        flags = [*CXXFLAGS, *maps]
+        link = ["-Wl,-x", "-Wl,-exported_symbol,_gpt_kernels_*"] if mac else ["-s", "-Wl,--version-script=exports.map"]
+        libraries = [*([] if mac else ["-Wl,--no-as-needed"]), "-L", torch / "lib", "-ltorch_cpu"]
         compilers = {".cpp": [*flags, "-isystem", torch / "include"]}
         if kind == "cuda":
             # nvcc gives these to a shell: a folder's name may have a space
