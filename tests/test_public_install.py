@@ -15,14 +15,13 @@ import sys
 import zipfile
 
 import pytest
-from test_packaging import CHECK, ROOT, needs_compiler, run, source  # noqa: F401
+from packaging.requirements import Requirement
+from test_packaging import CHECK, PINNED, ROOT, STRANGER, needs_compiler, run, source  # noqa: F401
 from test_torch_versions import NEWER, PROSE
 
 from gpt_kernels.triton import PAIRS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("public"), pytest.mark.timeout(3600)]
-STRANGER = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
-PINNED = re.search(r"^torch==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)[1]
 TARGET = re.search(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text())[0]
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 
@@ -39,13 +38,19 @@ def pip(*arguments):
 # ---- PyPI's torch of the pin: with CUDA, on a machine without a GPU ----
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def requirements(place, python):
+    """A file of those for that Python: pip reads markers as of its own. === is the very version, where an index has others."""
+    lines = (line for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if re.match(r"\w", line))
+    asked = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"python_version": python})]
+    exact = [f"{r.name}{'===' if r.name == 'torch' else '=='}{str(r.specifier)[2:]}" for r in asked]
+    (place / "requirements.txt").write_text("\n".join(exact))
+    return place / "requirements.txt"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.13"])
 def test_requirements_resolve(python, tmp_path):
-    """For every Python; === is the very version, where an index has a build of its own beside it."""
-    lines = (ROOT / "requirements-dev.txt").read_text().replace(f"torch=={PINNED}", f"torch==={PINNED}")
-    (tmp_path / "requirements.txt").write_text(lines)
     wanted = ["--python-version", python, "--only-binary=:all:", "--target", tmp_path / "none"]
-    output = pip("install", "--dry-run", "--ignore-installed", "-r", tmp_path / "requirements.txt", *wanted)
+    output = pip("install", "--dry-run", "--ignore-installed", "-r", requirements(tmp_path, python), *wanted)
     would = re.search(r"Would install (.*)", output)[1].split()
     assert f"torch-{PINNED}" in would and f"triton-{PAIRS[PINNED.rpartition('.')[0]]}" in would
     assert any(name.startswith("nvidia-") for name in would), "the build for CUDA"
@@ -59,9 +64,7 @@ def cuda_python(tmp_path_factory):
     place = tmp_path_factory.mktemp("public")
     run(sys.executable, "-m", "venv", "--without-pip", place)
     python = place / "bin" / "python"
-    lines = (ROOT / "requirements-dev.txt").read_text().replace(f"torch=={PINNED}", f"torch==={PINNED}")
-    (place / "requirements.txt").write_text(lines)
-    pip("--python", python, "install", "-q", "-r", place / "requirements.txt")
+    pip("--python", python, "install", "-q", "-r", requirements(place, f"{sys.version_info[0]}.{sys.version_info[1]}"))
     yield python
     shutil.rmtree(place)  # 5 GB
 
