@@ -28,15 +28,15 @@ mutants: setup $(VENV)/.simulator
 bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-# for a machine with a GPU; not yet executed by us on one
-gpu: setup
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+# for a machine with a GPU; on the torch of $(PYTHON) where that sees it, else on the pinned one (benchmarks/gpu_setup.py)
+gpu:
+	@MAKE="$(MAKE)" $(PYTHON) -m benchmarks.gpu_setup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info gpt_kernels/*.so demo-out bench-out .benchmarks benchmarks/out
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info gpt_kernels/*.so demo-out bench-out .benchmarks benchmarks/out
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 setup: $(VENV)/.built

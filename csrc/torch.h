@@ -34,6 +34,9 @@ template <class... Args>
     if (__builtin_expect(!(condition), 0)) ::gk::fail(__VA_ARGS__); \
   } while (0)
 
+// A call of torch's C interface, not by torch's own macro: its name is another in 2.10 than in 2.13, and it tells file names.
+#define GK_TORCH(call) GK_CHECK((call) == 0, "torch failed in " #call "; what it says of it stands on stderr")
+
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
     case ScalarType::Float: return "float32";
@@ -117,8 +120,8 @@ inline Tensor advised(Tensor t) {
 inline Tensor new_strided(const Tensor& like, Shape shape, Shape strides, ScalarType dtype) {
   int32_t device = 0;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  GK_TORCH(aoti_torch_get_device_type(like.get(), &device));
+  GK_TORCH(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle));
   return advised(Tensor(handle));

@@ -45,6 +45,18 @@ def test_against_float64(dtype, isa):
             check_truth(ours, eager, (x, residual), name=f"{n} with residual")
 
 
+@every_isa
+def test_float16_to_the_bit(isa):
+    """Every float16 read, and sums of two rounded: base has no instruction for either."""
+    every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(torch.float16)
+    with use_isa(isa):
+        for residual in (torch.full_like(every, -0.0), every[torch.randperm(2**16)], every.flip(0)):
+            y = torch.ops.gpt_kernels.dropout_fwd(every.view(64, -1), residual.view(64, -1), RNG, 0.0).view(-1)
+            want = (every.float() + residual.float()).half()
+            same = (y.view(torch.int16) == want.view(torch.int16)) | (y.isnan() & want.isnan())
+            assert same.all(), f"{every[~same][0]} + {residual[~same][0]} became {y[~same][0]}"
+
+
 # Random123's kat_vectors of philox4x32, 7 rounds: counter and key, words
 KNOWN = {
     "zeros": ("00000000 00000000 00000000 00000000 00000000 00000000", "5f6fb709 0d893f64 4f121f81 4f730a48"),

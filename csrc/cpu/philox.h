@@ -22,7 +22,7 @@ GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, ui
   for (int half = 0; half < 2; half++) {
     vu place;
     for (int i = 0; i < W; i++) place[i] = half * (W / 2) + i / 2 % 2 * (W / 4) + i / 4;
-    vq c0 = bits_as<vq>(__builtin_shuffle(group, place)), c1 = bits_as<vq>(__builtin_shuffle(row, place)), c2 = vq{} + plane,
+    vq c0 = bits_as<vq>(permute(group, place)), c1 = bits_as<vq>(permute(row, place)), c2 = vq{} + plane,
        c3 = vq{} + philox.offset;
     uint32_t k0 = philox.seed[0], k1 = philox.seed[1];
     for (int round = 0; round < 7; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
@@ -32,7 +32,7 @@ GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, ui
     const vq first = (c0 & 0xffffffffu) | c1 << 32, second = (c2 & 0xffffffffu) | c3 << 32;
     vq low, high;
     for (int i = 0; i < W / 2; i++) low[i] = i / 2 * 2 + i % 2 * (W / 2), high[i] = low[i] + 1;
-    const vq even = __builtin_shuffle(first, second, low), odd = __builtin_shuffle(first, second, high);
+    const vq even = permute(first, second, low), odd = permute(first, second, high);
     __builtin_memcpy(words + half * W, &even, sizeof even);
     __builtin_memcpy(words + half * W + W / 2, &odd, sizeof odd);
   }

@@ -38,6 +38,20 @@ template <class To, class From> GK_INLINE To bits_as(From x) {
   return y;
 }
 
+// v's lanes, or those of a and then b, in the order that `from` tells
+#ifdef __clang__  // has no such builtin, and makes one instruction of the loop
+template <class V, class I> GK_INLINE V permute(V a, V b, I from) {
+  constexpr int n = sizeof a / sizeof a[0];
+  V to;
+  for (int i = 0; i < n; i++) to[i] = (int)from[i] < n ? a[from[i]] : b[from[i] - n];
+  return to;
+}
+template <class V, class I> GK_INLINE V permute(V v, I from) { return permute(v, v, from); }
+#else
+template <class V, class I> GK_INLINE V permute(V v, I from) { return __builtin_shuffle(v, from); }
+template <class V, class I> GK_INLINE V permute(V a, V b, I from) { return __builtin_shuffle(a, b, from); }
+#endif
+
 // ---- load and store: T in memory, compute_t<T> in registers ----
 
 GK_INLINE vf load(const float* p) { vf v; __builtin_memcpy(&v, p, sizeof v); return v; }
@@ -76,13 +90,24 @@ GK_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvt
 GK_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 GK_INLINE void store(f16* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
 #else
+// by integers: not every compiler has a type of 16 bits, and denormals count whatever the processor is told of them
 GK_INLINE vf load(const f16* p) {
-  vf v;
-  for (int i = 0; i < lanes<float>; i++) v[i] = (float)bits_as<_Float16>(p[i].bits);
-  return v;
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const vu u = __builtin_convertvector(h, vu), sign = (u & 0x8000) << 16, exponent = u & 0x7c00, rest = (u & 0x7fff) << 13;
+  const vf small = __builtin_convertvector(bits_as<vi>(u & 0x3ff), vf) * 0x1p-24f;
+  const vu quiet = (u & 0x7fff) > 0x7c00 ? vu{} + 0x400000 : vu{};
+  const vu large = (exponent == 0x7c00 ? rest + (224u << 23) : rest + (112u << 23)) | quiet;
+  return bits_as<vf>((exponent == 0 ? bits_as<vu>(small) : large) | sign);
 }
-GK_INLINE void store(f16* p, vf v) {
-  for (int i = 0; i < lanes<float>; i++) p[i].bits = bits_as<uint16_t>((_Float16)v[i]);
+GK_INLINE void store(f16* p, vf v) {  // to nearest, ties to even; NaN stays a NaN
+  const vu u = bits_as<vu>(v), a = u & 0x7fffffff;
+  const vu small = bits_as<vu>(bits_as<vf>(a) + 0.5f) - 0x3f000000;  // 0.5 has the step of float16's denormals
+  const vu usual = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+  const vu large = a > 0x7f800000 ? 0x7e00 | ((a >> 13) & 0x3ff) : vu{} + 0x7c00;
+  const vu all = a >= 0x47800000 ? large : a >= 0x38800000 ? usual : small;
+  const vh h = __builtin_convertvector(all | ((u >> 16) & 0x8000), vh);
+  __builtin_memcpy(p, &h, sizeof h);
 }
 #endif
 
@@ -147,7 +172,14 @@ GK_INLINE void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, (__m2
 GK_INLINE float load_one(const float* p) { return *p; }
 GK_INLINE double load_one(const double* p) { return *p; }
 GK_INLINE float load_one(const bf16* p) { return bits_as<float>((uint32_t)p->bits << 16); }
-GK_INLINE float load_one(const f16* p) { return (float)bits_as<_Float16>(p->bits); }
+#if GK_X86_TARGETS && GK_BYTES >= 32
+GK_INLINE float load_one(const f16* p) { return _cvtsh_ss(p->bits); }
+#else
+GK_INLINE float load_one(const f16* p) {
+  f16 lane[lanes<float>] = {*p};
+  return load(lane)[0];
+}
+#endif
 
 // Walks a row of n elements in vectors: body(i, count) with count == lanes<C>, then once with the rest.
 // load_any and store_any take that count, so a loop body is written once for full and partial vectors.
@@ -272,7 +304,7 @@ template <int apart, class V, class Join> GK_INLINE V join_lanes(V v, const Join
   if constexpr (apart > 0) {
     decltype(v < v) other;
     for (int i = 0; i < (int)(sizeof v / sizeof v[0]); i++) other[i] = i ^ apart;
-    return join_lanes<apart / 2>(join(v, __builtin_shuffle(v, other)), join);
+    return join_lanes<apart / 2>(join(v, permute(v, other)), join);
   }
   return v;
 }
@@ -444,8 +476,8 @@ GK_INLINE void interleave(vu a, vu b, vu& first, vu& second) {
     low[i] = i / 2 + (i % 2) * lanes<float>;
     high[i] = low[i] + lanes<float> / 2;
   }
-  first = __builtin_shuffle(a, b, low);
-  second = __builtin_shuffle(a, b, high);
+  first = permute(a, b, low);
+  second = permute(a, b, high);
 }
 // A square of 32-bit words, one row to a vector, to its transpose: each round interleaves row i with row i + half, and after
 // log2(lanes) rounds every word has come to its place.

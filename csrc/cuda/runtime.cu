@@ -17,7 +17,7 @@ static void check_runtime(cudaError_t error, const char* what) {
 cudaStream_t Gpu::stream_of(int index) {
   GK_CHECK(aoti_torch_get_current_cuda_stream, "the CUDA kernels need a torch with CUDA, this one has none");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  GK_TORCH(aoti_torch_get_current_cuda_stream(index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

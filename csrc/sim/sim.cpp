@@ -5,6 +5,7 @@
 #include "sim.h"
 
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -662,16 +663,27 @@ void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transpose
   });
 }
 
+// by hand: not every compiler has the type
 float from_f16(uint16_t bits) {
-  _Float16 h;
-  std::memcpy(&h, &bits, 2);
-  return float(h);
+  const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023, sign = uint32_t(bits >> 15) << 31;
+  float value = exponent ? std::ldexp(1024.f + mantissa, int(exponent) - 25) : std::ldexp(float(mantissa), -24);
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if (exponent == 31) word = 0x7F800000 | (mantissa ? 0x400000 | mantissa << 13 : 0);
+  word |= sign;
+  std::memcpy(&value, &word, 4);
+  return value;
 }
-uint16_t to_f16(float value) {
-  const _Float16 h = _Float16(value);
-  uint16_t bits;
-  std::memcpy(&bits, &h, 2);
-  return bits;
+uint16_t to_f16(float value) {  // to nearest, ties to even
+  uint32_t word, small;
+  std::memcpy(&word, &value, 4);
+  const uint32_t sign = word >> 16 & 0x8000, a = word & 0x7FFFFFFF;
+  if (a > 0x7F800000) return uint16_t(sign | 0x7E00 | (a >> 13 & 0x3FF));
+  if (a >= 0x47800000) return uint16_t(sign | 0x7C00);
+  if (a >= 0x38800000) return uint16_t(sign | (a - (112u << 23) + 0xFFF + (a >> 13 & 1)) >> 13);
+  const float shifted = std::fabs(value) + 0.5f;  // the step of float16's denormals
+  std::memcpy(&small, &shifted, 4);
+  return uint16_t(sign | (small - 0x3F000000));
 }
 
 static const float* f16_table() {

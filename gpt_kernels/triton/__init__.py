@@ -16,7 +16,10 @@ from collections.abc import Callable
 
 from .. import dispatch
 
-SUPPORTED = ((3, 6), (3, 9))  # first and last Triton whose machine code and interpreter the tests know
+# torch -> the Triton that its CUDA build asks for: the tests know the machine code and the interpreter of each
+PAIRS = {"2.10": "3.6.0", "2.11": "3.6.0", "2.12": "3.7.1", "2.13": "3.7.1", "2.14": "3.8.0", "2.15": "3.9.0"}
+_minors = sorted(tuple(int(n) for n in version.split(".")[:2]) for version in PAIRS.values())
+SUPPORTED = (_minors[0], _minors[-1])
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 OPS = {
     "attention_fwd": "attention",
