@@ -17,6 +17,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def softmax_lse(z: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax and logsumexp over the last dimension; not torch's, whose forward derivatives have no reverse one."""
+    top = z.detach().amax(-1, keepdim=True) if z.shape[-1] else z.new_zeros((*z.shape[:-1], 1))
+    e = (z - top).exp()
+    total = e.sum(-1, keepdim=True)
+    return e / total, (top + total.log())[..., 0]
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Is there anything to differentiate? Without it an op skips autograd.Function, which costs microseconds."""
     if torch.is_grad_enabled():
@@ -29,7 +37,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def transformed(*tensors: Tensor | None) -> bool:
     """Does torch.func (grad, vmap, jvp ...) transform this call, or does a tensor carry a tangent?
 
-    Then an op runs its reference: plain PyTorch has every derivative, a kernel one alone, and torch takes its tangents for zero.
+    Then an op runs its reference: plain PyTorch has every derivative, a kernel the first alone, and torch drops its tangents.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -39,7 +47,9 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 
 def rederived(*grads: Tensor | None) -> bool:
-    """Is a backward pass differentiated in its turn (create_graph), or batched (is_grads_batched)? It then runs the reference's
-    formulas too, on inputs and outputs as they were saved, and with statistics computed anew: those that were saved have lost
-    how they depend on the input."""
+    """Is a backward pass differentiated in its turn (create_graph), or transformed?
+
+    It then runs the reference's formulas too, on inputs and outputs as they were saved, and with statistics computed anew: those
+    that were saved have lost how they depend on the input.
+    """
     return torch.is_grad_enabled() or transformed(*grads)

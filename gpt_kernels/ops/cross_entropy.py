@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dispatch import define
 from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
@@ -37,7 +38,7 @@ def _rows(op, logits, target, ignore_index, softcap):
 
 
 def _check_target(op, target, ignore_index, V):
-    if target.is_meta or torch.compiler.is_compiling():
+    if target.is_meta or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(target):  # vmap lets nobody look at values
         target = torch._C._functorch.get_unwrapped(target)
@@ -122,10 +123,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
         if rederived(dloss):
+            ctx.inplace_backward = False  # the derivative's own graph needs the logits from now on
             lse = reference_fwd(logits, target, *ctx.options, False)[2]
             return reference_bwd(dloss, logits, target, lse, *ctx.options), None, None, None
         saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
-        if torch.compiler.is_compiling():
+        # several gradients (is_grads_batched) do not fit in the memory of one
+        if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(dloss):
             return bwd(*saved), None, None, None
         if ctx.inplace_backward:
             dlogits = logits.detach()

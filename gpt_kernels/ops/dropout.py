@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rows_of, stat_dtype, transformed, wants_grad
+from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -35,16 +35,9 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = _dropout(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        run = reference_fwd if rederived(dy) else fwd
+        dx = run(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
-
-
-def _dropout(x, residual, rng_state, dropout_p):
-    if transformed(x, residual):
-        return reference_fwd(x, residual, rng_state, dropout_p)
-    if wants_grad(x, residual):
-        return _Dropout.apply(x, residual, rng_state, dropout_p)
-    return fwd(x, residual, rng_state, dropout_p)
 
 
 def dropout(
@@ -61,7 +54,11 @@ def dropout(
         return x if residual is None else x + residual
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    return _dropout(x, residual, rng_state, float(p))
+    if transformed(x, residual):
+        return reference_fwd(x, residual, rng_state, float(p))
+    if wants_grad(x, residual):
+        return _Dropout.apply(x, residual, rng_state, float(p))
+    return fwd(x, residual, rng_state, float(p))
 
 
 def dropout_cost(x: Tensor, residual: Tensor | None = None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, stat_dtype, transformed, wants_grad
+from .common import rederived, softmax_lse, stat_dtype, transformed, wants_grad
 
 
 def reference_fwd(x, mask, scale, causal):
@@ -26,7 +26,7 @@ def reference_fwd(x, mask, scale, causal):
         z = z.masked_fill(torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1), -torch.inf)
     # hidden rows are filled before softmax too: of NaN times zero, which is NaN, a gradient would be made
     hidden = (z == -torch.inf).all(-1, keepdim=True)
-    y = torch.softmax(z.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0)
+    y = softmax_lse(z.masked_fill(hidden, 0.0))[0].masked_fill(hidden, 0.0)
     return y.to(x.dtype).contiguous()
 
 
