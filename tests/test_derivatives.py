@@ -1,6 +1,5 @@
 """Every derivative that torch can ask for, of every op, against the same function written with torch's own ops in float64."""
 
-import copy
 import functools
 
 import pytest
@@ -109,7 +108,8 @@ CASES = [
     case("softmax", "", gpt_kernels.softmax, masked_softmax, (3, 4)),
     case("softmax", "bias, causal", lambda x, m: gpt_kernels.softmax(x, m, 0.7, True),
          lambda x, m: masked_softmax(x, m, 0.7, True), (2, 3, 4), (3, 4)),
-    case("softmax", "mask", lambda x: gpt_kernels.softmax(x, KEEP[::2], 0.7), lambda x: masked_softmax(x, KEEP[::2], 0.7), (2, 4)),
+    case("softmax", "mask", lambda x: gpt_kernels.softmax(x, KEEP[::2], 0.7),
+         lambda x: masked_softmax(x, KEEP[::2], 0.7), (2, 4)),
     case("softmax", "hidden row", lambda x: gpt_kernels.softmax(x, KEEP),
          lambda x: torch.cat((masked_softmax(x, KEEP)[:1], x[1:2] * 0, masked_softmax(x, KEEP)[2:])).nan_to_num(), (3, 4)),
     case("cross_entropy", "", lambda x: gpt_kernels.cross_entropy(x, TARGET), lambda x: plain_cross_entropy(x, TARGET), (3, 4)),
@@ -123,11 +123,14 @@ CASES = [
          lambda x: plain_cross_entropy(x, TARGET, z=0.2), (3, 4)),
     case("attention", "", lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, is_causal=True),
          lambda q, k, v: plain_attention(q, k, v, scale=2**-0.5, right=0), *SQUARE),
-    case("attention", "grouped heads, bias", lambda q, k, v, b: gpt_kernels.scaled_dot_product_attention(q, k, v, b, enable_gqa=True),
+    case("attention", "grouped heads, bias",
+         lambda q, k, v, b: gpt_kernels.scaled_dot_product_attention(q, k, v, b, enable_gqa=True),
          lambda q, k, v, b: plain_attention(q, k, v, b, scale=2**-0.5), *HEADS, (1, 2, 1, 4)),
-    case("attention", "mask", lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, KEEP, scale=0.3, enable_gqa=True),
+    case("attention", "mask",
+         lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, KEEP, scale=0.3, enable_gqa=True),
          lambda q, k, v: plain_attention(q, k, v, scale=0.3, mask=KEEP), *HEADS),
-    case("attention", "dropout", lambda q, k, v: attention(q, k, v, None, None, RNG, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
+    case("attention", "dropout",
+         lambda q, k, v: attention(q, k, v, None, None, RNG, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
          lambda q, k, v: plain_attention(q, k, v, scale=0.5, softcap=2.0, p=0.3), *HEADS),
     case("attention", "tokens before heads, alibi",
          lambda q, k, v, slopes: gpt_kernels.flash_attn_func(

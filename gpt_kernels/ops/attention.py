@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, softmax_lse, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256
@@ -176,9 +176,10 @@ def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale, s
         rng_state = draw_rng_state(q.device)
     args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
             causal_offset, window_left, window_right)  # fmt: skip
-    if transformed(q, k, v, bias, alibi_slopes):
+    derivative = derivative_of(q, k, v, bias, alibi_slopes)
+    if derivative == TRANSFORMED:
         return _attend(*args)
-    return _Attention.apply(*args) if wants_grad(q, k, v, bias, alibi_slopes) else fwd(*args)
+    return _Attention.apply(*args) if derivative else fwd(*args)
 
 
 # ---- the two public faces ----

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dispatch import define
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import REVERSE, TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 
@@ -172,16 +172,16 @@ def cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"cross_entropy: unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    needs_grad = wants_grad(logits)
-    if inplace_backward and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
+    derivative = derivative_of(logits)
+    if inplace_backward and derivative == REVERSE and (logits if logits._base is None else logits._base).is_leaf:
         raise RuntimeError("cross_entropy: inplace_backward would overwrite a leaf that requires grad, or a view of one")
     if logits.dim() and logits.stride(-1) != 1:
         logits = logits.contiguous()
     options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)
-    if transformed(logits):
+    if derivative == TRANSFORMED:
         loss, z_loss, _, _ = reference_fwd(logits, target, *options, False)
         z_loss = z_loss.detach()
-    elif needs_grad:
+    elif derivative:
         loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
     else:
         loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -54,9 +54,10 @@ def dropout(
         return x if residual is None else x + residual
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    if transformed(x, residual):
+    derivative = derivative_of(x, residual)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, residual, rng_state, float(p))
-    if wants_grad(x, residual):
+    if derivative:
         return _Dropout.apply(x, residual, rng_state, float(p))
     return fwd(x, residual, rng_state, float(p))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 
 def _biased(x, bias):
@@ -68,9 +68,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
     if approximate not in ("tanh", "none"):
         raise ValueError(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
     x, tanh = x.contiguous(), approximate == "tanh"
-    if transformed(x, bias):
+    derivative = derivative_of(x, bias)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, bias, tanh)
-    if wants_grad(x, bias):
+    if derivative:
         return _GELU.apply(x, bias, tanh)
     return fwd(x, bias, tanh)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 
 def _statistics(x, eps):
@@ -56,18 +56,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias, ctx.eps = bias is not None, eps
+        ctx.options = bias is not None, eps
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
+        has_bias, eps = ctx.options
         if rederived(dy):
-            _, mean, rstd = _statistics(x, ctx.eps)
-            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, ctx.has_bias)
+            _, mean, rstd = _statistics(x, eps)
+            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, has_bias)
         else:
-            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
+            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, has_bias)
+        return dx, None if weight is None else dweight, dbias if has_bias else None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -77,9 +78,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     RuntimeError for a weight or bias of another length, dtype or device, and for a negative eps.
     """
     x = x.contiguous()
-    if transformed(x, weight, bias):
+    derivative = derivative_of(x, weight, bias)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, weight, bias, eps)[0]
-    if wants_grad(x, weight, bias):
+    if derivative:
         return _LayerNorm.apply(x, weight, bias, eps)
     return fwd(x, weight, bias, eps)[0]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 
 def _statistics(x, eps):
@@ -65,9 +65,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     RuntimeError for a weight of another length, dtype or device, and for a negative eps.
     """
     x = x.contiguous()
-    if transformed(x, weight):
+    derivative = derivative_of(x, weight)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, weight, eps)[0]
-    if wants_grad(x, weight):
+    if derivative:
         return _RMSNorm.apply(x, weight, eps)
     return fwd(x, weight, eps)[0]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import rederived, softmax_lse, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
 
 
 def reference_fwd(x, mask, scale, causal):
@@ -72,9 +72,10 @@ def softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0, causal: b
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
-    if transformed(x, mask):
+    derivative = derivative_of(x, mask)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, mask, scale, causal)
-    if wants_grad(x, mask):
+    if derivative:
         return _Softmax.apply(x, mask, scale, causal)
     return fwd(x, mask, scale, causal)
 
