@@ -19,21 +19,29 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import REVERSE, TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 
 
-def _capped(logits, softcap):
-    x = rows_of(logits).to(stat_dtype(logits.dtype))  # (M, V)
-    return softcap * torch.tanh(x / softcap) if softcap else x
+def _rows(op, logits, target, ignore_index, softcap):
+    """The capped logits (M, V), the targets (M,), and which rows count (M,)."""
+    _check_target(op, target, ignore_index, logits.shape[-1])
+    x, t = rows_of(logits).to(stat_dtype(logits.dtype)), target.reshape(-1)
+    keep = t != ignore_index
+    # zero times an infinite logit of an ignored row would be NaN in the derivative of this
+    x = x.masked_fill(~keep[:, None], 0)
+    return softcap * torch.tanh(x / softcap) if softcap else x, t, keep
 
 
 def _check_target(op, target, ignore_index, V):
-    if target.is_meta:
+    if target.is_meta or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(target):  # vmap lets nobody look at values
+        target = torch._C._functorch.get_unwrapped(target)
     flat = target.reshape(-1)
     bad = ((flat < 0) | (flat >= V)) & (flat != ignore_index)
     if bad.any():
@@ -45,9 +53,7 @@ def _check_target(op, target, ignore_index, V):
 
 def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, with_grad):
     V = logits.shape[-1]
-    _check_target("cross_entropy_fwd", target, ignore_index, V)
-    x, t = _capped(logits, logit_softcap), target.reshape(-1)
-    keep = t != ignore_index  # (M,)
+    x, t, keep = _rows("cross_entropy_fwd", logits, target, ignore_index, logit_softcap)
     top = x.max(1)[0] if V else x.new_full((x.shape[0],), -math.inf)
     log_sum = (x - top[:, None]).exp().sum(1).log()
     x_target = x.gather(1, torch.where(keep, t, 0)[:, None])[:, 0] if V else top
@@ -67,9 +73,7 @@ def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_
 
 def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap):
     V = logits.shape[-1]
-    _check_target("cross_entropy_bwd", target, ignore_index, V)
-    x, t = _capped(logits, logit_softcap), target.reshape(-1)
-    keep = t != ignore_index
+    x, t, keep = _rows("cross_entropy_bwd", logits, target, ignore_index, logit_softcap)
     scale = dloss.reshape(-1, 1) / (keep.sum() if reduction == 1 else 1)  # (M, 1) or (1, 1)
     log_p = (x - lse[0][:, None]) - lse[1][:, None]  # (M, V)
     z_slope = 2 * lse_square_scale * lse.sum(0)[:, None]
@@ -116,11 +120,15 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, z_loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
+        if rederived(dloss):
+            ctx.inplace_backward = False  # the derivative's own graph needs the logits from now on
+            lse = reference_fwd(logits, target, *ctx.options, False)[2]
+            return reference_bwd(dloss, logits, target, lse, *ctx.options), None, None, None
         saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
-        if torch.compiler.is_compiling():
+        # several gradients (is_grads_batched) do not fit in the memory of one
+        if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(dloss):
             return bwd(*saved), None, None, None
         if ctx.inplace_backward:
             dlogits = logits.detach()
@@ -164,13 +172,16 @@ def cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"cross_entropy: unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    needs_grad = wants_grad(logits)
-    if inplace_backward and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
+    derivative = derivative_of(logits)
+    if inplace_backward and derivative == REVERSE and (logits if logits._base is None else logits._base).is_leaf:
         raise RuntimeError("cross_entropy: inplace_backward would overwrite a leaf that requires grad, or a view of one")
     if logits.dim() and logits.stride(-1) != 1:
         logits = logits.contiguous()
     options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)
-    if needs_grad:
+    if derivative == TRANSFORMED:
+        loss, z_loss, _, _ = reference_fwd(logits, target, *options, False)
+        z_loss = z_loss.detach()
+    elif derivative:
         loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
     else:
         loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -33,10 +33,10 @@ class _Dropout(torch.autograd.Function):
         return fwd(x, residual, rng_state, dropout_p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = fwd(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        run = reference_fwd if rederived(dy) else fwd
+        dx = run(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -54,7 +54,10 @@ def dropout(
         return x if residual is None else x + residual
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    if wants_grad(x, residual):
+    derivative = derivative_of(x, residual)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, residual, rng_state, float(p))
+    if derivative:
         return _Dropout.apply(x, residual, rng_state, float(p))
     return fwd(x, residual, rng_state, float(p))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 
 def _biased(x, bias):
@@ -52,10 +52,9 @@ class _GELU(torch.autograd.Function):
         return fwd(x, bias, tanh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
+        dx, dbias = (reference_bwd if rederived(dy) else bwd)(dy.contiguous(), x, bias, ctx.tanh)
         return dx, None if bias is None else dbias, None
 
 
@@ -69,7 +68,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
     if approximate not in ("tanh", "none"):
         raise ValueError(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
     x, tanh = x.contiguous(), approximate == "tanh"
-    if wants_grad(x, bias):
+    derivative = derivative_of(x, bias)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, bias, tanh)
+    if derivative:
         return _GELU.apply(x, bias, tanh)
     return fwd(x, bias, tanh)
 

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+
+
+def _statistics(x, eps):
+    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
+    return xf, xf.mean(1), (xf.var(1, correction=0) + eps).rsqrt()
 
 
 def reference_fwd(x, weight, bias, eps):
-    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    mean = xf.mean(1)
-    rstd = (xf.var(1, correction=0) + eps).rsqrt()
+    xf, mean, rstd = _statistics(x, eps)
     y = (xf - mean[:, None]) * rstd[:, None]
     if weight is not None:
         y = y * weight
@@ -53,15 +56,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.options = bias is not None, eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
+        has_bias, eps = ctx.options
+        if rederived(dy):
+            _, mean, rstd = _statistics(x, eps)
+            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, has_bias)
+        else:
+            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, has_bias)
+        return dx, None if weight is None else dweight, dbias if has_bias else None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -71,7 +78,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     RuntimeError for a weight or bias of another length, dtype or device, and for a negative eps.
     """
     x = x.contiguous()
-    if wants_grad(x, weight, bias):
+    derivative = derivative_of(x, weight, bias)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, weight, bias, eps)[0]
+    if derivative:
         return _LayerNorm.apply(x, weight, bias, eps)
     return fwd(x, weight, bias, eps)[0]
 

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+
+
+def _statistics(x, eps):
+    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
+    return xf, (xf.square().mean(1) + eps).rsqrt()
 
 
 def reference_fwd(x, weight, eps):
-    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    rstd = (xf.square().mean(1) + eps).rsqrt()
+    xf, rstd = _statistics(x, eps)
     y = xf * rstd[:, None]
     if weight is not None:
         y = y * weight
@@ -41,13 +45,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         y, rstd = fwd(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = bwd(dy.contiguous(), x, weight, rstd)
+        if rederived(dy):
+            dx, dweight = reference_bwd(dy, x, weight, _statistics(x, ctx.eps)[1])
+        else:
+            dx, dweight = bwd(dy.contiguous(), x, weight, rstd)
         return dx, None if weight is None else dweight, None
 
 
@@ -58,7 +65,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     RuntimeError for a weight of another length, dtype or device, and for a negative eps.
     """
     x = x.contiguous()
-    if wants_grad(x, weight):
+    derivative = derivative_of(x, weight)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, weight, eps)[0]
+    if derivative:
         return _RMSNorm.apply(x, weight, eps)
     return fwd(x, weight, eps)[0]
 
