@@ -112,6 +112,18 @@ def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence loses
+    what a tile adds, in proportion to the root of its length. 16 bits: the tensor cores add, and the result is rounded anyway."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # max_num_imprecise_acc speaks of 8 bits; here it keeps the compiler from making one sum of the two
+        total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def slope_of(steps, b, h):
     slope = 0.0
     if steps.slopes is not None:
@@ -239,9 +251,9 @@ def fwd_stage(
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
         p = p.to(q0.dtype)
         v0, v1 = load_parts(v, v_strides, b, hk, j, Tk, Dv, V0, V1, BLOCK_N, MASKED, TMA)
-        o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
+        o0 = add_product(o0, p, v0, PRECISION)
         if V1:
-            o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
+            o1 = add_product(o1 * alpha[:, None], p, v1, PRECISION)
     return o0, o1, l_i, m_i
 
 
