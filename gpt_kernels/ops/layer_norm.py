@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import once_differentiable, rows_of, stat_dtype, unit_of, wants_grad
 
 
 def reference_fwd(x, weight, bias, eps):
     xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    mean = xf.mean(1)
-    rstd = (xf.var(1, correction=0) + eps).rsqrt()
+    unit = unit_of(xf)  # (M, 1)
+    var, mean = torch.var_mean(xf * unit, 1, correction=0, keepdim=True)
+    mean, rstd = (mean / unit)[:, 0], (unit / (var + eps * unit**2).sqrt())[:, 0]
     y = (xf - mean[:, None]) * rstd[:, None]
     if weight is not None:
         y = y * weight

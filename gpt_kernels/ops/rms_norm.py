@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import once_differentiable, rows_of, stat_dtype, unit_of, wants_grad
 
 
 def reference_fwd(x, weight, eps):
     xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    rstd = (xf.square().mean(1) + eps).rsqrt()
+    unit = unit_of(xf)  # (M, 1)
+    rstd = (unit / ((xf * unit).square().mean(1, keepdim=True) + eps * unit**2).sqrt())[:, 0]
     y = xf * rstd[:, None]
     if weight is not None:
         y = y * weight
