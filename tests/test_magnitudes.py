@@ -79,10 +79,11 @@ if BACKEND != "cpu":
 def magnitudes(dtype: torch.dtype) -> list[float]:
     if dtype == torch.float16:
         return [2e-7, 1e-5, 1e-4, 1e-3, 1.0, 1e3, 3e4]
-    exponents = [-42, -38, -30, -20, -10, 0, 5, 14, 19, 30, 38]
+    exponents = [-42, -38, -37, -30, -20, -10, 0, 5, 14, 19, 30, 38]
     if not INTERPRETED:
-        exponents += [-44, -40, -37, -25, -19, -5, 2, 10, 14, 18, 20, 35]
-    return [10.0**e for e in exponents]
+        exponents += [-44, -40, -25, -19, -5, 2, 10, 14, 18, 20, 35]
+    # of bfloat16's subnormals the interpreter's own conversion is wrong
+    return [10.0**e for e in exponents if e > -38 or not (INTERPRETED and dtype == torch.bfloat16)]
 
 
 def check(actual, truth, eager, what: str, floor: float = 0.0, far: bool = False) -> None:

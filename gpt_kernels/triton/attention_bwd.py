@@ -58,7 +58,7 @@ def attention_bwd_delta_kernel(
     row = i0 + tl.arange(0, BLOCK_M)
     x = tl.load(lse + head.to(tl.int64) * Tq + row, row < Tq, float("-inf"))
     at = head.to(tl.int64) * padded + row
-    if not steps.additive:
+    if not steps.natural:
         x = x * 1.4426950408889634  # exp_of's unit
     tl.store(base + at, tl.where(x == float("-inf"), float("inf"), x))
     tl.store(delta + at, total)
