@@ -29,7 +29,7 @@ OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm"
 
 def pytest_generate_tests(metafunc):
     """The op tests run on the backend under test, and their names say so; for the CPU backend there is nothing to push."""
-    if grids.BACKEND != "cpu" and metafunc.module.__name__ in [f"test_{op}" for op in OPS]:
+    if grids.BACKEND != "cpu" and metafunc.module.__name__ in [f"test_{op}" for op in (*OPS, "magnitudes")]:
         metafunc.parametrize("backend", [grids.BACKEND], indirect=True)
 
 

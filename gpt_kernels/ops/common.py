@@ -18,6 +18,12 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def unit_of(x: Tensor) -> Tensor:
+    """(M, 1) for rows (M, N): 1, or an exact factor with which the squares of a row of huge elements stay finite."""
+    most, factor = (1e150, 2.0**-600) if x.dtype == torch.float64 else (1e18, 2.0**-80)
+    return torch.where(x.abs().sum(1, keepdim=True) > most, factor, 1.0).to(x.dtype)
+
+
 def softmax_lse(z: Tensor) -> tuple[Tensor, Tensor]:
     """softmax and logsumexp over the last dimension; not torch's, whose forward derivatives have no reverse one."""
     top = z.detach().amax(-1, keepdim=True) if z.shape[-1] else z.new_zeros((*z.shape[:-1], 1))

@@ -60,7 +60,8 @@ def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_
     loss = (1 - label_smoothing) * (top - x_target + log_sum)
     if label_smoothing:
         loss = loss + label_smoothing * (log_sum - (x - top[:, None]).mean(1))
-    z_loss = torch.where(keep, lse_square_scale * (top + log_sum).square(), 0)
+    # without the option not even 0 times a square that may be infinite
+    z_loss = torch.where(keep & (lse_square_scale > 0), lse_square_scale * (top + log_sum).square(), 0)
     loss = torch.where(keep, loss, 0) + z_loss
     lse = torch.where(keep, torch.stack((top, log_sum)), 0)  # (2, M)
     if reduction == 0:

@@ -32,7 +32,8 @@ def reference_bwd(dy, x, bias, tanh):
     v = _biased(x, bias)
     if tanh:
         s = torch.sigmoid(math.sqrt(8 / math.pi) * (v + 0.044715 * v**3))
-        slope = s + v * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * v**2)
+        square = (v**2).clamp(max=1e30)  # s (1 - s) is 0 there, and times inf it were NaN
+        slope = s + v * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * square)
     else:
         slope = torch.special.ndtr(v) + v * torch.exp(-0.5 * v**2) / math.sqrt(2 * math.pi)
     dx = dy.to(v.dtype) * slope

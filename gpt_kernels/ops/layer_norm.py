@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, unit_of
 
 
 def _statistics(x, eps):
     xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    return xf, xf.mean(1), (xf.var(1, correction=0) + eps).rsqrt()
+    unit = unit_of(xf)  # (M, 1)
+    var, mean = torch.var_mean(xf * unit, 1, correction=0, keepdim=True)
+    return xf, (mean / unit)[:, 0], (unit / (var + eps * unit**2).sqrt())[:, 0]
 
 
 def reference_fwd(x, weight, bias, eps):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, unit_of
 
 
 def _statistics(x, eps):
     xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    return xf, (xf.square().mean(1) + eps).rsqrt()
+    unit = unit_of(xf)  # (M, 1)
+    return xf, (unit / ((xf * unit).square().mean(1, keepdim=True) + eps * unit**2).sqrt())[:, 0]
 
 
 def reference_fwd(x, weight, eps):

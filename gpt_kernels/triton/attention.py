@@ -40,6 +40,7 @@ class Steps(NamedTuple):
     bias: Tensor | None
     bias_strides: tuple  # batch, head, row, column
     additive: tl.constexpr  # the bias is of floats
+    natural: tl.constexpr  # the exponent's unit is the score's, not base 2's: exponent_of
     first: int | None  # row i sees columns i + first ... i + last
     last: int | None
     rng_state: Tensor | None
@@ -112,6 +113,18 @@ def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence loses
+    what a tile adds, in proportion to the root of its length. 16 bits: the tensor cores add, and the result is rounded anyway."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # max_num_imprecise_acc speaks of 8 bits; here it keeps the compiler from making one sum of the two
+        total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def slope_of(steps, b, h):
     slope = 0.0
     if steps.slopes is not None:
@@ -131,6 +144,9 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
     if steps.softcap is not None:
         capped = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634 / steps.softcap)))  # tanh, right at +-inf too
         s = steps.softcap * capped
+    if steps.scale is not None and steps.natural:
+        # keeps the compiler from rounding s - base but once: where one score outweighs all others, it is lse to the last bit
+        s = tl.maximum(s, -3.3e38, propagate_nan=tl.PropagateNan.ALL)
     if steps.slopes is not None:
         s = s - slope * tl.abs(row + steps.diagonal - column).to(tl.float32)
     if steps.bias is not None:
@@ -150,14 +166,14 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
 @triton.jit
 def exponent_of(score, steps):
     """The unit in which exp_of subtracts: base 2's, but a score's beside a float bias, whose lowest float times rate would be
-    infinite."""
-    return score if steps.additive else score * steps.rate
+    infinite, and in float32, where lse times rate would be rounded otherwise than the scores are."""
+    return score if steps.natural else score * steps.rate
 
 
 @triton.jit
 def exp_of(s, base, steps):
     """exp(score - base), base from exponent_of."""
-    if steps.additive:
+    if steps.natural:
         p = tl.exp2((s - base) * steps.rate)
     else:
         p = tl.exp2(s * steps.rate - base)
@@ -230,7 +246,7 @@ def fwd_stage(
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        alpha = tl.exp2((m_i - base) * steps.rate if steps.additive else m_i - base)
+        alpha = tl.exp2((m_i - base) * steps.rate if steps.natural else m_i - base)
         m_i = m_new
         o0 = o0 * alpha[:, None]
         p = exp_of(s, base[:, None], steps)
@@ -239,9 +255,9 @@ def fwd_stage(
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
         p = p.to(q0.dtype)
         v0, v1 = load_parts(v, v_strides, b, hk, j, Tk, Dv, V0, V1, BLOCK_N, MASKED, TMA)
-        o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
+        o0 = add_product(o0, p, v0, PRECISION)
         if V1:
-            o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
+            o1 = add_product(o1 * alpha[:, None], p, v1, PRECISION)
     return o0, o1, l_i, m_i
 
 
@@ -272,7 +288,7 @@ def attention_fwd_kernel(
         )  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = (m_i if steps.additive else m_i * 0.6931471805599453) + tl.log(l_i)
+    log_sum = (m_i if steps.natural else m_i * 0.6931471805599453) + tl.log(l_i)
     tl.store(lse + head.to(tl.int64) * Tq + row, log_sum, row < Tq)  # -inf for a row that saw nothing
     inverse = tl.where(l_i == 0.0, 0.0, steps.keep_scale / l_i)[:, None]
     store_parts(o, o_strides, b, h, i0, Tq, o0 * inverse, o1 * inverse, Dv, V0, V1)
@@ -365,7 +381,8 @@ def check_call(
 
     # the mask commutes with a positive scale, and the maximum too: with no step between, the scale waits for the exponent
     additive = bias is not None and bias.dtype != torch.bool
-    plain = scale > 1e-30 and softcap == 0 and alibi_slopes is None and not additive
+    natural = additive or q.dtype == torch.float32
+    plain = scale > 1e-30 and softcap == 0 and alibi_slopes is None and not natural
     # a limit that hides nothing is none; one that hides everything needs no more than the end
     first, last = causal_offset - window_left, causal_offset + window_right
     steps = Steps(
@@ -378,6 +395,7 @@ def check_call(
         bias=bias,
         bias_strides=bias_strides,
         additive=tl.constexpr(additive),
+        natural=tl.constexpr(natural),
         first=min(first, Tk) if window_left >= 0 and first + Tq - 1 > 0 else None,
         last=max(last, -Tq) if window_right >= 0 and last < Tk - 1 else None,
         rng_state=rng_state if threshold else None,
@@ -428,7 +446,8 @@ Table = dict[str, dict[int, list[tuple[int, ...]]]]
 def tile_key(call: Call, *tensors: Tensor) -> dict[str, Any]:
     """What the tiles depend on."""
     q, v = tensors[0], tensors[-1]
-    steps = call.steps.scale is not None or call.steps.bias is not None or call.steps.rng_state is not None
+    s = call.steps
+    steps = any(step is not None for step in (s.softcap, s.slopes, s.bias, s.rng_state)) or not (s.scale is None or s.natural.value)
     return dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype, steps=steps, aligned=all(wide(t) for t in tensors))
 
 

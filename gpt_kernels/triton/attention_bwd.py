@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ops.attention import _empty_as
 from .attention import (
     Table,
+    add_product,
     check_call,
     check_heads,
     chosen,
@@ -57,7 +58,7 @@ def attention_bwd_delta_kernel(
     row = i0 + tl.arange(0, BLOCK_M)
     x = tl.load(lse + head.to(tl.int64) * Tq + row, row < Tq, float("-inf"))
     at = head.to(tl.int64) * padded + row
-    if not steps.additive:
+    if not steps.natural:
         x = x * 1.4426950408889634  # exp_of's unit
     tl.store(base + at, tl.where(x == float("-inf"), float("inf"), x))
     tl.store(delta + at, total)
@@ -111,12 +112,12 @@ def dkv_stage(
             steps, Tq, Tk, MASKED, False, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         p, ds = p.to(do0.dtype), ds.to(q0.dtype)
-        dv0 = tl.dot(p, do0, dv0, input_precision=PRECISION)
-        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+        dv0 = add_product(dv0, p, do0, PRECISION)
+        dk0 = add_product(dk0, ds, q0, PRECISION)
         if V1:
-            dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
+            dv1 = add_product(dv1, p, do1, PRECISION)
         if D1:
-            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+            dk1 = add_product(dk1, ds, q1, PRECISION)
     return dk0, dk1, dv0, dv1
 
 
@@ -169,9 +170,9 @@ def dq_stage(
             Tk, MASKED, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         ds = ds.to(k0.dtype)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        dq0 = add_product(dq0, ds, k0, PRECISION)
         if D1:
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            dq1 = add_product(dq1, ds, k1, PRECISION)
     return dq0, dq1
 
 
