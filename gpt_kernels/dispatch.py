@@ -69,7 +69,8 @@ def kernel(
     """Decorator: the function, with the schema's arguments, is `backend`'s kernel of `op` for tensors of device `key`.
 
     key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. declines()
-    tells where(): why the function itself calls the reference, None where it does not. Raises ValueError for an unknown op or key, for the names of the built-in backends, and for a default of the CPU slot.
+    tells where(): why the function itself calls the reference, None where it does not. Raises ValueError for an unknown op
+    or key, for the names of the built-in backends, and for a default of the CPU slot.
     """
     _known(op, "kernel")
     if key not in ("CPU", "CUDA"):
