@@ -91,6 +91,19 @@ def kernel(
     return add
 
 
+def without_cuda(reason: str) -> None:
+    """The CUDA C++ kernels cannot serve this machine's GPUs: each op's slot goes to Triton's kernel, else to the reference."""
+    for name, op in _ops.items():
+        if op.kernels.pop("cuda", None) is None:
+            continue
+        op.absent["cuda"] = reason
+        key, function = op.kernels.get("triton", ("", None))
+        op.cuda, function = ("triton", function) if key == "CUDA" else (None, op.reference)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
+            _library.impl(name, function, "CUDA")
+
+
 def explain_absence(op: str, backend: str, reason: str) -> None:
     """Say why `backend` has no kernel of `op` here: for where() and for the error of use_backend()."""
     _known(op, "explain_absence")
@@ -170,7 +183,8 @@ def where(op: str) -> dict[str, str]:
                 break
         else:
             if native not in _ops[op].kernels:
-                answer[key] = f"reference ({_absence(op, native or 'triton')})"
+                reasons = (_absence(op, native or "triton"), _ops[op].absent.get("cuda") if key == "CUDA" else None)
+                answer[key] = f"reference ({'; '.join(filter(None, reasons))})"
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
@@ -178,7 +192,8 @@ def where(op: str) -> dict[str, str]:
             elif reason := _ops[op].declines.get(native, lambda: None)():
                 answer[key] = f"reference ({reason})"
             else:
-                answer[key] = f"{native} (compiled at its first call for each kind of argument)"
+                instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
+                answer[key] = f"{native} (compiled at its first call for each kind of argument{instead})"
     return answer
 
 
@@ -186,7 +201,7 @@ def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
         return library_error or f"the compiled library has no {name}"
     if backend == "cuda":
-        return cuda_error or f"the compiled CUDA library has no {name}"
+        return _ops[name].absent.get("cuda") or cuda_error or f"the compiled CUDA library has no {name}"
     if backend in _ops[name].kernels:
         return "TRITON_INTERPRET is set: the Triton kernels serve CPU tensors"
     return _ops[name].absent.get(backend, "no kernel was registered")
@@ -217,9 +232,11 @@ def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    if torch.version.hip:  # whose tensors have the CUDA slots, too
+        return None, f"the CUDA kernels are for NVIDIA GPUs, torch {torch.__version__} is for AMD's"
     library, error = _load("_cuda.so", "CUDA", "nvcc and a GPU present, or GPT_KERNELS_BUILD=cuda")
     if library is not None:
-        library.gpt_kernels_cuda_archs.restype = ctypes.c_char_p
+        library.gpt_kernels_cuda_archs.restype = library.gpt_kernels_cuda_streams.restype = ctypes.c_char_p
     return library, error
 
 

@@ -143,6 +143,12 @@ __global__ void wrong(float* p, int what) {
   }
 }
 
+__global__ void declares(float* p) {
+  GK_SHARED(float, words, [64]);
+  words[threadIdx.x % 64] = 1, p[threadIdx.x] = 1;
+}
+__global__ void declares_not_asked(float* p) { declares(p); }
+
 }  // namespace gk
 
 static std::string report;
@@ -167,3 +173,17 @@ GK_TEST(test_named(int* out, int rounds, int warps), producer_consumer, 1, 32 * 
 GK_TEST(test_last(int* out, int* partial, uint32_t* arrived, int blocks, int ordered), last_block_sums, blocks, 64, out, partial, arrived, ordered)
 GK_TEST(test_banks(float* out, int stride), banks, 1, 32, out, stride)
 GK_TEST(test_wrong(float* p, int what), wrong, 1, 64, p, what)
+
+// A launch of any size of a kernel that declares 256 bytes, through the launcher or as a driver meets one that never asked.
+extern "C" __attribute__((visibility("default"))) const char* test_size(unsigned x, unsigned y, unsigned z, unsigned threads,
+                                                                        size_t shared, int ask) {
+  static float out[1024];
+  return reporting([&] {
+    if (ask) return gk::launch(GK_KERNEL(gk::declares), dim3(x, y, z), threads, shared, nullptr, out);
+    auto body = [] { gk::declares_not_asked(out); };
+    gk::sim::Call call{"declares_not_asked", [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body};
+    void* args[] = {&call};
+    const cudaError_t error = cudaLaunchKernel((const void*)&gk::declares_not_asked, dim3(x, y, z), threads, args, shared, nullptr);
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));
+  });
+}
