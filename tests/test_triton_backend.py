@@ -34,6 +34,7 @@ def test_launchers_need_no_data(arch, dtype):
             assert t.device.type == "meta"
         if args[0].numel():
             assert launches, f"{name} {what}: nothing was launched"
+        assert all(launch.parameters["enable_fp_fusion"] is True for launch in launches), f"{name} {what}"
 
 
 def test_a_host_read_is_seen():

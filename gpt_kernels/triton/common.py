@@ -250,9 +250,15 @@ def launch(kernel: Any, grid: Sequence[int], like: Tensor, *args, **parameters) 
     grid = tuple(grid)
     if 0 in grid:
         return
+    parameters["enable_fp_fusion"] = True  # multiply-adds, also where that is not Triton's default
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, parameters))
-    elif INTERPRETED or like.device.index == torch.cuda.current_device():
+    elif INTERPRETED:
+        from .interpreter import mend_bfloat16
+
+        mend_bfloat16()
+        kernel[grid](*args, **parameters)
+    elif like.device.index == torch.cuda.current_device():
         kernel[grid](*args, **parameters)
     else:
         with torch.cuda.device(like.device):
