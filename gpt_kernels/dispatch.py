@@ -33,6 +33,8 @@ class _Op:
     reference: Callable
     kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # backend -> (device key, function)
     absent: dict[str, str] = field(default_factory=dict)  # backend -> why it has no kernel
+    # backend -> why its kernel leaves the GPU at hand to the reference, None where it doesn't
+    declines: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     cuda: str | None = None  # the backend that fills the CUDA slot
 
 
@@ -61,11 +63,14 @@ def define(schema: str, reference: Callable):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[Callable], Callable]:
+def kernel(
+    op: str, backend: str, key: str, default: bool = False, declines: Callable[[], str | None] = lambda: None
+) -> Callable[[Callable], Callable]:
     """Decorator: the function, with the schema's arguments, is `backend`'s kernel of `op` for tensors of device `key`.
 
-    key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. Raises
-    ValueError for an unknown op or key, for the names of the built-in backends, and for a default of the CPU slot.
+    key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. declines()
+    tells where(): why the function itself calls the reference, None where it does not. Raises ValueError for an unknown op
+    or key, for the names of the built-in backends, and for a default of the CPU slot.
     """
     _known(op, "kernel")
     if key not in ("CPU", "CUDA"):
@@ -76,7 +81,7 @@ def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[
         raise ValueError("kernel: the CPU slot's default is the C++ kernel")
 
     def add(function: Callable) -> Callable:
-        _ops[op].kernels[backend] = (key, function)
+        _ops[op].kernels[backend], _ops[op].declines[backend] = (key, function), declines
         if default:
             _library.impl(op, function, key)
             _ops[op].cuda = backend
@@ -162,6 +167,11 @@ def _slots(name: str, backend: str) -> list[tuple[str, Callable]]:
     return [(key, function)]
 
 
+def pushed(op: str) -> str | None:
+    """The backend that use_backend() has put in the op's slots, the innermost; None where none has."""
+    return next((backend for backend, names in reversed(_pushed) if op in names), None)
+
+
 def where(op: str) -> dict[str, str]:
     """Which backend serves each device for `op` now, with the reason: {"CPU": "cpu (...)", "CUDA": "reference (...)"}."""
     _known(op, "where")
@@ -179,6 +189,8 @@ def where(op: str) -> dict[str, str]:
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
                 answer[key] = f"cuda (compiled kernel, {cuda_archs()})"
+            elif reason := _ops[op].declines.get(native, lambda: None)():
+                answer[key] = f"reference ({reason})"
             else:
                 instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
                 answer[key] = f"{native} (compiled at its first call for each kind of argument{instead})"

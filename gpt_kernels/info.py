@@ -95,7 +95,10 @@ def _tuned() -> str:
     from .triton import common, tuned
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return tuned.tuned(device, common.arch(device)).status()
+    try:
+        return tuned.tuned(device, common.arch(device)).status()
+    except triton.Declined as reason:
+        return f"none: {reason}"
 
 
 def _cache() -> dict[str, Any]:

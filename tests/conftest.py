@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from gpt_kernels import dispatch
-from gpt_kernels.triton import INTERPRETED
 
-if INTERPRETED:
-    import triton_tools
-
-    triton_tools.mend_bfloat16()
-elif grids.BACKEND == "cuda_sim":
+if grids.BACKEND == "cuda_sim":
     import sim_tools
 
     sim_tools.register()

@@ -86,7 +86,10 @@ def test_slice_runs_every_call():
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="asks for the CPU's own kernels")
 def test_smoke_and_host_cost(capsys, monkeypatch):
-    assert gpu.main(["--smoke", "cpu", "cpu"]) == 0 and capsys.readouterr().out == f"{len(dispatch.ops())} of {len(dispatch.ops())} ops\n"
+    assert (
+        gpu.main(["--smoke", "cpu", "cpu"]) == 0
+        and capsys.readouterr().out == f"{len(dispatch.ops())} of {len(dispatch.ops())} ops\n"
+    )
     assert gpu.main(["--host", "cpu", "cpu"]) == 0 and "no figures" in capsys.readouterr().out
     real = gpu.op
 

@@ -190,7 +190,12 @@ def test_gpus_that_are_there_choose_the_architectures(source, tmp_path, capabili
 @pytest.mark.parametrize(
     "version, codes, wish, said",
     [
-        ("12.4", "sm_80 sm_86 sm_89 sm_90", "cuda", "for sm_80 sm_86 sm_89 sm_90 compute_80, with .*which does not know 100 120"),
+        (
+            "12.4",
+            "sm_80 sm_86 sm_89 sm_90",
+            "cuda",
+            "for sm_80 sm_86 sm_89 sm_90 compute_80, with .*which does not know 100 120",
+        ),
         ("13.0", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", "cuda", "for sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80, with"),
         ("11.8", "sm_80", "auto", "none, nvcc is of CUDA 11.8, the oldest is 12.4"),
     ],

@@ -456,8 +456,8 @@ def test_tune_refuses_an_unknown_architecture(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1")
-    monkeypatch.setattr(common, "_arch_of", lambda index: "sm_75")
-    assert cli.main(["tune"]) == 2 and "GTX 1 is sm_75, tables exist for sm_80" in capsys.readouterr().err
+    monkeypatch.setattr(common, "_target_of", lambda index: "sm_75")
+    assert cli.main(["tune"]) == 2 and "GTX 1: sm_75 has no matrix instructions" in capsys.readouterr().err
 
 
 @needs_triton
@@ -468,6 +468,7 @@ def test_tune_runs_stores_and_shows(fake_gpu, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: MACHINE["gpu"])
+    monkeypatch.setattr(common, "_target_of", lambda index: "sm_90")
     monkeypatch.setattr(common, "_arch_of", lambda index: "sm_90")
     monkeypatch.setattr(tune, "gpu", lambda arch: CPU)
     monkeypatch.setattr(tune, "SIZES", {"gpt2": SMALL})
@@ -503,7 +504,7 @@ def test_progress_without_tqdm(monkeypatch):
 
 def every_question():
     """(arch, tunable, key) of every launch of a GPT-2's training step, on every architecture"""
-    for arch in common.PROCESSORS:
+    for arch in common.FAMILIES:
         for t, key in tune.discover(arch, tune.DTYPES.values(), workload.SIZES.values()):
             yield arch, t, key
 

@@ -10,6 +10,7 @@ A head dimension that is no power of two is two products, of D0 and D1 columns (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,14 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.attention import MAX_HEAD_DIM, _empty_as
-from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
+from . import Declined
+from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch, target, unserved
 from .philox import check_dropout, philox_kept
-from .tuning import Parameters, Tunable
+from .tuning import Parameters, Tunable, measuring, text
 
-TMA_ARCHS = ("sm_90", "sm_100")
+TMA_ARCHS = ("sm_90", "sm_100")  # families whose kernels read by tensor descriptors
 LOG2E = 1.0 / math.log(2.0)
 
 
@@ -352,6 +355,8 @@ class Call:
 def check_call(
     op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right
 ) -> Call:
+    if reason := unserved(op, target(q.device)):
+        raise Declined(reason)
     check_float(op, "q", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_heads(op, name, t, q)
@@ -403,9 +408,14 @@ def check_call(
         keep_scale=keep_scale,
     )
     (D0, D1), (V0, V1) = parts(D), parts(Dv)
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # allow_tf32 sets it too
-    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION=precision)
+    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION=precision(target(q.device), q.dtype))
     return Call(B, H, Hk, Tq, Tk, steps, widths)
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """Of products: "tf32" where torch asks for it, and float32 and the architecture have it; elsewhere Triton refuses it."""
+    wanted = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it too
+    return "tf32" if wanted and (arch.startswith("sm_") or arch == "gfx942") else "ieee"
 
 
 def section(heads: int, *streamed: Tensor) -> int:
@@ -476,7 +486,28 @@ FWD: Table = {
     "sm_120": {96: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(128, 64, 8, 2), (64, 32, 4, 2)], 256: [(64, 32, 4, 2)]},
     "gfx942": {64: [(128, 64, 4, 1)], 128: [(128, 32, 4, 1)], 256: [(64, 32, 4, 1)]},
 }
-FWD |= {"sm_89": FWD["sm_86"], "gfx90a": FWD["gfx942"]}
+FWD |= {"sm_89": FWD["sm_86"]} | dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), FWD["gfx942"])
+
+
+def fitted(tunable: Tunable, device: torch.device, key: dict[str, Any], attempt: Callable[[Parameters], None]) -> Parameters:
+    """attempt(parameters) with the tunable's, or with the largest smaller tile that the GPU has the memory for, if that is
+    not known yet; the parameters that it was."""
+    p = tunable(arch(device), **key)
+    while True:
+        try:
+            attempt(p)
+            return p
+        except OutOfResources as error:
+            if measuring():  # a candidate that does not fit is none
+                raise
+            wider = max("BLOCK_M", "BLOCK_N", key=lambda name: p[name])
+            if p["num_stages"] > 1:
+                p = p | {"num_stages": p["num_stages"] - 1}
+            elif p[wider] > 16:
+                p = p | {wider: p[wider] // 2}
+            else:
+                raise Declined(f"{tunable.name} with {text(key)} does not fit on {target(device)}: {error}") from error
+            tunable.settle(arch(device), p, **key)
 
 
 def neighbours(p: Parameters) -> list[Parameters]:
@@ -519,11 +550,15 @@ def attention_fwd(
                       window_left, window_right)  # fmt: skip
     o = _empty_as(q, (call.B, call.H, call.Tq, v.shape[3]))
     lse = q.new_empty(call.B, call.H, call.Tq, dtype=torch.float32)
-    p = ATTENTION_FWD(arch(q.device), Tq=min(call.Tq, 128), **tile_key(call, q, k, v))
-    blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
-    tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
-    launch(
-        attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v), call.steps,
-        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
-    )  # fmt: skip
+
+    def attempt(p: Parameters) -> None:
+        blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
+        tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
+        launch(
+            attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v),
+            call.steps, call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(heads, k, v),
+            **call.widths, TMA=tma, **p,
+        )  # fmt: skip
+
+    fitted(ATTENTION_FWD, q.device, dict(Tq=min(call.Tq, 128), **tile_key(call, q, k, v)), attempt)
     return o, lse

@@ -21,6 +21,7 @@ from .attention import (
     chosen,
     descriptors,
     exp_of,
+    fitted,
     kept,
     load_parts,
     made_up,
@@ -35,7 +36,7 @@ from .attention import (
     tile_key,
     tile_of,
 )  # fmt: skip
-from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
+from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch, wave_of
 from .tuning import Parameters, Tunable
 
 ROWS = 128  # lse and delta are padded to a multiple of it: tiles of up to ROWS rows load them without a mask
@@ -285,8 +286,9 @@ DQ: Table = {
     "sm_120": {64: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
     "gfx942": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
-DKV |= {"sm_89": DKV["sm_86"], "gfx90a": DKV["gfx942"]}
-DQ |= {"sm_86": DQ["sm_80"], "sm_89": DQ["sm_80"], "sm_100": DQ["sm_90"], "gfx90a": DQ["gfx942"]}
+DKV |= {"sm_89": DKV["sm_86"]} | dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), DKV["gfx942"])
+DQ |= dict.fromkeys(("sm_86", "sm_89"), DQ["sm_80"]) | {"sm_100": DQ["sm_90"]}
+DQ |= dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), DQ["gfx942"])
 
 
 def _tunable(name: str, table: Table) -> Tunable:
@@ -335,7 +337,7 @@ def attention_bwd(
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
     threads = 256 if v.shape[3] <= 128 else 512
-    warps = threads // (64 if arch(q.device).startswith("gfx") else 32)
+    warps = threads // wave_of(arch(q.device))
     launch(
         attention_bwd_delta_kernel, (padded // ROWS * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H,
         Tq, padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=ROWS, num_warps=warps,
@@ -347,20 +349,26 @@ def attention_bwd(
         return descriptors(arch(q.device), call, do=(do, rows), q=(q, rows), k=(k, columns), v=(v, columns))
 
     key = tile_key(call, q, do, k, v)
-    p = ATTENTION_BWD_DKV(arch(q.device), **key)
-    tma, inputs = tiles(p)
-    blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
-    launch(
-        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides,
-        steps, scale, Hk, Tq, Tk, padded, blocks, heads, section(heads, q, do), GROUP=group, **call.widths, TMA=tma, **p,
-    )  # fmt: skip
-    p = ATTENTION_BWD_DQ(arch(q.device), **key)
-    tma, inputs = tiles(p)
-    blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
-    launch(
-        attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
-        H, group, Tq, Tk, padded, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
-    )  # fmt: skip
+
+    def dkv(p: Parameters) -> None:
+        tma, inputs = tiles(p)
+        blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
+        launch(
+            attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv),
+            *all_strides, steps, scale, Hk, Tq, Tk, padded, blocks, heads, section(heads, q, do), GROUP=group, **call.widths,
+            TMA=tma, **p,
+        )  # fmt: skip
+
+    def dq_(p: Parameters) -> None:
+        tma, inputs = tiles(p)
+        blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
+        launch(
+            attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
+            H, group, Tq, Tk, padded, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
+        )  # fmt: skip
+
+    fitted(ATTENTION_BWD_DKV, q.device, key, dkv)
+    p = fitted(ATTENTION_BWD_DQ, q.device, key, dq_)
     if bias is None or not need_dbias:
         return dq, dk, dv, q.new_empty(0)
 

@@ -35,6 +35,7 @@ from .common import (
     fail,
     launch,
     processors,
+    wave_of,
 )
 from .partial_sums import MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
@@ -348,7 +349,7 @@ def norm_bwd_long_kernel(
 
 def _lanes(arch: str, dtype) -> int:
     """Columns that a warp covers with 16 bytes per lane."""
-    return (64 if arch.startswith("gfx") else 32) * 16 // dtype.itemsize
+    return wave_of(arch) * 16 // dtype.itemsize
 
 
 def _row(N: int, lanes: int, chunks: int, num_warps: int) -> Parameters:

@@ -50,6 +50,11 @@ def _hooked(hook: Callable[[Tunable, dict[str, Any]], Parameters | None]) -> Ite
         _hooks.remove(hook)
 
 
+def measuring() -> bool:
+    """Parameters are being tried or asked for, inside measure(), override() or asked()."""
+    return bool(_hooks)
+
+
 @dataclass(eq=False)
 class Tunable:
     """The launch parameters of one kernel, chosen by shape without measuring.
@@ -110,6 +115,11 @@ class Tunable:
             warnings.warn(f"{what}: not stored: {error}", RuntimeWarning, stacklevel=4)
         return result.best
 
+    def settle(self, arch: str, parameters: Parameters, **key) -> None:
+        """Answer with these for this key from now on."""
+        if not common.overridden():
+            self._chosen[(arch, *key.values())] = parameters
+
     def offers(self, arch: str, **key) -> list[Parameters]:
         """The default, then the other candidates, each once."""
         offered = [self.default(arch, **key), *self.candidates(arch, **key)]
@@ -135,7 +145,7 @@ def gpu(arch: str) -> torch.device | None:
     if INTERPRETED or common.overridden() or not torch.cuda.is_available():
         return None
     current = torch.cuda.current_device()
-    fitting = [i for i in (current, *range(torch.cuda.device_count())) if common.arch(torch.device("cuda", i)) == arch]
+    fitting = [i for i in (current, *range(torch.cuda.device_count())) if common._arch_of(i) == arch]
     return torch.device("cuda", fitting[0]) if fitting else None
 
 
