@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
+from .calls import (
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    laid_out,
+    memory_order,
+    one_input,
+    restored,
+)
 from .common import once_differentiable, rows_of, stat_dtype, wants_grad
 
 
@@ -59,15 +68,33 @@ class _GELU(torch.autograd.Function):
         return dx, None if bias is None else dbias, None
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def gelu(
+    x: Tensor = None,  # type: ignore[assignment]
+    bias: Tensor | None = None,
+    approximate: str = "tanh",
+    *,
+    input: Tensor | None = None,
+) -> Tensor:
     """GELU of x + bias, as torch.nn.functional.gelu(x + bias, approximate=approximate).
 
-    x: (..., N), any strides (made contiguous). bias: (N,). approximate: "tanh" or "none". Returns y like x, contiguous.
-    Raises ValueError for another `approximate`; the CPU kernel raises RuntimeError for a bias of another length, dtype or
-    device.
+    x (also by torch's name, `input`): (..., N), any strides. bias: (N,). approximate: "tanh", the default here, or "none",
+    which is torch's. Returns y like x, in its strides as torch's. Raises RuntimeError for another `approximate`, and for a
+    bias of another length, dtype or device.
     """
+    if has_torch_function_variadic(x, bias):
+        return handle_torch_function(gelu, (x, bias), x, bias, approximate, input=input)
+    if input is not None or not isinstance(x, Tensor):
+        return gelu(one_input("gelu", x, input), bias, approximate)
+    if not x.is_contiguous():
+        order = memory_order(x)
+        if bias is None:
+            return gelu(x.permute(order).contiguous(), None, approximate).permute(restored(order))
+        return laid_out(gelu(x.contiguous(), bias, approximate), order)
     if approximate not in ("tanh", "none"):
-        raise ValueError(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+        kind = RuntimeError if isinstance(approximate, str) else TypeError
+        raise kind(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    if bias is not None and not isinstance(bias, Tensor):
+        check_tensors("gelu", bias=bias)
     x, tanh = x.contiguous(), approximate == "tanh"
     if wants_grad(x, bias):
         return _GELU.apply(x, bias, tanh)

@@ -8,10 +8,22 @@ both optional. mean, rstd: (rows,) in float32 (float64 for float64). Source: Ba,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..dispatch import define
+from .calls import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    in_any_autocast,
+    last_as_one,
+    one_input,
+)
 from .common import once_differentiable, rows_of, stat_dtype, wants_grad
 
 
@@ -64,12 +76,51 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _as_torch(x, weight, bias, eps, more, normalized_shape, input):
+    """layer_norm where it is called as torch's, or under autocast."""
+    if isinstance(weight, (tuple, list)) and normalized_shape is None and len(more) < 2:
+        normalized_shape, weight = weight, None
+        if more or eps is None or isinstance(eps, Tensor):
+            weight, bias, eps, more = bias, eps, more[0] if more else 1e-5, ()
+        elif bias is not None:  # by place it would be the weight, by name the bias: nobody can tell
+            raise TypeError("layer_norm: after normalized_shape, give weight and bias both by place, or all three by name")
+    if more:
+        raise TypeError("layer_norm: expected x, weight, bias, eps or x, normalized_shape, weight, bias, eps")
+    x = one_input("layer_norm", x, input)
+    check_tensors("layer_norm", weight=weight, bias=bias)
+    x, weight, bias = cast(autocast_dtype("layer_norm", x), x, weight, bias)
+    if normalized_shape is None:
+        return _layer_norm(x, weight, bias, eps)
+    return _layer_norm(*last_as_one("layer_norm", x, normalized_shape, weight, bias), eps).reshape(x.shape)
+
+
+def layer_norm(
+    x: Tensor = None,  # type: ignore[assignment]
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *more,
+    normalized_shape: Sequence[int] | None = None,
+    input: Tensor | None = None,
+) -> Tensor:
     """Layer norm over the last dimension, as torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps).
 
-    x: (..., N), any strides (made contiguous). weight, bias: (N,). Returns y like x, contiguous. The CPU kernel raises
-    RuntimeError for a weight or bias of another length, dtype or device, and for a negative eps.
+    x (also by torch's name, `input`): (..., N), any strides. weight, bias: (N,). normalized_shape: more than one last
+    dimension, by name or, as in torch, as second argument, with weight, bias and eps moved back by one. Under autocast on a
+    GPU the result is float32, as torch's. Returns y like x, contiguous. Raises RuntimeError for a weight or bias of another
+    shape, dtype or device, and for a negative eps; TypeError where weight and bias could be taken for each other.
     """
+    if has_torch_function_variadic(x, weight, bias):
+        return handle_torch_function(
+            layer_norm, (x, weight, bias), x, weight, bias, eps, *more, normalized_shape=normalized_shape, input=input
+        )
+    plain = isinstance(x, Tensor) and (weight is None or isinstance(weight, Tensor)) and normalized_shape is None and not more
+    if not plain or input is not None or in_any_autocast():
+        return _as_torch(x, weight, bias, eps, more, normalized_shape, input)
+    return _layer_norm(x, weight, bias, eps)
+
+
+def _layer_norm(x, weight, bias, eps):
     x = x.contiguous()
     if wants_grad(x, weight, bias):
         return _LayerNorm.apply(x, weight, bias, eps)

@@ -8,10 +8,22 @@ rstd: (rows,) in float32 (float64 for float64). Source: Zhang, Sennrich, arXiv 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..dispatch import define
+from .calls import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    in_any_autocast,
+    last_as_one,
+    one_input,
+)
 from .common import once_differentiable, rows_of, stat_dtype, wants_grad
 
 
@@ -51,12 +63,58 @@ class _RMSNorm(torch.autograd.Function):
         return dx, None if weight is None else dweight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+EPS = 1e-6
+
+
+def _as_torch(x, weight, eps, more, normalized_shape, input):
+    """rms_norm where it is called as torch's, or under autocast, or with a weight of an unusual dtype."""
+    if isinstance(weight, (tuple, list)) and normalized_shape is None and len(more) < 2:
+        normalized_shape, weight = weight, None
+        if more or eps is None or isinstance(eps, Tensor):
+            weight, eps, more = eps, more[0] if more else None, ()
+    if more:
+        raise TypeError("rms_norm: expected x, weight, eps or x, normalized_shape, weight, eps")
+    if normalized_shape is not None and eps is EPS:
+        eps = None  # it was not given, and torch's default goes with torch's form
+    x = one_input("rms_norm", x, input)
+    check_tensors("rms_norm", weight=weight)
+    x, weight = cast(autocast_dtype("rms_norm", x), x, weight)
+    stat = stat_dtype(x.dtype)
+    eps = torch.finfo(stat).eps if eps is None else eps
+    shape = x.shape
+    if normalized_shape is not None:
+        x, weight = last_as_one("rms_norm", x, normalized_shape, weight)
+    if weight is not None and weight.dtype not in (x.dtype, stat) and weight.is_floating_point():
+        weight = weight.to(stat)
+    return _rms_norm(x, weight, eps).reshape(shape)
+
+
+def rms_norm(
+    x: Tensor = None,  # type: ignore[assignment]
+    weight: Tensor | None = None,
+    eps: float | None = EPS,
+    *more,
+    normalized_shape: Sequence[int] | None = None,
+    input: Tensor | None = None,
+) -> Tensor:
     """RMS norm over the last dimension, as torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps).
 
-    x: (..., N), any strides (made contiguous). weight: (N,). Returns y like x, contiguous. The CPU kernel raises
-    RuntimeError for a weight of another length, dtype or device, and for a negative eps.
+    x (also by torch's name, `input`): (..., N), any strides. weight: (N,), in any floating dtype. eps: None is torch's
+    default, that of the statistics' dtype. normalized_shape: more than one last dimension, by name or, as in torch, as second
+    argument, with weight and eps moved back by one and eps None by default. Under autocast on a GPU the result is float32, as
+    torch's. Returns y like x, contiguous. Raises RuntimeError for a weight of another shape or device, and for a negative eps.
     """
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(
+            rms_norm, (x, weight), x, weight, eps, *more, normalized_shape=normalized_shape, input=input
+        )
+    plain = isinstance(x, Tensor) and (weight is None or (isinstance(weight, Tensor) and weight.dtype is x.dtype))
+    if not plain or normalized_shape is not None or more or input is not None or eps is None or in_any_autocast():
+        return _as_torch(x, weight, eps, more, normalized_shape, input)
+    return _rms_norm(x, weight, eps)
+
+
+def _rms_norm(x, weight, eps):
     x = x.contiguous()
     if wants_grad(x, weight):
         return _RMSNorm.apply(x, weight, eps)

@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
+from .calls import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    in_any_autocast,
+    one_input,
+)
 from .common import once_differentiable, stat_dtype, wants_grad
 
 
@@ -61,14 +70,59 @@ class _Softmax(torch.autograd.Function):
         return dz * ctx.scale, dz.to(dtype).sum_to_size(shape), None, None
 
 
-def softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """softmax(scale * x + mask) over the last dimension; torch.softmax(x, -1) without options.
+def _as_torch(x, mask, scale, causal, dim, dtype, input):
+    """softmax where it is called as torch's, under autocast, or on a scalar."""
+    x = one_input("softmax", x, input)
+    if isinstance(mask, int) and not isinstance(mask, bool):
+        dim, mask = mask, None
+        if isinstance(scale, torch.dtype):
+            dtype, scale = scale, 1.0
+    check_tensors("softmax", mask=mask)
+    if not isinstance(dim, int):
+        raise TypeError(f"softmax: dim must be an int, got {dim!r}")
+    if dtype is None:
+        x, mask = cast(autocast_dtype("softmax", x), x, mask)
+    else:
+        x = x.to(dtype)
+    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
+        raise IndexError(f"softmax: dim {dim} is out of range for x of {x.dim()} dimensions")
+    if not x.dim():
+        return _softmax(x.reshape(1), mask, scale, causal).reshape(())
+    if dim in (-1, x.dim() - 1):
+        return _softmax(x, mask, scale, causal)
+    if mask is not None or causal:
+        raise RuntimeError(f"softmax: mask and causal go with the last dimension, got dim {dim} for x {tuple(x.shape)}")
+    return _softmax(x.movedim(dim, -1), None, scale, False).movedim(-1, dim).contiguous()
 
-    x: (..., S), any strides (made contiguous). mask: broadcastable to x, never expanded in memory; bool (True = keep) or
-    added, and then differentiable. causal: row t of the last two dimensions (T, S) keeps columns 0 ... t + S - T. Rows with
-    nothing visible give zeros. Returns y like x, contiguous. The CPU kernel raises RuntimeError for a mask that does not
-    broadcast or has another dtype or device, for a scale that is not finite, and for causal with fewer than 2 dimensions.
+
+def softmax(
+    x: Tensor = None,  # type: ignore[assignment]
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    *,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    input: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * x + mask) over the last dimension; without options torch.softmax(x, -1), which may be written so.
+
+    x (also by torch's name, `input`): (..., S), any strides. mask: broadcastable to x, never expanded in memory; bool (True =
+    keep) or added, and then differentiable. causal: row t of the last two dimensions (T, S) keeps columns 0 ... t + S - T.
+    Rows with nothing visible, or of -inf alone, give zeros. dim (also as second argument): another dimension, without mask
+    and causal. dtype: x is cast to it first. Under autocast on a GPU the result is float32, as torch's. Returns y like x,
+    contiguous. Raises IndexError for dim; RuntimeError for a mask that does not broadcast or has another dtype or device, for
+    a scale that is not finite, and for causal with fewer than 2 dimensions.
     """
+    if has_torch_function_variadic(x, mask):
+        return handle_torch_function(softmax, (x, mask), x, mask, scale, causal, dim=dim, dtype=dtype, input=input)
+    plain = isinstance(x, Tensor) and (mask is None or isinstance(mask, Tensor)) and input is None
+    if not plain or dim != -1 or dtype is not None or in_any_autocast() or not x.ndim:
+        return _as_torch(x, mask, scale, causal, dim, dtype, input)
+    return _softmax(x, mask, scale, causal)
+
+
+def _softmax(x, mask, scale, causal):
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
