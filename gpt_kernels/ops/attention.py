@@ -36,7 +36,7 @@ from .calls import (
     in_any_autocast,
     one_input,
 )
-from .common import once_differentiable, stat_dtype, wants_grad
+from .common import rederived, stat_dtype, transformed, wants_grad
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256
@@ -54,6 +54,11 @@ def _for_query_heads(t: Tensor, H: int) -> Tensor:
     return t.repeat_interleave(H // Hk, 1)
 
 
+def _places(s, causal_offset):
+    """Of each row the column that its diagonal is at, (Tq, 1), and the columns, (Tk,)."""
+    return torch.arange(s.shape[2], device=s.device)[:, None] + causal_offset, torch.arange(s.shape[3], device=s.device)
+
+
 def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right):
     """All score steps, (B, H, Tq, Tk), and the capped scores before bias and masks (for the derivative of softcap)."""
     acc = stat_dtype(q.dtype)
@@ -61,8 +66,7 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     capped = s
-    diagonal = torch.arange(s.shape[2], device=s.device)[:, None] + causal_offset  # (Tq, 1)
-    column = torch.arange(s.shape[3], device=s.device)  # (Tk,)
+    diagonal, column = _places(s, causal_offset)
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(acc).expand(s.shape[:2])[:, :, None, None]
         s = s - slopes * (diagonal - column).abs()
@@ -76,8 +80,11 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
 
 
 def _probabilities(s):
+    """(p, lse) of scores."""
     blind = (s == float("-inf")).all(-1, keepdim=True)
-    return s.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    s = s.masked_fill(blind, 0.0)  # NaN times zero would be NaN in the derivative of this
+    lse = s.logsumexp(-1) if s.shape[-1] else s.new_zeros(s.shape[:-1])
+    return s.softmax(-1).masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 
 def _empty_as(t: Tensor, shape) -> Tensor:
@@ -88,31 +95,46 @@ def _empty_as(t: Tensor, shape) -> Tensor:
     return t.new_empty(B, H, T, D)
 
 
-def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
+def _attend(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
-    p = _probabilities(s) * dropout_factor(rng_state, dropout_p, s)
-    o = p @ _for_query_heads(v.to(s.dtype), q.shape[1])
+    p, lse = _probabilities(s)
+    o = (p * dropout_factor(rng_state, dropout_p, s)) @ _for_query_heads(v.to(s.dtype), q.shape[1])
+    return o.to(q.dtype), lse
+
+
+def reference_fwd(q, *args):
+    o, lse = _attend(q, *args)
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
 
-def reference_bwd(
-    do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right,
-    need_dbias,
+def _gradients(
+    do, q, k, v, o, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right,
 ):  # fmt: skip
+    """dq, dk, dv, and of the scores before the masks, (B, H, Tq, Tk)."""
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    p, keep = _probabilities(s), dropout_factor(rng_state, dropout_p, s)
+    p, keep = _probabilities(s)[0], dropout_factor(rng_state, dropout_p, s)
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
     dp = dof @ _for_query_heads(v.to(s.dtype), q.shape[1]).mT
-    ds = p * (dp * keep - delta)
-    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
+    ds = dmasked = p * (dp * keep - delta)
     if softcap > 0:
         ds = ds * (1 - (capped / softcap) ** 2)
     ds = ds * scale
     dq, dk = ds @ _for_query_heads(k.to(s.dtype), q.shape[1]), ds.mT @ q.to(s.dtype)
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmasked
+
+
+def _slopes_gradient(ds, slopes, causal_offset):
+    diagonal, column = _places(ds, causal_offset)
+    return -(ds * (diagonal - column).abs()).sum((2, 3)).sum_to_size(slopes.shape).to(slopes.dtype)
+
+
+def reference_bwd(do, q, k, v, o, lse, bias, *args):
+    *args, need_dbias = args
+    dq, dk, dv, ds = _gradients(do, q, k, v, o, bias, *args)
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
     dq, dk, dv = (_empty_as(t, t.shape).copy_(g) for t, g in ((q, dq), (k, dk), (v, dv)))
     return dq, dk, dv, dbias
 
@@ -142,11 +164,16 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, _):
         q, k, v, o, lse, *rest = ctx.saved_tensors
+        need_dbias, need_dslopes = ctx.needs_input_grad[3:5]
+        if need_dslopes or rederived(do):
+            dq, dk, dv, ds = _gradients(do, q, k, v, o, *rest, *ctx.options)
+            bias, slopes, _ = rest
+            dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else None
+            dslopes = _slopes_gradient(ds, slopes, ctx.options[3]) if need_dslopes else None
+            return dq, dk, dv, dbias, dslopes, *(None,) * 7
         do = do if do.stride(-1) == 1 else do.contiguous()
-        need_dbias = ctx.needs_input_grad[3]
         dq, dk, dv, dbias = bwd(do, q, k, v, o, lse, *rest, *ctx.options, need_dbias)
         return dq, dk, dv, dbias if need_dbias else None, *(None,) * 8
 
@@ -168,7 +195,9 @@ def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale=No
         rng_state = draw_rng_state(q.device)
     args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
             causal_offset, window_left, window_right)  # fmt: skip
-    return _Attention.apply(*args) if wants_grad(q, k, v, bias) else fwd(*args)
+    if transformed(q, k, v, bias, alibi_slopes):
+        return _attend(*args)
+    return _Attention.apply(*args) if wants_grad(q, k, v, bias, alibi_slopes) else fwd(*args)
 
 
 # ---- the two public faces ----
@@ -200,7 +229,7 @@ def flash_attn_func(
         return o
     with torch.no_grad():
         s, _ = _scores(q, k, None, alibi_slopes, scale, softcap, offset, left, right)
-        p = _probabilities(s)
+        p, _ = _probabilities(s)
         if rng_state is not None:
             p = torch.where(philox_uint16(rng_state, *s.shape) < dropout_threshold(dropout_p), -p, p)
         return o, lse, p

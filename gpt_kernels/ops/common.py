@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,13 +26,20 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """torch.autograd.function.once_differentiable, at its price (4 us) only where a second derivative may be asked for, that is
-    under create_graph=True."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+def transformed(*tensors: Tensor | None) -> bool:
+    """Does torch.func (grad, vmap, jvp ...) transform this call, or does a tensor carry a tangent?
 
-    @functools.wraps(backward)
-    def call(ctx, *grads):
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+    Then an op runs its reference: plain PyTorch has every derivative, a kernel one alone, and torch takes its tangents for zero.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
-    return call
+
+def rederived(*grads: Tensor | None) -> bool:
+    """Is a backward pass differentiated in its turn (create_graph), or batched (is_grads_batched)? It then runs the reference's
+    formulas too, on inputs and outputs as they were saved, and with statistics computed anew: those that were saved have lost
+    how they depend on the input."""
+    return torch.is_grad_enabled() or transformed(*grads)

@@ -22,19 +22,26 @@ from torch import Tensor
 
 from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 
 
-def _capped(logits, softcap):
-    x = rows_of(logits).to(stat_dtype(logits.dtype))  # (M, V)
-    return softcap * torch.tanh(x / softcap) if softcap else x
+def _rows(op, logits, target, ignore_index, softcap):
+    """The capped logits (M, V), the targets (M,), and which rows count (M,)."""
+    _check_target(op, target, ignore_index, logits.shape[-1])
+    x, t = rows_of(logits).to(stat_dtype(logits.dtype)), target.reshape(-1)
+    keep = t != ignore_index
+    # zero times an infinite logit of an ignored row would be NaN in the derivative of this
+    x = x.masked_fill(~keep[:, None], 0)
+    return softcap * torch.tanh(x / softcap) if softcap else x, t, keep
 
 
 def _check_target(op, target, ignore_index, V):
-    if target.is_meta:
+    if target.is_meta or torch.compiler.is_compiling():
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(target):  # vmap lets nobody look at values
+        target = torch._C._functorch.get_unwrapped(target)
     flat = target.reshape(-1)
     bad = ((flat < 0) | (flat >= V)) & (flat != ignore_index)
     if bad.any():
@@ -46,9 +53,7 @@ def _check_target(op, target, ignore_index, V):
 
 def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, with_grad):
     V = logits.shape[-1]
-    _check_target("cross_entropy_fwd", target, ignore_index, V)
-    x, t = _capped(logits, logit_softcap), target.reshape(-1)
-    keep = t != ignore_index  # (M,)
+    x, t, keep = _rows("cross_entropy_fwd", logits, target, ignore_index, logit_softcap)
     top = x.max(1)[0] if V else x.new_full((x.shape[0],), -math.inf)
     log_sum = (x - top[:, None]).exp().sum(1).log()
     x_target = x.gather(1, torch.where(keep, t, 0)[:, None])[:, 0] if V else top
@@ -68,9 +73,7 @@ def reference_fwd(logits, target, ignore_index, reduction, label_smoothing, lse_
 
 def reference_bwd(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap):
     V = logits.shape[-1]
-    _check_target("cross_entropy_bwd", target, ignore_index, V)
-    x, t = _capped(logits, logit_softcap), target.reshape(-1)
-    keep = t != ignore_index
+    x, t, keep = _rows("cross_entropy_bwd", logits, target, ignore_index, logit_softcap)
     scale = dloss.reshape(-1, 1) / (keep.sum() if reduction == 1 else 1)  # (M, 1) or (1, 1)
     log_p = (x - lse[0][:, None]) - lse[1][:, None]  # (M, V)
     z_slope = 2 * lse_square_scale * lse.sum(0)[:, None]
@@ -117,9 +120,11 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, z_loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
+        if rederived(dloss):
+            lse = reference_fwd(logits, target, *ctx.options, False)[2]
+            return reference_bwd(dloss, logits, target, lse, *ctx.options), None, None, None
         saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
         if torch.compiler.is_compiling():
             return bwd(*saved), None, None, None
@@ -220,7 +225,10 @@ def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, lse
     if logits.dim() and logits.stride(-1) != 1:
         logits = logits.contiguous()
     options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)
-    if needs_grad:
+    if transformed(logits):
+        loss, z_loss, _, _ = reference_fwd(logits, target, *options, False)
+        z_loss = z_loss.detach()
+    elif needs_grad:
         loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
     else:
         loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)

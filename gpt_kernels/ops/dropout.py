@@ -20,7 +20,7 @@ from .calls import (
     memory_order,
     one_input,
 )
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import rows_of, stat_dtype, transformed, wants_grad
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -41,11 +41,18 @@ class _Dropout(torch.autograd.Function):
         return fwd(x, residual, rng_state, dropout_p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = fwd(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        dx = _dropout(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
+
+
+def _dropout(x, residual, rng_state, dropout_p):
+    if transformed(x, residual):
+        return reference_fwd(x, residual, rng_state, dropout_p)
+    if wants_grad(x, residual):
+        return _Dropout.apply(x, residual, rng_state, dropout_p)
+    return fwd(x, residual, rng_state, dropout_p)
 
 
 def dropout(
@@ -93,9 +100,7 @@ def dropout(
         return laid_out(dropout(x.contiguous(), p, training, residual, rng_state), memory_order(x))
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    if wants_grad(x, residual):
-        return _Dropout.apply(x, residual, rng_state, float(p))
-    return fwd(x, residual, rng_state, float(p))
+    return _dropout(x, residual, rng_state, float(p))
 
 
 def dropout_cost(x: Tensor, residual: Tensor | None = None) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from .calls import (
     one_input,
     restored,
 )
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 
 
 def _biased(x, bias):
@@ -61,10 +61,9 @@ class _GELU(torch.autograd.Function):
         return fwd(x, bias, tanh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
+        dx, dbias = (reference_bwd if rederived(dy) else bwd)(dy.contiguous(), x, bias, ctx.tanh)
         return dx, None if bias is None else dbias, None
 
 
@@ -96,6 +95,8 @@ def gelu(
     if bias is not None and not isinstance(bias, Tensor):
         check_tensors("gelu", bias=bias)
     x, tanh = x.contiguous(), approximate == "tanh"
+    if transformed(x, bias):
+        return reference_fwd(x, bias, tanh)
     if wants_grad(x, bias):
         return _GELU.apply(x, bias, tanh)
     return fwd(x, bias, tanh)

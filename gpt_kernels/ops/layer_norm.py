@@ -24,13 +24,16 @@ from .calls import (
     last_as_one,
     one_input,
 )
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+
+
+def _statistics(x, eps):
+    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
+    return xf, xf.mean(1), (xf.var(1, correction=0) + eps).rsqrt()
 
 
 def reference_fwd(x, weight, bias, eps):
-    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    mean = xf.mean(1)
-    rstd = (xf.var(1, correction=0) + eps).rsqrt()
+    xf, mean, rstd = _statistics(x, eps)
     y = (xf - mean[:, None]) * rstd[:, None]
     if weight is not None:
         y = y * weight
@@ -65,14 +68,17 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.eps = bias is not None, eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)
+        if rederived(dy):
+            _, mean, rstd = _statistics(x, ctx.eps)
+            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, ctx.has_bias)
+        else:
+            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)
         return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
@@ -122,6 +128,8 @@ def layer_norm(
 
 def _layer_norm(x, weight, bias, eps):
     x = x.contiguous()
+    if transformed(x, weight, bias):
+        return reference_fwd(x, weight, bias, eps)[0]
     if wants_grad(x, weight, bias):
         return _LayerNorm.apply(x, weight, bias, eps)
     return fwd(x, weight, bias, eps)[0]

@@ -24,12 +24,16 @@ from .calls import (
     last_as_one,
     one_input,
 )
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+
+
+def _statistics(x, eps):
+    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
+    return xf, (xf.square().mean(1) + eps).rsqrt()
 
 
 def reference_fwd(x, weight, eps):
-    xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)
-    rstd = (xf.square().mean(1) + eps).rsqrt()
+    xf, rstd = _statistics(x, eps)
     y = xf * rstd[:, None]
     if weight is not None:
         y = y * weight
@@ -53,13 +57,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         y, rstd = fwd(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = bwd(dy.contiguous(), x, weight, rstd)
+        if rederived(dy):
+            dx, dweight = reference_bwd(dy, x, weight, _statistics(x, ctx.eps)[1])
+        else:
+            dx, dweight = bwd(dy.contiguous(), x, weight, rstd)
         return dx, None if weight is None else dweight, None
 
 
@@ -116,6 +123,8 @@ def rms_norm(
 
 def _rms_norm(x, weight, eps):
     x = x.contiguous()
+    if transformed(x, weight):
+        return reference_fwd(x, weight, eps)[0]
     if wants_grad(x, weight):
         return _RMSNorm.apply(x, weight, eps)
     return fwd(x, weight, eps)[0]

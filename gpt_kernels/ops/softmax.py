@@ -23,7 +23,7 @@ from .calls import (
     in_any_autocast,
     one_input,
 )
-from .common import once_differentiable, stat_dtype, wants_grad
+from .common import rederived, stat_dtype, transformed, wants_grad
 
 
 def reference_fwd(x, mask, scale, causal):
@@ -33,8 +33,9 @@ def reference_fwd(x, mask, scale, causal):
     if causal:
         T, S = x.shape[-2:]
         z = z.masked_fill(torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1), -torch.inf)
-    top = z.amax(-1, keepdim=True) if x.shape[-1] else z
-    y = torch.where(top == -torch.inf, 0.0, torch.softmax(z, -1))
+    # hidden rows are filled before softmax too: of NaN times zero, which is NaN, a gradient would be made
+    hidden = (z == -torch.inf).all(-1, keepdim=True)
+    y = torch.softmax(z.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0)
     return y.to(x.dtype).contiguous()
 
 
@@ -58,15 +59,14 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        dy = dy.contiguous()
+        dy, backward = (dy, reference_bwd) if rederived(dy) else (dy.contiguous(), bwd)
         if ctx.mask is None:
-            return bwd(dy, y, ctx.scale, ctx.causal), None, None, None
+            return backward(dy, y, ctx.scale, ctx.causal), None, None, None
         # dz serves both: dx = scale dz, and the mask's gradient is dz summed over the dimensions that it was broadcast over
         shape, dtype = ctx.mask
-        dz = bwd(dy, y, 1.0, ctx.causal)
+        dz = backward(dy, y, 1.0, ctx.causal)
         return dz * ctx.scale, dz.to(dtype).sum_to_size(shape), None, None
 
 
@@ -126,6 +126,8 @@ def _softmax(x, mask, scale, causal):
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
+    if transformed(x, mask):
+        return reference_fwd(x, mask, scale, causal)
     if wants_grad(x, mask):
         return _Softmax.apply(x, mask, scale, causal)
     return fwd(x, mask, scale, causal)
