@@ -71,7 +71,15 @@ def _contexts(*codes: str) -> list[tuple[str, str]]:
 def _softmax():
     yield from (code.format(", -1") for code in ELEMENTWISE)
     yield from ("f(t(3, 8), dim=-1)", "f(input=t(3, 8), dim=1)", "f(t(3, 8), 0)", "f(t(3, 4, 5), 1)", "f(t(3, 4, 5), -3)")
-    yield from ("f(t(), 0)", "f(t(), 1)", "f(t(3, 8), 2)", "f(t(3, 8), -3)", "f(t(3, 8), 1.5)", "f(t(3, 8), None)", "f(t(3, 8))")
+    yield from (
+        "f(t(), 0)",
+        "f(t(), 1)",
+        "f(t(3, 8), 2)",
+        "f(t(3, 8), -3)",
+        "f(t(3, 8), 1.5)",
+        "f(t(3, 8), None)",
+        "f(t(3, 8))",
+    )
     yield from ("f(t(3, 8, dtype=f16), -1, f32)", "f(t(3, 8), -1, dtype=bf16)", "f(i(3), -1, dtype=f32)", "f(t(0, 3), 0)")
     yield from ("f(t(3, 0), 0)", "f(t(3, 8), 0, dtype=f64)", "f(t(3, 8), -1, dtype=torch.int64)", "f(inf(2, 3), -1)")
     yield from _contexts("f(t(3, 8), -1)", "f(t(3, 8, dtype=bf16), -1)")
@@ -90,7 +98,13 @@ def _dropout():
     yield from (f"f(t(3), {p}, {training})" for p in (1.5, -0.5, "float('nan')") for training in (True, False))
     yield from ("f(t(3), '0.1')", "f(t(3), p=0.5, training=True, inplace=False)", "f(t(3) + 1, 0.5, True, True)")
     yield from ("f(t(3) + 1, inplace=True)", "f(t(3) + 1, 1.0, inplace=True)", "f(t(3) + 1, 0.5, False, True)")
-    yield from ("f(t(3), inplace=True)", "f((t(4, 3) + 1).T, inplace=True)", "f(t(3), 0.5, True, False)", "f(t(3), 1)", "f(t(3), 0)")
+    yield from (
+        "f(t(3), inplace=True)",
+        "f((t(4, 3) + 1).T, inplace=True)",
+        "f(t(3), 0.5, True, False)",
+        "f(t(3), 1)",
+        "f(t(3), 0)",
+    )
     yield from ("f(nan(3), 1.0)",)
     yield from _contexts("f(t(3, 8))", "f(t(3, 8, dtype=bf16))")
 
@@ -118,8 +132,14 @@ def _norm(weight: str, params: str):
 def _layer_norm():
     yield from _norm("t(8)", "t(8), t(8)")
     yield from ("f(t(3, 8), (8,), None, t(8))", "f(t(3, 8), (8,), t(8), None)", "f(t(3, 8), (8,), t(8), bias=t(8))")
-    yield from ("f(t(3, 8), (8,), bias=t(8))", "f(t(3, 8), normalized_shape=(8,), bias=t(8))", "f(t(3, 8), (8,), t(8), None, 0.1)")
-    yield from (f"f(t(3, 8, dtype=bf16), (8,), t(8, dtype={w}), t(8, dtype={b}))" for w in ("f32", "bf16") for b in ("f32", "bf16"))
+    yield from (
+        "f(t(3, 8), (8,), bias=t(8))",
+        "f(t(3, 8), normalized_shape=(8,), bias=t(8))",
+        "f(t(3, 8), (8,), t(8), None, 0.1)",
+    )
+    yield from (
+        f"f(t(3, 8, dtype=bf16), (8,), t(8, dtype={w}), t(8, dtype={b}))" for w in ("f32", "bf16") for b in ("f32", "bf16")
+    )
     yield from ("f(t(3, 8), (8,), t(8), t(8), 0.1, True)", "f(t(3, 8), (8,), t(8), t(5))")
 
 
@@ -139,21 +159,52 @@ def _cross_entropy():
         yield from (f"f(t(0, 5), c([]), reduction={reduction!r})", f"f(t(3, 5), c([-100] * 3), reduction={reduction!r})")
         yield from (f"f(t(5), c(2), reduction={reduction!r})", f"f(t(5), c([2]), reduction={reduction!r})")
         yield f"f(t(3, 0), c([-100] * 3), reduction={reduction!r})"
-        yield from _contexts(f"f(t(3, 5), {c3}, reduction={reduction!r})", f"f(t(3, 5, dtype=bf16), {c3}, reduction={reduction!r})")
+        yield from _contexts(
+            f"f(t(3, 5), {c3}, reduction={reduction!r})", f"f(t(3, 5, dtype=bf16), {c3}, reduction={reduction!r})"
+        )
         yield from (f"f(t(3, 5), c([0, 1, {bad}]), reduction={reduction!r})" for bad in (5, -1, 2**40))
-    yield from (f"f(t(3, 5), {c3}, None)", f"f(t(3, 5), {c3}, weight=None)", f"f(t(3, 5), {c3}, weight=torch.ones(5))", f"f(t(3, 5), {c3}, torch.ones(5))")
-    yield from (f"f(t(3, 5), {c3}.int())", f"f(t(3, 5), {c3}.byte())", "f(t(3, 5), torch.softmax(t(3, 5), -1))", "f(t(3, 5), c([0, 1]))")
-    yield from (f"f(t(3, 5), {c3}[None])", "f(t(), c(0))", "f(t(5), c([0, 1]))", "f(t(3, 0), c([0, 0, 0]))", "f(i(3, 5), c([0, 1, 2]))")
-    yield from (f"f([1.0], {c3})", "f(t(3, 5), [0, 1, 2])", f"f(None, {c3})", f"f(t(3, 5), {c3}, reduction='avg')", f"f(Sub(t(3, 5)), {c3})")
+    yield from (
+        f"f(t(3, 5), {c3}, None)",
+        f"f(t(3, 5), {c3}, weight=None)",
+        f"f(t(3, 5), {c3}, weight=torch.ones(5))",
+        f"f(t(3, 5), {c3}, torch.ones(5))",
+    )
+    yield from (
+        f"f(t(3, 5), {c3}.int())",
+        f"f(t(3, 5), {c3}.byte())",
+        "f(t(3, 5), torch.softmax(t(3, 5), -1))",
+        "f(t(3, 5), c([0, 1]))",
+    )
+    yield from (
+        f"f(t(3, 5), {c3}[None])",
+        "f(t(), c(0))",
+        "f(t(5), c([0, 1]))",
+        "f(t(3, 0), c([0, 0, 0]))",
+        "f(i(3, 5), c([0, 1, 2]))",
+    )
+    yield from (
+        f"f([1.0], {c3})",
+        "f(t(3, 5), [0, 1, 2])",
+        f"f(None, {c3})",
+        f"f(t(3, 5), {c3}, reduction='avg')",
+        f"f(Sub(t(3, 5)), {c3})",
+    )
     yield from (f"f(t(3, 5), {c3}, label_smoothing={e})" for e in (1.5, -0.1, 0.0, 1.0))
     yield from (f"f(t(5, 3).T, {c3})", f"f(t(3, 10)[:, ::2], {c3})", f"f(t(1, 5).expand(3, 5), {c3})", f"f(inf(3, 5), {c3})")
-    yield from ("f(t(2, 5, 3), c([[0, 1, 2], [4, 3, 2]]))", f"f(t(3, 5), {c3}, ignore_index=1.5)", f"f(t(3, 5), {c3}, size_average=False)")
+    yield from (
+        "f(t(2, 5, 3), c([[0, 1, 2], [4, 3, 2]]))",
+        f"f(t(3, 5), {c3}, ignore_index=1.5)",
+        f"f(t(3, 5), {c3}, size_average=False)",
+    )
 
 
 def _attention():
     qkv = "t(2, 3, 4, 8), t(2, 3, 5, 8), t(2, 3, 5, 8)"
     yield from (f"f({qkv})", "f(query=t(2, 3, 4, 8), key=t(2, 3, 5, 8), value=t(2, 3, 5, 6))", f"f({qkv}, is_causal=True)")
-    yield from (f"f({qkv}, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)", f"f({qkv}, None, 0.0, True)")
+    yield from (
+        f"f({qkv}, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)",
+        f"f({qkv}, None, 0.0, True)",
+    )
     yield from (f"f({qkv}, None, 0.0, False, 0.5)", f"f({qkv}, scale=0.5)", f"f({qkv}, scale=-1.0)", f"f({qkv}, scale=0.0)")
     # ranks and broadcasts; of keys and values that differ in number, torch's kernel for four dimensions writes out of bounds
     for q, k, v in (
@@ -172,7 +223,20 @@ def _attention():
     ):  # fmt: skip
         yield f"f(t({q}), t({k}), t({v}), enable_gqa=True)"
     # masks: shapes, kinds, gradients
-    masks = ("5", "4, 1", "1, 5", "4, 5", "3, 4, 5", "2, 1, 4, 5", "1, 3, 4, 5", "2, 3, 1, 1", "2, 3, 4, 5", "7, 4, 5", "4, 6", "1, 1, 1, 4, 5")
+    masks = (
+        "5",
+        "4, 1",
+        "1, 5",
+        "4, 5",
+        "3, 4, 5",
+        "2, 1, 4, 5",
+        "1, 3, 4, 5",
+        "2, 3, 1, 1",
+        "2, 3, 4, 5",
+        "7, 4, 5",
+        "4, 6",
+        "1, 1, 1, 4, 5",
+    )
     for mask in (*masks, ""):
         yield from (f"f({qkv}, t({mask}))", f"f({qkv}, b({mask}))")
     for q, k, mask in (
@@ -213,8 +277,16 @@ def _attention():
     yield from ("f(i(1, 1, 2, 8), i(1, 1, 2, 8), i(1, 1, 2, 8))", "f([1.0], t(1, 8), t(1, 8))", "f(t(1, 8), None, t(1, 8))")
     yield from (f"f({qkv}, [True])", f"f(Sub(t(2, 3, 4, 8)), {', '.join(qkv.split(', t')[1:]).replace('(', 't(')})")
     swapped = "t(2, 4, 3, 8).transpose(1, 2)"
-    yield from (f"f({swapped}, {swapped}, {swapped})", f"f({swapped}, {swapped}, {swapped}, b(4, 4))", "f(t(2, 3, 8, 4).mT, t(2, 3, 8, 5).mT, t(2, 3, 8, 5).mT)")
-    yield from (f"f({swapped}, t(2, 3, 5, 8), t(2, 3, 5, 8))", f"f(t(2, 3, 4, 8), {swapped}, {swapped})", "f(t(1, 3, 4, 8).expand(2, 3, 4, 8), t(2, 3, 4, 8), t(2, 3, 4, 8))")
+    yield from (
+        f"f({swapped}, {swapped}, {swapped})",
+        f"f({swapped}, {swapped}, {swapped}, b(4, 4))",
+        "f(t(2, 3, 8, 4).mT, t(2, 3, 8, 5).mT, t(2, 3, 8, 5).mT)",
+    )
+    yield from (
+        f"f({swapped}, t(2, 3, 5, 8), t(2, 3, 5, 8))",
+        f"f(t(2, 3, 4, 8), {swapped}, {swapped})",
+        "f(t(1, 3, 4, 8).expand(2, 3, 4, 8), t(2, 3, 4, 8), t(2, 3, 4, 8))",
+    )
 
 
 _CALLS = dict(zip(NAMESAKES, (_attention, _softmax, _gelu, _dropout, _layer_norm, _rms_norm, _cross_entropy), strict=True))
@@ -271,7 +343,9 @@ def answer(function, call: Call) -> Answer:
     except Exception as error:
         return Answer(error=type(error))
     kind = "" if type(y) is Tensor else f"{type(y).__name__} "
-    what = f"{kind}{SHORT.get(y.dtype, y.dtype)} {tuple(y.shape)}, strides {_strides(y)}, {'' if y.requires_grad else 'no '}grad"
+    what = (
+        f"{kind}{SHORT.get(y.dtype, y.dtype)} {tuple(y.shape)}, strides {_strides(y)}, {'' if y.requires_grad else 'no '}grad"
+    )
     gradients: list[tuple[str, Tensor | None]] = []
     if y.requires_grad and leaves:
         try:

@@ -34,7 +34,6 @@ from .calls import (
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
-    one_input,
 )
 from .common import rederived, stat_dtype, transformed, wants_grad
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
@@ -315,17 +314,21 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     op = "scaled_dot_product_attention"
     for name, t in (("query", query), ("key", key), ("value", value)):
-        one_input(op, t, None, name)
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
     check_tensors(op, attn_mask=attn_mask)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
     if in_any_autocast():
         query, key, value, attn_mask = cast(autocast_dtype("attention", query), query, key, value, attn_mask)
-    q, k, v, mask, shape = _as_core(query, key, value, attn_mask, enable_gqa)
+    q, k, v, mask, shape = query, key, value, attn_mask, None
+    usual = q.dim() == 4 and q.shape[:2] == k.shape[:-2] == v.shape[:-2]
+    if not usual or (mask is not None and (mask.dim() != 4 or q.dtype == torch.float64)):
+        q, k, v, mask, shape = _as_core(query, key, value, attn_mask, enable_gqa)
     if dropout_p == 1.0:  # nothing is kept, and nothing but 0 has a gradient
         v, dropout_p = v * 0, 0.0
     o, _ = attention(q, k, v, mask, scale=scale, dropout_p=dropout_p, window_right=0 if is_causal else -1)
-    return o if query.dim() == 4 == len(shape) else o.reshape(shape)
+    return o if shape is None or o.shape == shape else o.reshape(shape)
 
 
 def attention_cost(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, backward: bool = False) -> tuple[int, int]:

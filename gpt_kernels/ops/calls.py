@@ -1,6 +1,7 @@
 """How the public functions are called: torch's names and forms of arguments, its overrides, its autocast and its layouts.
 
-Each function looks for the rare cases in one line, which must stay cheap: a tiny call takes a few microseconds in all.
+A tiny call takes two microseconds in all, of which 30 ns are one question to torch. So each function asks whether the call is a
+plain one, the cheapest questions first, and leaves all others to its _general().
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function as handle_torch_function
+from torch.overrides import has_torch_function_variadic as has_torch_function_variadic
 
-__all__ = ["autocast_dtype", "cast", "handle_torch_function", "has_torch_function_variadic", "in_any_autocast"]
-
+is_grad_enabled = torch.is_grad_enabled
 in_any_autocast = torch._C._is_any_autocast_enabled
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 # ---- autocast ----

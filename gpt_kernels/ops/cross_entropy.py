@@ -178,41 +178,45 @@ def cross_entropy(
     device, for class weights, and for options out of their range.
     """
     options = (ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, inplace_backward)
-    if has_torch_function_variadic(logits, target, input):
-        return handle_torch_function(
-            cross_entropy, (logits, target, input), logits, target, *options, return_z_loss, dtype=dtype, input=input, weight=weight
-        )
-    logits = one_input("cross_entropy", logits, input, "logits")
-    if ignore_index is None or isinstance(ignore_index, Tensor):  # torch has the weight in this place
-        weight, options = ignore_index, (-100, *options[1:])
-    elif type(ignore_index) is not int:
-        raise TypeError(f"cross_entropy: ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"cross_entropy: target must be a Tensor, got {type(target).__name__}")
+    if type(logits) is not Tensor or has_torch_function_variadic(logits, target):
+        if has_torch_function_variadic(logits, target, input):
+            more: dict = dict(dtype=dtype, input=input, weight=weight)
+            return handle_torch_function(
+                cross_entropy, (logits, target, input), logits, target, *options, return_z_loss, **more
+            )  # fmt: skip
+        logits = one_input("cross_entropy", logits, input, "logits")
+    if type(ignore_index) is not int or not isinstance(target, Tensor):
+        if ignore_index is None or isinstance(ignore_index, Tensor):  # torch has the weight in this place
+            weight, options = ignore_index, (-100, *options[1:])
+        elif not isinstance(ignore_index, int):
+            raise TypeError(f"cross_entropy: ignore_index must be an int, got {type(ignore_index).__name__}")
+        if not isinstance(target, Tensor):
+            raise TypeError(f"cross_entropy: target must be a Tensor, got {type(target).__name__}")
     if weight is not None:
         raise RuntimeError("cross_entropy: class weights have no kernel, weight must be None")
-    rows = logits.shape[:-1]
-    if target.dtype == torch.uint8:
-        target = target.long()  # torch's other dtype of class indices
-    if target.shape != rows and not target.is_floating_point() and logits.dim() in (1, 2):
-        if logits.dim() == 1 and target.shape == (1,):  # torch takes them for each other
-            logits = logits[None]
-        else:
-            raise ValueError(f"cross_entropy: target must have the shape of logits {tuple(logits.shape)} without the last "
-                             f"dimension, got {tuple(target.shape)}")  # fmt: skip
     try:
         loss, z_loss = _cross_entropy(logits, target, *options)
     except RuntimeError as error:
-        if " of row " not in str(error):
-            raise
-        raise IndexError(str(error)) from None
-    if dtype is None:
-        dtype = (autocast_dtype("cross_entropy", logits) if in_any_autocast() else None) or logits.dtype
-        if loss.dtype == torch.float64:
-            dtype = loss.dtype
-    if loss.dtype != dtype:
+        loss, z_loss = _cross_entropy(*_mended(logits, target, error), *options)
+    if dtype is not None or logits.dtype is not torch.float32:
+        if dtype is None:
+            wide = logits.dtype != torch.float64 and in_any_autocast() and autocast_dtype("cross_entropy", logits)
+            dtype = wide or logits.dtype
         loss, z_loss = loss.to(dtype), z_loss.to(dtype)
     return (loss, z_loss) if return_z_loss else loss
+
+
+def _mended(logits, target, error):
+    """(logits, target) as the kernels take them, where torch takes those that they refused; else raises as torch."""
+    if " of row " in str(error):
+        raise IndexError(str(error)) from None
+    if target.dtype == torch.uint8:  # torch's other dtype of class indices
+        return logits, target.long()
+    if target.dtype == torch.int64 and logits.dim() in (1, 2) and target.shape != logits.shape[:-1]:
+        if logits.dim() == 1 and target.shape == (1,):
+            return logits[None], target
+        raise ValueError(str(error)) from None
+    raise error
 
 
 def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, inplace_backward):

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .calls import (
-    check_tensors,
-    handle_torch_function,
-    has_torch_function_variadic,
-    laid_out,
-    memory_order,
-    one_input,
-)
+from .calls import check_tensors, handle_torch_function, has_torch_function_variadic, laid_out, memory_order, one_input
 from .common import rows_of, stat_dtype, transformed, wants_grad
 from .philox import draw_rng_state, dropout_factor
 
@@ -73,26 +66,29 @@ def dropout(
     place, where torch has it): written into x, which is returned. Raises ValueError for p outside [0, 1], RuntimeError for a
     residual of another shape or dtype.
     """
-    if has_torch_function_variadic(x, residual):
-        return handle_torch_function(
-            dropout, (x, residual), x, p, training, residual, rng_state, inplace=inplace, input=input
-        )
-    if input is not None or not isinstance(x, Tensor):
-        return dropout(one_input("dropout", x, input), p, training, residual, rng_state, inplace=inplace)
+    if (
+        type(x) is not Tensor
+        or (residual is not None and not isinstance(residual, Tensor))
+        or has_torch_function_variadic(x, residual)
+    ):
+        if has_torch_function_variadic(x, residual, input):
+            more = dict(inplace=inplace, input=input)
+            return handle_torch_function(dropout, (x, residual, input), x, p, training, residual, rng_state, **more)
+        x = one_input("dropout", x, input)
+        if isinstance(residual, bool):
+            inplace, residual = residual, None
+        check_tensors("dropout", residual=residual)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: p must be between 0 and 1, got {p}")
-    if residual is not None and not isinstance(residual, Tensor):
-        if isinstance(residual, bool):
-            return dropout(x, p, training, None, rng_state, inplace=residual)
-        check_tensors("dropout", residual=residual)
     if inplace:
         y = dropout(x, p, training, residual, rng_state)
         return y if y is x else x.copy_(y)
-    if not training or p == 0.0 or not x.numel():
+    n = x.numel()
+    if not training or p == 0.0 or not n:
         return x if residual is None else x + residual
     if p == 1.0:  # not zeros: what is not finite becomes NaN, as in torch
         return x * 0 if residual is None else x * 0 + residual
-    if not x.dim():
+    if n == 1 and not x.dim():
         residual = residual if residual is None else residual.reshape(1)
         return dropout(x.reshape(1), p, training, residual, rng_state).reshape(())
     if not x.is_contiguous():

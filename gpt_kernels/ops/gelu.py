@@ -13,16 +13,19 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
     check_tensors,
     handle_torch_function,
     has_torch_function_variadic,
+    is_grad_enabled,
     laid_out,
     memory_order,
     one_input,
     restored,
+    transforms_active,
 )
 from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 
@@ -67,6 +70,26 @@ class _GELU(torch.autograd.Function):
         return dx, None if bias is None else dbias, None
 
 
+def _general(x, bias, approximate, input):
+    """gelu in every form of call."""
+    if has_torch_function_variadic(x, bias, input):
+        return handle_torch_function(gelu, (x, bias, input), x, bias, approximate, input=input)
+    x = one_input("gelu", x, input)
+    check_tensors("gelu", bias=bias)
+    if approximate not in ("tanh", "none"):
+        kind = RuntimeError if isinstance(approximate, str) else TypeError
+        raise kind(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    if not x.is_contiguous():
+        order = memory_order(x)
+        if bias is None:
+            return _general(x.permute(order).contiguous(), None, approximate, None).permute(restored(order))
+        return laid_out(_general(x.contiguous(), bias, approximate, None), order)
+    tanh = approximate == "tanh"
+    if transformed(x, bias):
+        return reference_fwd(x, bias, tanh)
+    return _GELU.apply(x, bias, tanh) if wants_grad(x, bias) else fwd(x, bias, tanh)
+
+
 def gelu(
     x: Tensor = None,  # type: ignore[assignment]
     bias: Tensor | None = None,
@@ -80,24 +103,12 @@ def gelu(
     which is torch's. Returns y like x, in its strides as torch's. Raises RuntimeError for another `approximate`, and for a
     bias of another length, dtype or device.
     """
-    if has_torch_function_variadic(x, bias):
-        return handle_torch_function(gelu, (x, bias), x, bias, approximate, input=input)
-    if input is not None or not isinstance(x, Tensor):
-        return gelu(one_input("gelu", x, input), bias, approximate)
-    if not x.is_contiguous():
-        order = memory_order(x)
-        if bias is None:
-            return gelu(x.permute(order).contiguous(), None, approximate).permute(restored(order))
-        return laid_out(gelu(x.contiguous(), bias, approximate), order)
-    if approximate not in ("tanh", "none"):
-        kind = RuntimeError if isinstance(approximate, str) else TypeError
-        raise kind(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
-    if bias is not None and not isinstance(bias, Tensor):
-        check_tensors("gelu", bias=bias)
-    x, tanh = x.contiguous(), approximate == "tanh"
-    if transformed(x, bias):
-        return reference_fwd(x, bias, tanh)
-    if wants_grad(x, bias):
+    if (type(x) is not Tensor or (bias is not None and not isinstance(bias, Tensor)) or has_torch_function_variadic(x, bias)
+            or transforms_active() or forward_ad._current_level >= 0 or not x.is_contiguous()
+            or (approximate != "tanh" and approximate != "none")):  # fmt: skip
+        return _general(x, bias, approximate, input)
+    tanh = approximate == "tanh"
+    if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _GELU.apply(x, bias, tanh)
     return fwd(x, bias, tanh)
 

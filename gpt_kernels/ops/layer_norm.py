@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
@@ -21,8 +22,10 @@ from .calls import (
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
+    is_grad_enabled,
     last_as_one,
     one_input,
+    transforms_active,
 )
 from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 
@@ -82,8 +85,12 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
-def _as_torch(x, weight, bias, eps, more, normalized_shape, input):
-    """layer_norm where it is called as torch's, or under autocast."""
+def _general(x, weight, bias, eps, more, normalized_shape, input):
+    """layer_norm in every form of call."""
+    if has_torch_function_variadic(x, weight, bias, input):
+        return handle_torch_function(
+            layer_norm, (x, weight, bias, input), x, weight, bias, eps, *more, normalized_shape=normalized_shape, input=input
+        )
     if isinstance(weight, (tuple, list)) and normalized_shape is None and len(more) < 2:
         normalized_shape, weight = weight, None
         if more or eps is None or isinstance(eps, Tensor):
@@ -95,9 +102,15 @@ def _as_torch(x, weight, bias, eps, more, normalized_shape, input):
     x = one_input("layer_norm", x, input)
     check_tensors("layer_norm", weight=weight, bias=bias)
     x, weight, bias = cast(autocast_dtype("layer_norm", x), x, weight, bias)
-    if normalized_shape is None:
-        return _layer_norm(x, weight, bias, eps)
-    return _layer_norm(*last_as_one("layer_norm", x, normalized_shape, weight, bias), eps).reshape(x.shape)
+    shape = x.shape
+    if normalized_shape is not None:
+        x, weight, bias = last_as_one("layer_norm", x, normalized_shape, weight, bias)
+    x = x.contiguous()
+    if transformed(x, weight, bias):
+        y = reference_fwd(x, weight, bias, eps)[0]
+    else:
+        y = _LayerNorm.apply(x, weight, bias, eps) if wants_grad(x, weight, bias) else fwd(x, weight, bias, eps)[0]
+    return y.reshape(shape)
 
 
 def layer_norm(
@@ -116,21 +129,14 @@ def layer_norm(
     GPU the result is float32, as torch's. Returns y like x, contiguous. Raises RuntimeError for a weight or bias of another
     shape, dtype or device, and for a negative eps; TypeError where weight and bias could be taken for each other.
     """
-    if has_torch_function_variadic(x, weight, bias):
-        return handle_torch_function(
-            layer_norm, (x, weight, bias), x, weight, bias, eps, *more, normalized_shape=normalized_shape, input=input
-        )
-    plain = isinstance(x, Tensor) and (weight is None or isinstance(weight, Tensor)) and normalized_shape is None and not more
-    if not plain or input is not None or in_any_autocast():
-        return _as_torch(x, weight, bias, eps, more, normalized_shape, input)
-    return _layer_norm(x, weight, bias, eps)
-
-
-def _layer_norm(x, weight, bias, eps):
+    if (type(x) is not Tensor or (weight is not None and not isinstance(weight, Tensor)) or more or normalized_shape is not None
+            or has_torch_function_variadic(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0
+            or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+        return _general(x, weight, bias, eps, more, normalized_shape, input)
     x = x.contiguous()
-    if transformed(x, weight, bias):
-        return reference_fwd(x, weight, bias, eps)[0]
-    if wants_grad(x, weight, bias):
+    if is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
         return _LayerNorm.apply(x, weight, bias, eps)
     return fwd(x, weight, bias, eps)[0]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
@@ -21,8 +22,10 @@ from .calls import (
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
+    is_grad_enabled,
     last_as_one,
     one_input,
+    transforms_active,
 )
 from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
 
@@ -73,8 +76,12 @@ class _RMSNorm(torch.autograd.Function):
 EPS = 1e-6
 
 
-def _as_torch(x, weight, eps, more, normalized_shape, input):
-    """rms_norm where it is called as torch's, or under autocast, or with a weight of an unusual dtype."""
+def _general(x, weight, eps, more, normalized_shape, input):
+    """rms_norm in every form of call."""
+    if has_torch_function_variadic(x, weight, input):
+        return handle_torch_function(
+            rms_norm, (x, weight, input), x, weight, eps, *more, normalized_shape=normalized_shape, input=input
+        )
     if isinstance(weight, (tuple, list)) and normalized_shape is None and len(more) < 2:
         normalized_shape, weight = weight, None
         if more or eps is None or isinstance(eps, Tensor):
@@ -93,7 +100,12 @@ def _as_torch(x, weight, eps, more, normalized_shape, input):
         x, weight = last_as_one("rms_norm", x, normalized_shape, weight)
     if weight is not None and weight.dtype not in (x.dtype, stat) and weight.is_floating_point():
         weight = weight.to(stat)
-    return _rms_norm(x, weight, eps).reshape(shape)
+    x = x.contiguous()
+    if transformed(x, weight):
+        y = reference_fwd(x, weight, eps)[0]
+    else:
+        y = _RMSNorm.apply(x, weight, eps) if wants_grad(x, weight) else fwd(x, weight, eps)[0]
+    return y.reshape(shape)
 
 
 def rms_norm(
@@ -111,21 +123,12 @@ def rms_norm(
     argument, with weight and eps moved back by one and eps None by default. Under autocast on a GPU the result is float32, as
     torch's. Returns y like x, contiguous. Raises RuntimeError for a weight of another shape or device, and for a negative eps.
     """
-    if has_torch_function_variadic(x, weight):
-        return handle_torch_function(
-            rms_norm, (x, weight), x, weight, eps, *more, normalized_shape=normalized_shape, input=input
-        )
-    plain = isinstance(x, Tensor) and (weight is None or (isinstance(weight, Tensor) and weight.dtype is x.dtype))
-    if not plain or normalized_shape is not None or more or input is not None or eps is None or in_any_autocast():
-        return _as_torch(x, weight, eps, more, normalized_shape, input)
-    return _rms_norm(x, weight, eps)
-
-
-def _rms_norm(x, weight, eps):
+    if (type(x) is not Tensor or (weight is not None and (not isinstance(weight, Tensor) or weight.dtype is not x.dtype)) or more
+            or eps is None or normalized_shape is not None or has_torch_function_variadic(x, weight)
+            or transforms_active() or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+        return _general(x, weight, eps, more, normalized_shape, input)
     x = x.contiguous()
-    if transformed(x, weight):
-        return reference_fwd(x, weight, eps)[0]
-    if wants_grad(x, weight):
+    if is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _RMSNorm.apply(x, weight, eps)
     return fwd(x, weight, eps)[0]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
@@ -21,7 +22,9 @@ from .calls import (
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
+    is_grad_enabled,
     one_input,
+    transforms_active,
 )
 from .common import rederived, stat_dtype, transformed, wants_grad
 
@@ -70,29 +73,36 @@ class _Softmax(torch.autograd.Function):
         return dz * ctx.scale, dz.to(dtype).sum_to_size(shape), None, None
 
 
-def _as_torch(x, mask, scale, causal, dim, dtype, input):
-    """softmax where it is called as torch's, under autocast, or on a scalar."""
+def _general(x, mask, scale, causal, dim, dtype, input):
+    """softmax in every form of call."""
+    if has_torch_function_variadic(x, mask, input):
+        return handle_torch_function(softmax, (x, mask, input), x, mask, scale, causal, dim=dim, dtype=dtype, input=input)
     x = one_input("softmax", x, input)
-    if isinstance(mask, int) and not isinstance(mask, bool):
+    if isinstance(mask, int) and not isinstance(mask, bool):  # torch has dim and dtype in these places
         dim, mask = mask, None
         if isinstance(scale, torch.dtype):
             dtype, scale = scale, 1.0
     check_tensors("softmax", mask=mask)
     if not isinstance(dim, int):
         raise TypeError(f"softmax: dim must be an int, got {dim!r}")
-    if dtype is None:
-        x, mask = cast(autocast_dtype("softmax", x), x, mask)
-    else:
+    if dtype is not None:
         x = x.to(dtype)
+    else:
+        x, mask = cast(autocast_dtype("softmax", x), x, mask)
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise IndexError(f"softmax: dim {dim} is out of range for x of {x.dim()} dimensions")
     if not x.dim():
-        return _softmax(x.reshape(1), mask, scale, causal).reshape(())
-    if dim in (-1, x.dim() - 1):
-        return _softmax(x, mask, scale, causal)
-    if mask is not None or causal:
-        raise RuntimeError(f"softmax: mask and causal go with the last dimension, got dim {dim} for x {tuple(x.shape)}")
-    return _softmax(x.movedim(dim, -1), None, scale, False).movedim(-1, dim).contiguous()
+        return _general(x.reshape(1), mask, scale, causal, -1, x.dtype, None).reshape(())
+    if dim not in (-1, x.dim() - 1):
+        if mask is not None or causal:
+            raise RuntimeError(f"softmax: mask and causal go with the last dimension, got dim {dim} for x {tuple(x.shape)}")
+        return _general(x.movedim(dim, -1), None, scale, False, -1, x.dtype, None).movedim(-1, dim).contiguous()
+    x = x.contiguous()
+    if mask is not None and mask.dim() and mask.stride(-1) != 1:
+        mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
+    if transformed(x, mask):
+        return reference_fwd(x, mask, scale, causal)
+    return _Softmax.apply(x, mask, scale, causal) if wants_grad(x, mask) else fwd(x, mask, scale, causal)
 
 
 def softmax(
@@ -114,23 +124,20 @@ def softmax(
     contiguous. Raises IndexError for dim; RuntimeError for a mask that does not broadcast or has another dtype or device, for
     a scale that is not finite, and for causal with fewer than 2 dimensions.
     """
-    if has_torch_function_variadic(x, mask):
-        return handle_torch_function(softmax, (x, mask), x, mask, scale, causal, dim=dim, dtype=dtype, input=input)
-    plain = isinstance(x, Tensor) and (mask is None or isinstance(mask, Tensor)) and input is None
-    if not plain or dim != -1 or dtype is not None or in_any_autocast() or not x.ndim:
-        return _as_torch(x, mask, scale, causal, dim, dtype, input)
-    return _softmax(x, mask, scale, causal)
-
-
-def _softmax(x, mask, scale, causal):
+    if (type(x) is not Tensor or (mask is not None and type(mask) is not Tensor) or dim != -1 or dtype is not None
+            or has_torch_function_variadic(x, mask) or transforms_active() or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+        return _general(x, mask, scale, causal, dim, dtype, input)
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
-        mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
-    if transformed(x, mask):
-        return reference_fwd(x, mask, scale, causal)
-    if wants_grad(x, mask):
-        return _Softmax.apply(x, mask, scale, causal)
-    return fwd(x, mask, scale, causal)
+        mask = mask.contiguous()
+    try:
+        if is_grad_enabled() and (x.requires_grad or (mask is not None and mask.requires_grad)):
+            return _Softmax.apply(x, mask, scale, causal)
+        return fwd(x, mask, scale, causal)
+    except RuntimeError:
+        if x.dim():
+            raise
+        return _general(x, mask, scale, causal, dim, dtype, input)
 
 
 def softmax_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:
