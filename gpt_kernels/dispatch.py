@@ -78,12 +78,23 @@ def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[
     def add(function: Callable) -> Callable:
         _ops[op].kernels[backend] = (key, function)
         if default:
-            _library.impl(op, function, key)
+            _library.impl(op, _or_reference(op, function), key)
             _ops[op].cuda = backend
         _name(backend)
         return function
 
     return add
+
+
+def _or_reference(op: str, function: Callable) -> Callable:
+    """What stands in a GPU's slot unasked: the kernel, and for float64, which no kernel for GPUs has, the reference, as where()
+    says. use_backend pushes the kernel alone."""
+    reference = _ops[op].reference
+
+    def call(first, *rest):
+        return (reference if first.dtype is torch.float64 else function)(first, *rest)
+
+    return call
 
 
 def explain_absence(op: str, backend: str, reason: str) -> None:
@@ -164,9 +175,9 @@ def where(op: str) -> dict[str, str]:
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
-                answer[key] = f"cuda (compiled kernel, {cuda_archs()})"
+                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none)"
             else:
-                answer[key] = f"{native} (compiled at its first call for each kind of argument)"
+                answer[key] = f"{native} (compiled at its first call for each kind of argument; float64: reference)"
     return answer
 
 

@@ -54,7 +54,8 @@ class Call(NamedTuple):
 
 LAYOUTS = (
     "t(2, 5, 8).transpose(1, 2)", "t(2, 5, 16)[..., 2:10]", "t(2, 5, 16)[..., 2:10].transpose(0, 1)", "t(1, 8).expand(4, 8)",
-    "t(4, 1).expand(4, 8)", "t(2, 3, 4, 5).to(memory_format=torch.channels_last)", "t(8, 6)[::2]", "t(3, 4, 5).permute(2, 0, 1)",
+    "t(4, 1).expand(4, 8)", "t(2, 3, 4, 5).to(memory_format=torch.channels_last)", "t(8, 6)[::2]",
+    "t(3, 4, 5).permute(2, 0, 1)",
     "t(8, 8).T", "t(0, 4).T", "t(2, 0, 4).transpose(0, 2)",
 )  # fmt: skip
 ELEMENTWISE = (
@@ -115,14 +116,16 @@ def _norm(weight: str, params: str):
         yield f"f(t(2, 3, 8), {shape})"
         yield f"f(input=t(2, 3, 8), normalized_shape={shape})"
         if shape not in ("8", "()"):
-            yield f"f(t(2, 3, 8), {shape}, {params.replace('8', ', '.join(shape.strip('()').split(', ')) if '(' in shape else '8')})"
+            inner = shape.strip("()").rstrip(",") if "(" in shape else "8"
+            yield f"f(t(2, 3, 8), {shape}, {params.replace('8', inner)})"
     yield from (f"f(t({x}), ({x.split(', ')[-1]},))" for x in ("0, 8", "3, 0", "0", "8", "2, 0, 8"))
     yield from ("f(t(), ())", "f(t(), (1,))", "f(i(8), (8,))", "f([1.0], (1,))", "f(None, (8,))", "f(Sub(t(3, 8)), (8,))")
     yield from (f"f({layout}, ({n},))" for layout, n in zip(LAYOUTS, (5, 8, 8, 8, 8, 5, 6, 4, 8, 0, 2), strict=True))
     yield from (f"f(t(3, 8), (8,), {params}, {eps})" for eps in (0.1, 0.0, -1.0))
     yield from ("f(t(3, 8), (8,), eps=0.1)", f"f(t(3, 8), (8,), {weight})", f"f(t(3, 8), (8,), weight={weight})")
     yield from ("f(t(3, 8), (8,), None)", f"f(t(3, 0), (0,), {params.replace('8', '0')})", "f(t(3, 8), (8,), t(5))")
-    yield f"f(t(0, 8), (8,), {params})"
+    yield from (f"f(t(0, 8), (8,), {params})", f"f(t(3, 8), (8,), {params.replace('t(8)', 't(16)[::2]')})")
+    yield f"f(t(3, 2, 4), (2, 4), {params.replace('t(8)', 't(4, 2).T')})"
     yield f"f(input=t(3, 8), normalized_shape=(8,), weight={weight}, eps=0.1)"
     for x, w in itertools.product(DTYPES, DTYPES):
         yield f"f(t(3, 8, dtype={x}), (8,), {params.replace('t(8)', f't(8, dtype={w})')})"
@@ -209,17 +212,25 @@ def _attention():
     # ranks and broadcasts; of keys and values that differ in number, torch's kernel for four dimensions writes out of bounds
     for q, k, v in (
         ("4, 8", "5, 8", "5, 6"), ("3, 4, 8", "3, 5, 8", "3, 5, 6"), ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "2, 2, 3, 5, 8"),
-        ("2, 2, 1, 3, 4, 8", "2, 1, 2, 3, 5, 8", "1, 2, 2, 3, 5, 8"), ("8", "8", "8"), ("2, 3, 4, 8", "1, 3, 5, 8", "1, 3, 5, 8"),
-        ("1, 3, 4, 8", "2, 3, 5, 8", "2, 3, 5, 8"), ("2, 3, 4, 8", "2, 1, 5, 8", "2, 1, 5, 8"), ("2, 1, 4, 8", "2, 3, 5, 8", "2, 3, 5, 8"),
-        ("2, 3, 4, 8", "2, 1, 5, 8", "2, 3, 5, 8"), ("2, 3, 4, 8", "2, 3, 5, 8", "2, 1, 5, 8"), ("2, 3, 4, 8", "3, 5, 8", "5, 8"),
-        ("4, 8", "3, 5, 8", "2, 3, 5, 8"), ("2, 4, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 3, 4, 8", "3, 3, 5, 8", "2, 3, 5, 8"),
-        ("2, 3, 4, 8", "2, 3, 5, 7", "2, 3, 5, 7"), ("3, 4, 8", "3, 5, 8", "3, 6, 8"), ("1, 1, 2, 300", "1, 1, 3, 300", "1, 1, 3, 300"),
+        ("2, 2, 1, 3, 4, 8", "2, 1, 2, 3, 5, 8", "1, 2, 2, 3, 5, 8"), ("8", "8", "8"), ("2, 3, 4, 8", "1, 3, 5, 8",
+        "1, 3, 5, 8"),
+        ("1, 3, 4, 8", "2, 3, 5, 8", "2, 3, 5, 8"), ("2, 3, 4, 8", "2, 1, 5, 8", "2, 1, 5, 8"), ("2, 1, 4, 8", "2, 3, 5, 8",
+        "2, 3, 5, 8"),
+        ("2, 3, 4, 8", "2, 1, 5, 8", "2, 3, 5, 8"), ("2, 3, 4, 8", "2, 3, 5, 8", "2, 1, 5, 8"), ("2, 3, 4, 8", "3, 5, 8",
+        "5, 8"),
+        ("4, 8", "3, 5, 8", "2, 3, 5, 8"), ("2, 4, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 3, 4, 8", "3, 3, 5, 8",
+        "2, 3, 5, 8"),
+        ("2, 3, 4, 8", "2, 3, 5, 7", "2, 3, 5, 7"), ("3, 4, 8", "3, 5, 8", "3, 6, 8"), ("1, 1, 2, 300", "1, 1, 3, 300",
+        "1, 1, 3, 300"),
     ):  # fmt: skip
         yield f"f(t({q}), t({k}), t({v}))"
     for q, k, v in (
-        ("2, 4, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 4, 4, 8", "2, 1, 5, 8", "2, 1, 5, 8"), ("2, 4, 4, 8", "2, 2, 5, 8", "2, 4, 5, 8"),
-        ("2, 3, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 2, 4, 8", "2, 4, 5, 8", "2, 4, 5, 8"), ("4, 4, 8", "2, 5, 8", "2, 5, 8"),
-        ("4, 8", "5, 8", "5, 8"), ("2, 2, 4, 4, 8", "2, 2, 2, 5, 8", "2, 2, 2, 5, 8"), ("3, 4, 4, 8", "1, 2, 5, 8", "1, 2, 5, 8"),
+        ("2, 4, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 4, 4, 8", "2, 1, 5, 8", "2, 1, 5, 8"), ("2, 4, 4, 8", "2, 2, 5, 8",
+        "2, 4, 5, 8"),
+        ("2, 3, 4, 8", "2, 2, 5, 8", "2, 2, 5, 8"), ("2, 2, 4, 8", "2, 4, 5, 8", "2, 4, 5, 8"), ("4, 4, 8", "2, 5, 8",
+        "2, 5, 8"),
+        ("4, 8", "5, 8", "5, 8"), ("2, 2, 4, 4, 8", "2, 2, 2, 5, 8", "2, 2, 2, 5, 8"), ("3, 4, 4, 8", "1, 2, 5, 8",
+        "1, 2, 5, 8"),
     ):  # fmt: skip
         yield f"f(t({q}), t({k}), t({v}), enable_gqa=True)"
     # masks: shapes, kinds, gradients
@@ -240,9 +251,11 @@ def _attention():
     for mask in (*masks, ""):
         yield from (f"f({qkv}, t({mask}))", f"f({qkv}, b({mask}))")
     for q, k, mask in (
-        ("1, 3, 4, 8", "1, 3, 5, 8", "2, 1, 4, 5"), ("1, 1, 4, 8", "1, 1, 5, 8", "1, 3, 4, 5"), ("4, 8", "5, 8", "3, 4, 5"), ("1, 8", "5, 8", "4, 5"),
+        ("1, 3, 4, 8", "1, 3, 5, 8", "2, 1, 4, 5"), ("1, 1, 4, 8", "1, 1, 5, 8", "1, 3, 4, 5"), ("4, 8", "5, 8", "3, 4, 5"),
+        ("1, 8", "5, 8", "4, 5"),
         ("3, 4, 8", "3, 5, 8", "3, 4, 5"), ("3, 4, 8", "3, 5, 8", "4, 5"), ("4, 8", "5, 8", "4, 5"), ("4, 8", "5, 8", "4, 1"),
-        ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "2, 1, 3, 4, 5"), ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "1, 1, 1, 4, 5"), ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "3, 1, 5"),
+        ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "2, 1, 3, 4, 5"), ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "1, 1, 1, 4, 5"),
+        ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "3, 1, 5"),
         ("2, 2, 3, 4, 8", "2, 2, 3, 5, 8", "2, 3, 4, 5"),
     ):  # fmt: skip
         yield f"f(t({q}), t({k}), t({k}), t({mask}))"
@@ -269,8 +282,10 @@ def _attention():
         yield f"f(t(1, 2, 4, 8, dtype={q}), t(1, 2, 5, 8, dtype={k}), t(1, 2, 5, 8, dtype={v}))"
     mixed = "f(t(1, 2, 4, 8, dtype={}), t(1, 2, 5, 8, dtype={}), t(1, 2, 5, 8, dtype={}){})"
     for q, k, v, more in (
-        ("f32", "f32", "f32", ""), ("bf16", "f32", "f32", ""), ("f32", "bf16", "f32", ", is_causal=True"), ("f64", "f64", "f64", ""),
-        ("f64", "f32", "f32", ""), ("f32", "f32", "f32", ", t(4, 5)"), ("bf16", "f32", "bf16", ", b(4, 5)"), ("f16", "f32", "f32", ""),
+        ("f32", "f32", "f32", ""), ("bf16", "f32", "f32", ""), ("f32", "bf16", "f32", ", is_causal=True"), ("f64", "f64",
+        "f64", ""),
+        ("f64", "f32", "f32", ""), ("f32", "f32", "f32", ", t(4, 5)"), ("bf16", "f32", "bf16", ", b(4, 5)"), ("f16", "f32",
+        "f32", ""),
         ("f32", "f32", "f32", ", torch.full((4, 5), torch.finfo(f32).min)"), ("f32", "f32", "f32", ", t(4, 5, dtype=f16)"),
     ):  # fmt: skip
         yield from _contexts(mixed.format(q, k, v, more))
@@ -397,23 +412,31 @@ Q345 = "t(2, 3, 4, 8), t(2, 3, 5, 8), t(2, 3, 5, 8)"
 REASONS = [
     Reason("scaled_dot_product_attention", "a head dim above 256", "the kernels' tiles end there",
            ("f(t(1, 1, 2, 300), t(1, 1, 3, 300), t(1, 1, 3, 300))",)),
-    Reason("scaled_dot_product_attention", "a mask of fewer than 2 dimensions", "it is broadcast; torch takes it only where it wants a gradient",
+    Reason("scaled_dot_product_attention", "a mask of fewer than 2 dimensions",
+        "it is broadcast; torch takes it only where it wants a gradient",
            (f"f({Q345}, b(5))", f"f({Q345}, b())")),
-    Reason("scaled_dot_product_attention", "attn_mask and is_causal", "both apply, as in one of torch's kernels; its others raise",
+    Reason("scaled_dot_product_attention", "attn_mask and is_causal",
+        "both apply, as in one of torch's kernels; its others raise",
            (f"f({Q345}, t(4, 5), is_causal=True)", "f(t(3, 4, 8), t(3, 5, 8), t(3, 5, 8), b(4, 5), is_causal=True)")),
-    Reason("scaled_dot_product_attention", "the gradient of a mask where there are no elements", "zeros, as for every other argument",
+    Reason("scaled_dot_product_attention", "the gradient of a mask where there are no elements",
+        "zeros, as for every other argument",
            tuple(f"f(t({B}, {H}, {Q}, {D}), t({B}, {H}, {K}, {D}), t({B}, {H}, {K}, {V}), t({Q}, {K}))"
-                 for B, H, Q, K, D, V in ((0, 3, 4, 5, 8, 6), (2, 0, 4, 5, 8, 6), (2, 3, 0, 5, 8, 6), (2, 3, 4, 0, 8, 6), (2, 3, 4, 5, 8, 0),
+                 for B, H, Q, K, D, V in ((0, 3, 4, 5, 8, 6), (2, 0, 4, 5, 8, 6),
+                                           (2, 3, 0, 5, 8, 6), (2, 3, 4, 0, 8, 6), (2, 3, 4, 5, 8, 0),
                                           (2, 3, 4, 5, 0, 0)))),
-    Reason("softmax", "integers", "RuntimeError, of which torch's is a kind", ("f(i(3), -1)", "f(t(3, 8), -1, dtype=torch.int64)")),
+    Reason("softmax", "integers", "RuntimeError, of which torch's is a kind", ("f(i(3), -1)",
+        "f(t(3, 8), -1, dtype=torch.int64)")),
     Reason("softmax", "no dim", "the last dimension", ("f(t(3, 8))", "f(t(3, 8), None)")),
     Reason("softmax", "rows of -inf", "zeros, as in attention: such a row is one that sees nothing", ("f(inf(2, 3), -1)",)),
-    Reason("gelu", "no `approximate`", "the default is GPT-2's tanh; torch's is approximate='none'", ("f(t(3, 8))", "f(input=t(3, 8))")),
+    Reason("gelu", "no `approximate`", "the default is GPT-2's tanh; torch's is approximate='none'", ("f(t(3, 8))",
+        "f(input=t(3, 8))")),
     Reason("gelu", "integers", "RuntimeError, of which torch's is a kind",
            ("f(i(3), approximate='none')", "f(i(3), approximate='tanh')")),
-    Reason("dropout", "p that is NaN", "one error for every p outside [0, 1]", ("f(t(3), float('nan'), True)", "f(t(3), float('nan'), False)")),
+    Reason("dropout", "p that is NaN", "one error for every p outside [0, 1]", ("f(t(3), float('nan'), True)",
+        "f(t(3), float('nan'), False)")),
     Reason("layer_norm", "integers", "RuntimeError, of which torch's is a kind", ("f(i(8), (8,))",)),
-    Reason("layer_norm", "a negative eps", "refused: it makes NaN of rows of small variance", ("f(t(3, 8), (8,), t(8), t(8), -1.0)",)),
+    Reason("layer_norm", "a negative eps",
+        "refused: it makes NaN of rows of small variance", ("f(t(3, 8), (8,), t(8), t(8), -1.0)",)),
     Reason("layer_norm", "normalized_shape by place, and weight or bias alone, or by name",
            "ours is layer_norm(x, weight, bias, eps): what one place holds could be either",
            ("f(t(3, 8), (8,), t(8))", "f(t(3, 8), (8,), t(5))", "f(t(3, 8), (8,), weight=t(8))", "f(t(3, 8), (8,), bias=t(8))",
@@ -423,17 +446,22 @@ REASONS = [
     Reason("rms_norm", "x in channels_last", "the result is contiguous, as layer_norm's",
            ("f(t(2, 3, 4, 5).to(memory_format=torch.channels_last), (5,))",)),
     Reason("rms_norm", "a negative eps", "refused: it makes NaN of rows of small squares", ("f(t(3, 8), (8,), t(8), -1.0)",)),
-    Reason("rms_norm", "normalized_shape by place and weight by name", "ours is rms_norm(x, weight, eps): weight is given twice",
+    Reason("rms_norm", "normalized_shape by place and weight by name",
+        "ours is rms_norm(x, weight, eps): weight is given twice",
            ("f(t(3, 8), (8,), weight=t(8))",)),
     Reason("cross_entropy", "logits (V,) and target (1,)", "the gradient, too; torch takes them forward only",
            ("f(t(5), c([2]))", *(f"f(t(5), c([2]), reduction={r!r})" for r in ("mean", "sum", "none")))),
-    Reason("cross_entropy", "class weights", "no kernel", ("f(t(3, 5), c([0, 4, 2]), weight=torch.ones(5))", "f(t(3, 5), c([0, 4, 2]), torch.ones(5))")),
+    Reason("cross_entropy", "class weights", "no kernel", ("f(t(3, 5), c([0, 4, 2]), weight=torch.ones(5))",
+        "f(t(3, 5), c([0, 4, 2]), torch.ones(5))")),
     Reason("cross_entropy", "class probabilities", "no kernel", ("f(t(3, 5), torch.softmax(t(3, 5), -1))",)),
     Reason("cross_entropy", "integers", "RuntimeError, of which torch's is a kind", ("f(i(3, 5), c([0, 1, 2]))",)),
-    Reason("cross_entropy", "negative label_smoothing", "refused; torch takes it for 0", ("f(t(3, 5), c([0, 4, 2]), label_smoothing=-0.1)",)),
-    Reason("cross_entropy", "classes in the second dimension of (N, C, d1)", "the classes are in the last dimension: logits.movedim(1, -1)",
+    Reason("cross_entropy", "negative label_smoothing",
+        "refused; torch takes it for 0", ("f(t(3, 5), c([0, 4, 2]), label_smoothing=-0.1)",)),
+    Reason("cross_entropy", "classes in the second dimension of (N, C, d1)",
+        "the classes are in the last dimension: logits.movedim(1, -1)",
            ("f(t(2, 5, 3), c([[0, 1, 2], [4, 3, 2]]))",)),
-    Reason("cross_entropy", "size_average, reduce", "deprecated in torch: reduction", ("f(t(3, 5), c([0, 4, 2]), size_average=False)",)),
+    Reason("cross_entropy", "size_average, reduce",
+        "deprecated in torch: reduction", ("f(t(3, 5), c([0, 4, 2]), size_average=False)",)),
 ]  # fmt: skip
 
 
@@ -448,9 +476,11 @@ def reason_of(call: Call) -> Reason | None:
 def table(differ: dict[Call, tuple[str, str]]) -> str:
     lines = [
         "# Where our functions differ from those they are named for", "",
-        f"Found by calling both in {len(calls())} ways, in float32, bfloat16, float16 and float64 on a CPU (`python tests/namesakes.py`): names and",
-        "places of arguments, ranks, broadcasts, mixed dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype,",
-        "strides, values and gradients. In `t(2, 3)` a tensor wants a gradient; `b` is boolean, `i` and `c` are int64. What is not listed is the same.",
+        f"Found by calling both in {len(calls())} ways on a CPU (`python tests/namesakes.py`): names and places of arguments, ranks,",
+        "broadcasts, mixed dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype, strides, values and",
+        "gradients. What is not listed is the same. In an example f is the function, `t(2, 3)` wants a gradient, `b` is boolean, `i`",
+        "and `c` are int64. flash-attn's functions need a GPU and are not called: names, order and defaults of arguments are theirs;",
+        "ours also take float32 and float64, return probabilities without dropout, too, and under autocast cast to its dtype.",
         "", "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
     ]  # fmt: skip
     for reason in REASONS:

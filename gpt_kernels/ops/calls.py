@@ -92,6 +92,15 @@ def last_as_one(op: str, x: Tensor, normalized_shape, *params: Tensor | None) ->
 # ---- layouts ----
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def all_contiguous(*tensors: Tensor | None) -> bool:
+    """Of parameters: the kernels refuse other strides, which are too rare to be asked for first."""
+    return all(t is None or t.is_contiguous() for t in tensors)
+
+
 def memory_order(x: Tensor) -> list[int]:
     """x's dimensions from the widest stride to the narrowest: those that torch's elementwise functions give their result."""
     strides = torch.empty_like(x, device="meta").stride()

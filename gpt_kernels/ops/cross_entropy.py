@@ -178,7 +178,7 @@ def cross_entropy(
     device, for class weights, and for options out of their range.
     """
     options = (ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, inplace_backward)
-    if type(logits) is not Tensor or has_torch_function_variadic(logits, target):
+    if type(logits) is not Tensor or input is not None or has_torch_function_variadic(logits, target):
         if has_torch_function_variadic(logits, target, input):
             more: dict = dict(dtype=dtype, input=input, weight=weight)
             return handle_torch_function(
@@ -197,7 +197,8 @@ def cross_entropy(
     try:
         loss, z_loss = _cross_entropy(logits, target, *options)
     except RuntimeError as error:
-        loss, z_loss = _cross_entropy(*_mended(logits, target, error), *options)
+        logits, target = _mended(logits, target, error)
+        loss, z_loss = _cross_entropy(logits, target, *options)
     if dtype is not None or logits.dtype is not torch.float32:
         if dtype is None:
             wide = logits.dtype != torch.float64 and in_any_autocast() and autocast_dtype("cross_entropy", logits)

@@ -66,14 +66,12 @@ def dropout(
     place, where torch has it): written into x, which is returned. Raises ValueError for p outside [0, 1], RuntimeError for a
     residual of another shape or dtype.
     """
-    if (
-        type(x) is not Tensor
-        or (residual is not None and not isinstance(residual, Tensor))
-        or has_torch_function_variadic(x, residual)
-    ):
+    unusual = type(x) is not Tensor or input is not None or (residual is not None and not isinstance(residual, Tensor))
+    if unusual or has_torch_function_variadic(x, residual):
         if has_torch_function_variadic(x, residual, input):
-            more = dict(inplace=inplace, input=input)
-            return handle_torch_function(dropout, (x, residual, input), x, p, training, residual, rng_state, **more)
+            return handle_torch_function(
+                dropout, (x, residual, input), x, p, training, residual, rng_state, inplace=inplace, input=input
+            )
         x = one_input("dropout", x, input)
         if isinstance(residual, bool):
             inplace, residual = residual, None

@@ -17,7 +17,9 @@ from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
+    all_contiguous,
     check_tensors,
+    contiguous,
     handle_torch_function,
     has_torch_function_variadic,
     is_grad_enabled,
@@ -84,7 +86,7 @@ def _general(x, bias, approximate, input):
         if bias is None:
             return _general(x.permute(order).contiguous(), None, approximate, None).permute(restored(order))
         return laid_out(_general(x.contiguous(), bias, approximate, None), order)
-    tanh = approximate == "tanh"
+    (bias,), tanh = contiguous(bias), approximate == "tanh"
     if transformed(x, bias):
         return reference_fwd(x, bias, tanh)
     return _GELU.apply(x, bias, tanh) if wants_grad(x, bias) else fwd(x, bias, tanh)
@@ -104,13 +106,18 @@ def gelu(
     bias of another length, dtype or device.
     """
     if (type(x) is not Tensor or (bias is not None and not isinstance(bias, Tensor)) or has_torch_function_variadic(x, bias)
-            or transforms_active() or forward_ad._current_level >= 0 or not x.is_contiguous()
+            or input is not None or transforms_active() or forward_ad._current_level >= 0 or not x.is_contiguous()
             or (approximate != "tanh" and approximate != "none")):  # fmt: skip
         return _general(x, bias, approximate, input)
     tanh = approximate == "tanh"
-    if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _GELU.apply(x, bias, tanh)
-    return fwd(x, bias, tanh)
+    try:
+        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _GELU.apply(x, bias, tanh)
+        return fwd(x, bias, tanh)
+    except RuntimeError:
+        if all_contiguous(bias):
+            raise
+        return _general(x, bias, approximate, input)
 
 
 def gelu_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:

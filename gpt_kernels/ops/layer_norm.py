@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
+    all_contiguous,
     autocast_dtype,
     cast,
     check_tensors,
+    contiguous,
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
@@ -105,7 +107,7 @@ def _general(x, weight, bias, eps, more, normalized_shape, input):
     shape = x.shape
     if normalized_shape is not None:
         x, weight, bias = last_as_one("layer_norm", x, normalized_shape, weight, bias)
-    x = x.contiguous()
+    x, weight, bias = contiguous(x, weight, bias)
     if transformed(x, weight, bias):
         y = reference_fwd(x, weight, bias, eps)[0]
     else:
@@ -130,15 +132,20 @@ def layer_norm(
     shape, dtype or device, and for a negative eps; TypeError where weight and bias could be taken for each other.
     """
     if (type(x) is not Tensor or (weight is not None and not isinstance(weight, Tensor)) or more or normalized_shape is not None
-            or has_torch_function_variadic(x, weight, bias) or transforms_active() or forward_ad._current_level >= 0
-            or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+            or input is not None or has_torch_function_variadic(x, weight, bias) or transforms_active()
+            or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
         return _general(x, weight, bias, eps, more, normalized_shape, input)
     x = x.contiguous()
-    if is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    ):
-        return _LayerNorm.apply(x, weight, bias, eps)
-    return fwd(x, weight, bias, eps)[0]
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        ):
+            return _LayerNorm.apply(x, weight, bias, eps)
+        return fwd(x, weight, bias, eps)[0]
+    except RuntimeError:
+        if all_contiguous(weight, bias):
+            raise
+        return _general(x, weight, bias, eps, more, normalized_shape, input)
 
 
 def layer_norm_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:

@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 
 from ..dispatch import define
 from .calls import (
+    all_contiguous,
     autocast_dtype,
     cast,
     check_tensors,
+    contiguous,
     handle_torch_function,
     has_torch_function_variadic,
     in_any_autocast,
@@ -100,7 +102,7 @@ def _general(x, weight, eps, more, normalized_shape, input):
         x, weight = last_as_one("rms_norm", x, normalized_shape, weight)
     if weight is not None and weight.dtype not in (x.dtype, stat) and weight.is_floating_point():
         weight = weight.to(stat)
-    x = x.contiguous()
+    x, weight = contiguous(x, weight)
     if transformed(x, weight):
         y = reference_fwd(x, weight, eps)[0]
     else:
@@ -123,14 +125,20 @@ def rms_norm(
     argument, with weight and eps moved back by one and eps None by default. Under autocast on a GPU the result is float32, as
     torch's. Returns y like x, contiguous. Raises RuntimeError for a weight of another shape or device, and for a negative eps.
     """
-    if (type(x) is not Tensor or (weight is not None and (not isinstance(weight, Tensor) or weight.dtype is not x.dtype)) or more
-            or eps is None or normalized_shape is not None or has_torch_function_variadic(x, weight)
+    if (type(x) is not Tensor or more or eps is None or normalized_shape is not None or input is not None
+            or has_torch_function_variadic(x, weight)
+            or (weight is not None and (not isinstance(weight, Tensor) or weight.dtype is not x.dtype))
             or transforms_active() or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
         return _general(x, weight, eps, more, normalized_shape, input)
     x = x.contiguous()
-    if is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        return _RMSNorm.apply(x, weight, eps)
-    return fwd(x, weight, eps)[0]
+    try:
+        if is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+            return _RMSNorm.apply(x, weight, eps)
+        return fwd(x, weight, eps)[0]
+    except RuntimeError:
+        if all_contiguous(weight):
+            raise
+        return _general(x, weight, eps, more, normalized_shape, input)
 
 
 def rms_norm_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:

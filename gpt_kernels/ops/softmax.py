@@ -125,7 +125,8 @@ def softmax(
     a scale that is not finite, and for causal with fewer than 2 dimensions.
     """
     if (type(x) is not Tensor or (mask is not None and type(mask) is not Tensor) or dim != -1 or dtype is not None
-            or has_torch_function_variadic(x, mask) or transforms_active() or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+            or input is not None or has_torch_function_variadic(x, mask) or transforms_active()
+            or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
         return _general(x, mask, scale, causal, dim, dtype, input)
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
