@@ -83,7 +83,7 @@ def kernel(
     def add(function: Callable) -> Callable:
         _ops[op].kernels[backend], _ops[op].declines[backend] = (key, function), declines
         if default:
-            _library.impl(op, function, key)
+            _library.impl(op, _or_reference(op, function), key)
             _ops[op].cuda = backend
         _name(backend)
         return function
@@ -98,10 +98,21 @@ def without_cuda(reason: str) -> None:
             continue
         op.absent["cuda"] = reason
         key, function = op.kernels.get("triton", ("", None))
-        op.cuda, function = ("triton", function) if key == "CUDA" else (None, op.reference)
+        op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
             _library.impl(name, function, "CUDA")
+
+
+def _or_reference(op: str, function: Callable) -> Callable:
+    """What stands in a GPU's slot unasked: the kernel, and for float64, which no kernel for GPUs has, the reference, as where()
+    says. use_backend pushes the kernel alone."""
+    reference = _ops[op].reference
+
+    def call(first, *rest):
+        return (reference if first.dtype is torch.float64 else function)(first, *rest)
+
+    return call
 
 
 def explain_absence(op: str, backend: str, reason: str) -> None:
@@ -188,12 +199,12 @@ def where(op: str) -> dict[str, str]:
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
-                answer[key] = f"cuda (compiled kernel, {cuda_archs()})"
+                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none)"
             elif reason := _ops[op].declines.get(native, lambda: None)():
                 answer[key] = f"reference ({reason})"
             else:
                 instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
-                answer[key] = f"{native} (compiled at its first call for each kind of argument{instead})"
+                answer[key] = f"{native} (compiled at its first call for each kind of argument; float64: reference{instead})"
     return answer
 
 

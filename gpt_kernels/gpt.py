@@ -60,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
             raise ValueError(f"RMSNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps or 0.0)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Softmax(nn.Module):
@@ -286,7 +286,8 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}, idx has {tuple(idx.shape)}")
         logits = self.lm_head(x)
-        loss: Any = cross_entropy(logits, targets, ignore_index=ignore_index)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # a mean of 16 bits has three digits
+        loss: Any = cross_entropy(logits, targets, ignore_index=ignore_index, dtype=wide)
         return logits, loss
 
     # ---- using it ----
@@ -358,7 +359,7 @@ class GPT(nn.Module):
             for start in range(0, inputs.numel(), stride):
                 end = min(start + size, inputs.numel())
                 x = self.hidden(inputs[None, start:end])[0, counted - start :]  # positions not yet counted
-                nll: Any = cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum")
+                nll: Any = cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum", dtype=torch.float64)
                 total += nll.item()
                 counted = end
                 if end == inputs.numel():

@@ -347,12 +347,27 @@ def test_threads():
 
 
 def test_empty():
-    for shape in ((0, 2, 2, 5, 5, 8), (1, 0, 0, 5, 5, 8), (1, 2, 2, 0, 5, 8), (1, 2, 2, 5, 0, 8)):
+    for shape in ((0, 2, 2, 5, 5, 8), (1, 0, 0, 5, 5, 8), (1, 2, 2, 0, 5, 8), (1, 2, 2, 5, 0, 8), (1, 2, 2, 5, 4, 0)):
         args = qkv(*shape)
-        o, dq, dk, dv = forward_backward(ours(), args)
-        assert torch.equal(o, torch.zeros(*shape[:2], shape[3], 8))
-        for g, t in zip((dq, dk, dv), args, strict=True):
-            assert torch.equal(g, torch.zeros_like(t))
+        for options in ({}, {"right": 0}, {"dropout_p": 0.1, "rng": torch.tensor([1, 2])}):
+            o, dq, dk, dv = forward_backward(ours(**options), args)
+            assert torch.equal(o, torch.zeros_like(args[0]))
+            for g, t in zip((dq, dk, dv), args, strict=True):
+                assert torch.equal(g, torch.zeros_like(t))
+            # a sum's gradient is expanded: it counts as contiguous and has stride 0
+            for face in (gpt_kernels.scaled_dot_product_attention, gpt_kernels.flash_attn_func):
+                given = [t.detach().requires_grad_() for t in args]
+                sizes = given if face is not gpt_kernels.flash_attn_func else [t.transpose(1, 2) for t in given]
+                assert not any(g.any() for g in torch.autograd.grad(face(*sizes).sum(), given))
+
+
+def test_head_dim_of_zero():
+    """every score is 0: the mean of the values that are seen"""
+    q, k, v = torch.randn(1, 2, 3, 0), torch.randn(1, 2, 4, 0), torch.randn(1, 2, 4, 8)
+    o, dq, dk, dv = forward_backward(lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v), (q, k, v))
+    torch.testing.assert_close(o, v.mean(2, keepdim=True).expand(1, 2, 3, 8))
+    torch.testing.assert_close(dv, torch.full_like(dv, 0.75))
+    assert dq.shape == q.shape and dk.shape == k.shape
 
 
 def test_memory_is_linear():
@@ -524,11 +539,9 @@ def test_bad_input(name):
 
 def test_bad_input_of_the_faces():
     check_raises(
-        lambda: gpt_kernels.scaled_dot_product_attention(Q, K, V, torch.zeros(6, 7), is_causal=True, enable_gqa=True),
-        ValueError, "attn_mask and is_causal exclude each other",
-    )  # fmt: skip
-    check_raises(
-        lambda: gpt_kernels.scaled_dot_product_attention(Q, K, V), ValueError, "k has 2 heads, q has 4; pass enable_gqa=True"
+        lambda: gpt_kernels.scaled_dot_product_attention(Q, K, V),
+        RuntimeError,
+        "query has 4 heads, key 2 and value 2, which do not fit; pass enable_gqa=True",
     )
     o, lse = module.fwd(Q, K, V, None, None, None, 1.0, 0.0, 0.0, 0, -1, -1)
     options = (None, None, None, 1.0, 0.0, 0.0, 0, -1, -1, False)

@@ -150,11 +150,11 @@ def test_gradient_of_the_residual_alone():
 
 X = torch.ones(2, 4)
 BAD = {
-    "p of 1": (lambda: dropout(X, 1.0), r"dropout_fwd: dropout_p must be in \[0, 1\), got 1"),
-    "negative p": (lambda: dropout(X, -0.5), r"dropout_fwd: dropout_p must be in \[0, 1\), got -0.5"),
-    "NaN p": (lambda: dropout(X, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
+    "p of 1": (lambda: module.fwd(X, None, RNG, 1.0), r"dropout_fwd: dropout_p must be in \[0, 1\), got 1"),
+    "negative p": (lambda: module.fwd(X, None, RNG, -0.5), r"dropout_fwd: dropout_p must be in \[0, 1\), got -0.5"),
+    "NaN p": (lambda: module.fwd(X, None, RNG, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
     "integers": (lambda: dropout(X.long(), 0.5), "dropout_fwd: x must be float32, (float64, )?bfloat16 or float16, got int64"),
-    "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout_fwd: x must have at least 1 dimension"),
+    "scalar": (lambda: module.fwd(torch.tensor(1.0), None, RNG, 0.5), "dropout_fwd: x must have at least 1 dimension"),
     "residual shape": (
         lambda: dropout(X, 0.5, residual=X[:1]),
         r"dropout_fwd: residual must have the shape of x \(2, 4\), got \(1, 4\)",

@@ -67,7 +67,7 @@ def with_library(monkeypatch):
     filled = {}
     monkeypatch.setattr(dispatch, "_library", type("Library", (), {"impl": lambda _, *a: filled.update({a[0]: a[1:]})})())
     for name, op in dispatch._ops.items():
-        monkeypatch.setattr(op, "kernels", {"cuda": ("CUDA", None), "triton": ("CUDA", f"triton's {name}")})
+        monkeypatch.setattr(op, "kernels", {"cuda": ("CUDA", None), "triton": ("CUDA", lambda first, name=name: f"triton's {name}")})
         monkeypatch.setattr(op, "absent", {})
         monkeypatch.setattr(op, "cuda", "cuda")
     return filled
@@ -76,7 +76,9 @@ def with_library(monkeypatch):
 def test_a_driver_that_is_too_old_leaves_the_slots_to_triton(with_library, monkeypatch):
     monkeypatch.setattr(gpu, "driver_version", lambda: 12080)
     gpu.settle()
-    assert with_library == {name: (f"triton's {name}", "CUDA") for name in dispatch.ops()}
+    for name, (function, key) in with_library.items():
+        assert key == "CUDA" and function(torch.zeros(1)) == f"triton's {name}"
+    assert [*with_library] == dispatch.ops()
     for op in dispatch.ops():
         said = dispatch.where(op)["CUDA"]
         assert said.startswith("triton (") and "not cuda: the driver serves CUDA 12.8" in said

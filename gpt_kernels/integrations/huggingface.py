@@ -156,7 +156,10 @@ def causal_lm_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss: Any = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+    # transformers' loss is that of logits in float32
+    loss: Any = cross_entropy(
+        logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction, dtype=torch.float32
+    )
     if num_items_in_batch is None:
         return loss
     if torch.is_tensor(num_items_in_batch):

@@ -313,7 +313,7 @@ def check_heads(op: str, name: str, t: Tensor, like: Tensor) -> None:
     check_dtype(op, name, t, like.dtype)
     if t.dim() != 4:
         fail(op, f"{name} must be 4-dimensional (batch, heads, tokens, head_dim), got shape {tuple(t.shape)}")
-    if t.stride(3) != 1 and t.shape[3] > 1:
+    if t.stride(3) != 1 and t.shape[3] > 1 and t.numel():
         fail(op, f"{name} must be contiguous in its last dimension, its stride there is {t.stride(3)}")
     if t.shape[3] > MAX_HEAD_DIM:
         fail(op, f"{name} has head_dim {t.shape[3]}, the limit is {MAX_HEAD_DIM}")
