@@ -343,8 +343,10 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def _several_dimensions(module: Any) -> str | None:
-    n = len(module.normalized_shape)
-    return f"normalises over {n} dimensions" if n != 1 else None
+    shape = module.normalized_shape
+    if not isinstance(shape, tuple):
+        return f"its normalized_shape is {shape!r}, no tuple"
+    return f"normalises over {len(shape)} dimensions" if len(shape) != 1 else None
 
 
 def _keep_rms_norm(module: Any) -> str | None:
@@ -412,7 +414,10 @@ def _keep_dropout(module: Any) -> str | None:
 
 
 def _serves_dropout(module: Any, input: Tensor) -> bool:
-    return droppable(module.p) and not module.inplace and dense(input) and input.is_contiguous() and input.ndim > 0
+    if not droppable(module.p) or module.inplace or not dense(input) or not input.is_contiguous():
+        return False
+    # torch returns an empty input itself
+    return input.ndim > 0 and input.numel() > 0
 
 
 @register(
