@@ -355,6 +355,12 @@ def _keep_rms_norm(module: Any) -> str | None:
     return _several_dimensions(module)
 
 
+# on a GPU autocast has 16-bit inputs normalised to float32, on a CPU it leaves them alone
+_LEFT_BY_AUTOCAST = not any(
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "AutocastCPU") for op in ("layer_norm", "rms_norm")
+)
+
+
 def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
     return (
         type(eps) is float
@@ -365,8 +371,7 @@ def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
         and shape == x.shape[-1:]
         and (weight is None or weight.is_contiguous())
         and (bias is None or bias.is_contiguous())
-        # autocast on a GPU has 16-bit inputs normalised to float32
-        and not (x.dtype.itemsize == 2 and torch._C._is_any_autocast_enabled())
+        and (x.dtype.itemsize != 2 or not torch._C._is_any_autocast_enabled() or x.is_cpu and _LEFT_BY_AUTOCAST)
     )
 
 

@@ -37,11 +37,33 @@ from ..patch import _KEPT, dense, droppable, register, unhooked
 _KEPT[Conv1D] = "matrix product: torch's"
 
 
+def _left_by_autocast(x: Tensor) -> bool:
+    """Does autocast leave x's dtype alone?"""
+    if not torch._C._is_any_autocast_enabled():
+        return True
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
+
+
 # ---- attention ----
 
-# the functions that the kernel stands in for, and what these read of their keyword arguments
+# the functions that the kernel stands in for, and the keyword arguments that mean something to them
 _INTERFACES = {"sdpa": sdpa_attention_forward, "eager": modeling_gpt2.eager_attention_forward}
-_READ = frozenset(("dropout", "scaling", "is_causal", "position_bias", "cache", "softcap", "output_attentions"))
+_READ = frozenset(
+    (
+        "module",
+        "query",
+        "key",
+        "value",
+        "dropout",
+        "scaling",
+        "is_causal",
+        "position_bias",
+        "cache",
+        "softcap",
+        "output_attentions",
+    )
+)
 
 
 def _keep_attention(module: Any) -> str | None:
@@ -73,15 +95,16 @@ def _kernel_serves(module: Any, interface, q: Tensor, k: Tensor, v: Tensor, mask
     implementation = module.config._attn_implementation
     if interface is not _INTERFACES.get(implementation) or not _READ.isdisjoint(kwargs):
         return False
-    if type(module.scaling) not in (float, int) or not droppable(p) or "num_key_value_groups" in module.__dict__:
+    # torch's own kernels for a CPU answer NaN to a scale of 0 or less
+    if type(module.scaling) not in (float, int) or not module.scaling > 0 or not droppable(p):
+        return False
+    if "num_key_value_groups" in module.__dict__:
         return False
     # caches may hold another dtype, batch or nothing
     if not dense(q, k, v) or q.shape[-1] > MAX_HEAD_DIM or not q.numel() or not k.numel():
         return False
-    (B, H, _, D), Tk, device = q.shape, k.shape[2], q.device.type
-    if k.shape != (B, H, Tk, D) or v.shape != k.shape:
-        return False
-    if torch.is_autocast_enabled(device) and q.dtype != torch.get_autocast_dtype(device):
+    (B, H, _, D), Tk = q.shape, k.shape[2]
+    if k.shape != (B, H, Tk, D) or v.shape != k.shape or not _left_by_autocast(q):
         return False
     if implementation == "eager":
         # who hooks it may want the weights
@@ -122,7 +145,8 @@ class Attention:
         encoder_attention_mask=None, output_attentions=False, **kwargs,
     ):  # fmt: skip
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (t.view(shape).transpose(1, 2) for t in self.c_attn(hidden_states).split(self.split_size, dim=2))
+        q, k, v = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         keys, values = k, v  # (B, H, T, D), by stride
         if past_key_values is not None:
             keys, values = past_key_values.update(k, v, self.layer_idx)
@@ -185,7 +209,9 @@ def _serves_mlp(module: Any, hidden_states) -> bool:
         and c_fc.bias is not None
         and dense(hidden_states, c_fc.weight, c_fc.bias)
         and hidden_states.is_contiguous()
+        and hidden_states.ndim > 0
         and hidden_states.numel() > 0
+        and (hidden_states.dtype.itemsize != 2 or _left_by_autocast(hidden_states))
         and c_fc.bias.is_contiguous()
         and c_fc.bias.shape == c_fc.weight.shape[1:] == (c_fc.nf,)
     )
@@ -202,17 +228,17 @@ class MLP:
 # ---- loss ----
 
 
-def _loss_serves(logits: Any, labels: Any, shift_labels: Any, ignore_index: Any) -> bool:
-    target = labels if shift_labels is None else shift_labels
+def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -> bool:
     return (
         type(ignore_index) is int
+        and type(vocab_size) is int
         and type(target) is Tensor
         and target.dtype == torch.int64
         and dense(logits)
         # float32 is what transformers takes them through
         and logits.dtype != torch.float64
         and logits.is_contiguous()
-        and logits.numel() > 0
+        and logits.numel() == vocab_size * target.numel() > 0
     )
 
 
@@ -225,7 +251,7 @@ def causal_lm_loss(
     logits: (..., V); labels, shift_labels: (...) int64. Returns () in float32. What there is no kernel for, float64 logits
     among it, goes to ForCausalLMLoss itself.
     """
-    if not _loss_serves(logits, labels, shift_labels, ignore_index):
+    if not _loss_serves(logits, labels if shift_labels is None else shift_labels, vocab_size, ignore_index):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
