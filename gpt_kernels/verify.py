@@ -126,8 +126,10 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
     dict of the model's arguments, a tuple of them, or token ids (B, T), which then are their own labels. Forward, and
     backward from the loss, or from a fixed sum of the outputs where there is none; dropout is off. The model's modes,
     gradients, classes and random state are afterwards as before. Called under autocast, it compares what autocast makes of the
-    model, against float64 without autocast, and allows what autocast's dtype does. Memory: a float64 copy of the model while it runs, then
-    its outputs and gradients in float64 beside two sets in the model's dtype.
+    model, against float64 without autocast, and allows what autocast's dtype does.
+
+    Memory: a float64 copy of the model while it runs, then its outputs and gradients in float64 beside two sets in the
+    model's dtype.
 
     Raises TypeError for another kind of model or batch, ValueError if nothing in the model runs on our kernels or no
     parameter has a gradient.

@@ -236,7 +236,7 @@ def scrambled(module):
 
 
 def call_on(make_x, **how):
-    """Run a module on make_x()'s input, with gradients; a dropout's mask is another, so what is compared is what kind it has."""
+    """Run a module on make_x()'s input, with gradients; a dropout's mask is another, so its kind is what is compared."""
 
     def call(module):
         x = make_x()
@@ -570,7 +570,7 @@ def child(name):
         (f"{name} hooked", lambda m: getattr(m, name).register_forward_hook(lambda m, a, y: y * 3)),
         (f"{name} hooked before", lambda m: getattr(m, name).register_forward_pre_hook(lambda m, a: (a[0] * 3,))),
         (f"{name} hooked backward", lambda m: getattr(m, name).register_full_backward_hook(lambda m, dx, dy: (dx[0] * 3,))),
-        (f"{name} with a forward", lambda m: setattr(getattr(m, name), "forward", lambda x, own=getattr(m, name).forward: own(x) - 1)),
+        (f"{name} with a forward", lambda m: setattr(getattr(m, name), "forward", lambda x: x.repeat(1, 1, 3))),
         (f"{name} without bias", lambda m: setattr(getattr(m, name), "bias", None)),
         (f"{name} in bfloat16", lambda m: getattr(m, name).to(BF16)),
         (f"{name} nf", lambda m: setattr(getattr(m, name), "nf", 3 * N)),
@@ -592,10 +592,13 @@ def replaced_weight(name, edit, what="weight"):
     return change
 
 
+PROBABILITIES = (0, 0.0, 1.0, 1, 1e-9, -0.1, 2.0, None, "a")
+
+
 def dropouts(name):
     # a probability of 1 has one mask, others many
     return [
-        *((f"{name} p={p!r}", lambda m, p=p: setattr(getattr(m, name), "p", p)) for p in (0, 0.0, 1.0, 1, 1e-9, -0.1, 2.0, None, "a")),
+        *((f"{name} p={p!r}", lambda m, p=p: setattr(getattr(m, name), "p", p)) for p in PROBABILITIES),
         (f"{name} in eval", lambda m: (setattr(getattr(m, name), "p", 1.0), getattr(m, name).eval())),
         (f"{name} replaced", lambda m: setattr(m, name, nn.Identity())),
         (f"{name} alpha", lambda m: setattr(m, name, nn.AlphaDropout(0.0))),
@@ -615,7 +618,7 @@ def another(module, q, k, v, mask, **options):
 ATTENTION = {
     "config": [
         *((f"implementation {i}", lambda m, i=i: setattr(m.config, "_attn_implementation_internal", i))
-          for i in ("sdpa", "eager", "flex_attention", "paged|eager", "nothing", None, "swept")),
+          for i in ("sdpa", "eager", "nothing", None, "swept")),
     ],
     "embed_dim": sets("embed_dim", 5),
     "num_heads": sets("num_heads", 2, 3, 8),
@@ -691,7 +694,8 @@ MASKS = {
     "boolean, one column": torch.ones(1, 1, T, 1, dtype=torch.bool),
     "boolean, keys only": torch.ones(B, 1, 1, T, dtype=torch.bool).index_fill(3, torch.tensor([2]), False),
     "boolean, transposed": causal_mask().mT.contiguous().mT,
-    **{f"boolean, rank {r}": (lambda r=r: causal_mask().reshape((1,) * max(r - 2, 0) + (T, T)[: max(r, 0)]) if r > 1 else torch.ones(T, dtype=torch.bool))() for r in (1, 2, 3, 5)},
+    "boolean, rank 1": torch.ones(T, dtype=torch.bool),
+    **{f"boolean, rank {r}": causal_mask().reshape((1,) * (r - 2) + (T, T)) for r in (2, 3, 5)},
     **{f"rank {r}": torch.randn((1,) * (r - 2) + (T, T)) for r in (2, 3, 5)},
     **{str(d): torch.randn(B, 1, T, T).to(d) for d in (*FLOATS, torch.complex64)},
     **{str(d): torch.ones(B, 1, T, T).to(d) for d in (torch.int64, torch.uint8)},
@@ -818,8 +822,9 @@ def test_arguments_of_attention(implementation):
         for value in values:
             if problem := compare(attention_of(implementation), attend(**{name: value})):
                 bad.append(f"{name}={value}: {problem}")
+    shapes = ((B, 1, C), (0, T, C), (B, 0, C), (1, 1, C), (T, C), (C,), (B, 2, T, C), (B, T, C + 1))
     hiddens = {
-        **{str(s): lambda s=s: torch.randn(s) for s in ((B, 1, C), (0, T, C), (B, 0, C), (1, 1, C), (T, C), (C,), (B, 2, T, C), (B, T, C + 1))},
+        **{str(s): lambda s=s: torch.randn(s) for s in shapes},
         **{str(d): lambda d=d: torch.randn(B, T, C).to(d) for d in FLOATS},
         "transposed": lambda: torch.randn(T, B, C).transpose(0, 1),
         "by columns": lambda: torch.randn(B, C, T).mT,
@@ -880,8 +885,7 @@ ACTS = {
     "GELU": nn.GELU,
     "GELU tanh": lambda: nn.GELU("tanh"),
     "SiLU": nn.SiLU,
-    **{name: (lambda cls=cls: cls()) for name, cls in vars(activations).items()
-       if isinstance(cls, type) and issubclass(cls, nn.Module) and "GELU" in name and "Clipped" not in name and "Xie" not in name},
+    **{name: getattr(activations, name) for name in ("NewGELUActivation", "GELUActivation", "GELUTanh", "FastGELUActivation")},
     "in Python": lambda: activations.GELUActivation(True),
     "tanh in Python": lambda: activations.GELUTanh(True),
     "subclass": type("Mine", (activations.NewGELUActivation,), {"forward": lambda self, x: x * 2}),
@@ -930,6 +934,9 @@ def test_attributes_of_the_mlp(activation, when):
 def test_inputs_of_the_mlp(context):
     bad = []
     for (name, x), dtype in itertools.product(INPUTS.items(), FLOATS):
+        # a dtype beside another of the parameters': for the plain layout
+        if dtype != F32 and not name.startswith("torch."):
+            continue
 
         def call(module, x=x):
             with CONTEXTS[context]():
@@ -969,10 +976,10 @@ LOSS = {
         ("set and unset", lambda m: (setattr(m, "loss_function", mean_of_logits), delattr(m, "_loss_function"))),
         *sets("loss_type", "ForMaskedLM", "ForCausalLM", "ForSequenceClassification", "nonsense", None),
     ],
-    "config": [("vocab_size", lambda m: setattr(m.config, "vocab_size", 60)), ("vocab_size by two", lambda m: setattr(m.config, "vocab_size", 122))],
+    "config": [(f"vocab_size {n}", lambda m, n=n: setattr(m.config, "vocab_size", n)) for n in (60, 122)],
     "transformer": [("hooked", lambda m: m.transformer.register_forward_hook(lambda m, a, o: None))],
     "lm_head": [
-        ("double", lambda m: setattr(m.lm_head, "forward", lambda x: nn.functional.linear(x.double(), m.lm_head.weight.double()))),
+        ("double", lambda m: m.lm_head.register_forward_hook(lambda m, a, y: y.double())),
         ("untied", lambda m: setattr(m.lm_head, "weight", nn.Parameter(torch.ones_like(m.lm_head.weight)))),
         ("biased", lambda m: replaced("lm_head", lambda _: nn.Linear(C, 61))(m)),
     ],
@@ -1001,7 +1008,7 @@ def test_attributes_of_the_language_model(when):
 
 V = 13
 LABELS = {
-    **{str(d): lambda d=d: torch.randint(0, V, (B, T)).to(d) for d in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, F32, F64)},
+    **{str(d): lambda d=d: torch.randint(0, V, (B, T)).to(d) for d in (torch.int64, torch.int32, torch.uint8, torch.bool, F32)},
     "some ignored": lambda: torch.randint(0, V, (B, T)).index_fill(1, torch.arange(3), -100),
     "all ignored": lambda: torch.full((B, T), -100),
     "one token short": lambda: torch.randint(0, V, (B, T - 1)),
@@ -1012,12 +1019,17 @@ LABELS = {
     "none": lambda: None,
 }  # fmt: skip
 LOSS_OPTIONS = [
-    {}, {"num_items_in_batch": 7}, {"num_items_in_batch": 7.5}, {"num_items_in_batch": torch.tensor(7)},
-    {"ignore_index": 5}, {"ignore_index": -1}, {"ignore_index": None}, {"ignore_index": 2.0},
-    {"shift_labels": torch.arange(B * T).view(B, T) % V}, {"shift_labels": (torch.arange(B * T) % V).view(T, B).t()},
-    {"shift_labels": (torch.arange(B * T) % V).float().view(B, T)}, {"weight": torch.ones(V)}, {"label_smoothing": 0.1}, {"reduction": "none"},
-    {"vocab_size": V + 1}, {"vocab_size": -1}, {"vocab_size": T * V},
-]  # fmt: skip
+    {},
+    *({"num_items_in_batch": n} for n in (7, 7.5, torch.tensor(7))),
+    *({"ignore_index": i} for i in (5, -1, None, 2.0)),
+    {"shift_labels": torch.arange(B * T).view(B, T) % V},
+    {"shift_labels": (torch.arange(B * T) % V).view(T, B).t()},
+    {"shift_labels": (torch.arange(B * T) % V).float().view(B, T)},
+    {"weight": torch.ones(V)},
+    {"label_smoothing": 0.1},
+    {"reduction": "none"},
+    *({"vocab_size": n} for n in (V + 1, -1, T * V)),
+]
 
 
 @pytest.mark.parametrize("context", ("plain", "autocast bfloat16"))
@@ -1034,7 +1046,8 @@ def test_losses(dtype, context):
     }
     bad = []
     for (shape, make), (label, labels), options in itertools.product(shapes.items(), LABELS.items(), LOSS_OPTIONS):
-        if options and label != "torch.int64" and shape:
+        # one at a time
+        if sum(map(bool, (options, label != "torch.int64", shape))) > 1:
             continue
 
         def run(f, make=make, labels=labels, options=options):
@@ -1096,8 +1109,11 @@ def test_hooks_on_all_modules_see_every_module(kind, implementation, when):
 @pytest.mark.parametrize("when", ("before", "after"))
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_on_each_module_fire(kind, when):
-    model = GPT2LMHeadModel(config()).train()
+    model = GPT2LMHeadModel(config(n_layer=1)).train()
     for path, _ in model.named_modules():
+
+        def register(module, path=path):
+            return lambda f: HOOKS[kind](module.get_submodule(path), f)
+
         a, b = copy.deepcopy(model), copy.deepcopy(model)
-        runs = [fired(m, lambda f, m=m: HOOKS[kind](m.get_submodule(path), f), w) for m, w in ((a, None), (b, when))]
-        assert runs[0] == runs[1], path
+        assert fired(a, register(a), None) == fired(b, register(b), when), path
