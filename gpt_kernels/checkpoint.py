@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpt import PRESETS, GPT, GPTConfig, _same
+from .gpt import GPT, PRESETS, GPTConfig, _same
 
 _ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
 _HF_FIELDS = {

@@ -9,15 +9,17 @@ GPT, GPTConfig and their methods take what nanoGPT's take and mean the same: its
 seed gives the same initial weights, and checkpoints, the optimizer's too, go both ways. They differ from nanoGPT where it would
 be wrong, or dies:
 
-| where                        | here                                                                                      |
-|------------------------------|-------------------------------------------------------------------------------------------|
-| from_pretrained              | GELU, eps and scales are the file's (GPT-2's GELU is tanh, where nanoGPT takes erf); no download; eval mode and the file's dropout, unless override_args are given |
-| load_state_dict              | the function that was trained is taken over with a warning, though model_args do not name it; a head that is not the embedding is refused, where nanoGPT overwrites one of them |
-| load_state_dict(assign=True) | the head stays tied                                                                       |
-| generate                     | with a cache, dropout off; temperature 0 takes the likeliest token                        |
-| crop_block_size              | the config object that the model was made from is left as it is                           |
-| configure_optimizers         | fused AdamW on every device                                                               |
-| all of them                  | errors instead of assertions, nothing is printed                                          |
+| where                        | here                                                                                        |
+|------------------------------|---------------------------------------------------------------------------------------------|
+| from_pretrained              | GELU, eps and scales are the file's: GPT-2's GELU is tanh, where nanoGPT takes erf          |
+|                              | no download; eval mode and the file's dropout, unless override_args are given               |
+| load_state_dict              | GELU, eps and scales of what was trained, which model_args do not say, are taken over: a warning |
+|                              | a head that is not the embedding is refused, where nanoGPT overwrites the one by the other  |
+| load_state_dict(assign=True) | the head stays tied                                                                         |
+| generate                     | with a cache, dropout off; temperature 0 takes the likeliest token                          |
+| crop_block_size              | the config object that the model was made from is left as it is                             |
+| configure_optimizers         | fused AdamW on every device                                                                 |
+| all of them                  | errors instead of assertions, nothing is printed                                            |
 """
 
 from __future__ import annotations
