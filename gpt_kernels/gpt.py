@@ -13,7 +13,7 @@ be wrong, or dies:
 |------------------------------|---------------------------------------------------------------------------------------------|
 | from_pretrained              | GELU, eps and scales are the file's: GPT-2's GELU is tanh, where nanoGPT takes erf          |
 |                              | no download; eval mode and the file's dropout, unless override_args are given               |
-| load_state_dict              | GELU, eps and scales of what was trained, which model_args do not say, are taken over: a warning |
+| load_state_dict              | GELU, eps and scales of what was trained, which model_args do not name, are kept (warns) |
 |                              | a head that is not the embedding is refused, where nanoGPT overwrites the one by the other  |
 | load_state_dict(assign=True) | the head stays tied                                                                         |
 | generate                     | with a cache, dropout off; temperature 0 takes the likeliest token                          |

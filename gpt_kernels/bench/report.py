@@ -236,13 +236,13 @@ def html(result: dict, figures: dict[str, str]) -> str:
 # ---- files ----
 
 
-def write(result: dict, folder: pathlib.Path) -> None:
-    """Everything but the table; each file is whole or as it was."""
+def write(result: dict, folder: pathlib.Path) -> str:
+    """Everything but the table; each file is whole or as it was. Returns what was written, in words."""
     write_text(folder / "bench.json", dumps(result))
-    render(result, folder, ["bench.json"])
+    return render(result, folder, ["bench.json"])
 
 
-def render(result: dict, folder: pathlib.Path, written: list[str]) -> None:
+def render(result: dict, folder: pathlib.Path, written: list[str]) -> str:
     from . import plots
 
     write_text(folder / "bench.csv", csv_text(result["rows"]))
@@ -256,16 +256,17 @@ def render(result: dict, folder: pathlib.Path, written: list[str]) -> None:
             else:
                 path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
     write_text(folder / "report.html", html(result, svgs))
-    print(f"written: {', '.join([*written, 'bench.csv', 'report.html', f'{len(svgs)} plots'])} in {folder}", flush=True)
+    return f"written: {', '.join([*written, 'bench.csv', 'report.html', f'{len(svgs)} plots'])} in {folder}"
 
 
 def rewrite(result: str, out: str) -> None:
     """`bench report`: from a result's JSON."""
     need("rich", "matplotlib", "numpy", "jinja2")
     loaded = load(result)
-    show(loaded)
     try:
         pathlib.Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    render(loaded, pathlib.Path(out), [])
+    written = render(loaded, pathlib.Path(out), [])
+    show(loaded)
+    print(written)
