@@ -278,13 +278,15 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
                 refused += 1
     assert refused > 300 and len(read) > 50
     monkeypatch.setattr(report.sys, "stdout", io.StringIO())
+    drawn: set = set()
     for text, path in read.items():
         result = json.loads(text)
         report.show(result)
         report.html(result, {})
         report.csv_text(result["rows"])
         diff.compare(good, result, 0.05, 0.01)
-        if path[0] in ("rows", "limits") and path[-1] not in ("samples", 0):
+        if path[0] in ("rows", "limits") and path not in drawn:
+            drawn.add(path)
             for plot in plots.PLOTS.values():
                 plot(result)
     run.write_text(file, "\ud800 µ")

@@ -210,6 +210,7 @@ def collect(
                         apart += [(event["row"], event["apart"])] if "apart" in event else []
                     else:
                         result["environment"] = result["environment"] or event["environment"]
+                        warn_of_others(event["environment"])
         except RunFailed as error:
             result["failed"][target] = scrub(str(error))
             print(error, file=sys.stderr, flush=True)
@@ -220,6 +221,16 @@ def collect(
         if result["rows"]:
             keep()
     say("")
+
+
+def warn_of_others(environment: dict[str, Any]) -> None:
+    """At the start of a target, when there is time to stop it."""
+    busy, cores, threads = (environment.get(name) for name in ("processors in use by others", "cores", "threads"))
+    if busy and cores and threads and "gpu" not in environment and threads > cores - busy + 0.3:
+        print(
+            f"\nother work uses {busy} of {cores} processors, {threads} threads are to be timed: the times will be too long",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def add_memory(row: dict[str, Any], name: str, job: dict[str, Any], folder: str) -> None:
@@ -328,7 +339,8 @@ MEASURED = {"timed": one_of("warm", "cold"), "variants": mapping(kind(dict)), "b
             "ratio": or_none(positive)}  # fmt: skip
 VARIANT = {"seconds": positive, "spread": number, "memory": or_none(number),
            "samples": lambda v: isinstance(v, list) and all(map(positive, v))}  # fmt: skip
-MAY = {"warm": or_none(positive), "cold": or_none(positive), "first": number, "launch": positive}
+ROW_MAY = {"disturbed": number, "stolen": number, "repeated": number}
+MAY = {"host": positive, "warm": or_none(positive), "cold": or_none(positive), "first": number, "launch": positive}
 
 
 def validate(result: dict[str, Any]) -> None:
@@ -345,7 +357,7 @@ def validate(result: dict[str, Any]) -> None:
 
     check(result, "it", RESULT)
     for i, row in enumerate(result["rows"]):
-        check(row, f"row {i}", ROW)
+        check(row, f"row {i}", ROW, ROW_MAY)
         if row["mismatch"] is not None:
             row["variants"] = {}
             continue
