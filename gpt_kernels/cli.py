@@ -73,7 +73,7 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _streams() -> Iterator[tuple[_Stream, _Stream]]:
+def streams() -> Iterator[tuple[_Stream, _Stream]]:
     """sys.stdout and sys.stderr inside the block; there, too, where Python was started without them."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as null:
@@ -220,7 +220,7 @@ def _bench(command: str, arguments: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    with _streams() as (out, _):
+    with streams() as (out, _):
         code = _main(sys.argv[1:] if argv is None else argv)
         out.flush()
         if out.failure is None:

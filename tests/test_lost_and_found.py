@@ -112,7 +112,7 @@ def test_no_stream_ends_a_command(command, quick, monkeypatch):
 def test_what_a_terminal_cannot_say_is_spelled(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with cli._streams():
+    with cli.streams():
         print("8.6 µs ±3 % 漢", flush=True)
     assert raw.getvalue() == b"8.6 us +-3 % \\u6f22\n"
 
