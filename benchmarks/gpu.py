@@ -34,7 +34,7 @@ from gpt_kernels import cache, dispatch, triton
 from gpt_kernels.bench.environment import ROOT, environment
 from gpt_kernels.bench.report import markdown as row_table
 from gpt_kernels.bench.run import TARGETS, scrub
-from gpt_kernels.cli import FAMILIES
+from gpt_kernels.cli import FAMILIES, streams
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 DRY = "dry run on a CPU: no figures"
@@ -382,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.device == "cpu") != triton.INTERPRETED:
         return refuse("TRITON_INTERPRET=1 goes with --device cpu, and only with it")
     folder = args.out or ROOT / "benchmarks" / ("results" if args.device == "cuda" else "out")
-    return run(args.device, args.quick, args.consan, folder)
+    with streams():  # hours of stages do not end with who reads of them
+        return run(args.device, args.quick, args.consan, folder)
 
 
 if __name__ == "__main__":
