@@ -5,7 +5,7 @@ GPT_KERNELS_BUILD=auto (default): what can be built, as above.
                   cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.
                   none: nothing.
                   sim, sim_tsan, sim_asan: csrc/cuda on its CPU model csrc/sim, for the tests; never part of a wheel.
-GPT_KERNELS_CUDA_ARCHS="80 90": machine code for these, instead of this machine's GPUs (auto) or all that nvcc and we know (cuda).
+GPT_KERNELS_CUDA_ARCHS="80 90": machine code for these, not for this machine's GPUs (auto) or all that nvcc and we know (cuda).
 
 torch is never imported here: its headers are found beside the Python that runs this, also from inside pip's isolated
 build environment, so `pip install .` downloads no second torch and takes about a minute.
@@ -82,7 +82,7 @@ def plan():
         sys.exit("GPT_KERNELS_BUILD=cuda, but there is no nvcc: install the CUDA toolkit, set CUDA_HOME or PATH")
     cpu = f"C++ kernels for the CPU, with {find_compiler()}"
     old = find_nvcc() and (nvcc_version() or OLDEST_CUDA) < OLDEST_CUDA
-    too_old = f"nvcc is of CUDA {'.'.join(map(str, nvcc_version()))}, the oldest is {'.'.join(map(str, OLDEST_CUDA))}" if old else ""
+    too_old = f"nvcc is of CUDA {dotted(nvcc_version())}, the oldest is {dotted(OLDEST_CUDA)}" if old else ""
     if wish == "cuda" and old:
         sys.exit(f"GPT_KERNELS_BUILD=cuda, but {too_old}")
     if wish == "cuda" or (wish == "auto" and find_nvcc() and not old and cuda_archs()):
@@ -102,6 +102,10 @@ def said_by(*command):
         return subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
         return ""
+
+
+def dotted(version):
+    return ".".join(map(str, version))
 
 
 def nvcc_version():
@@ -203,7 +207,7 @@ class BuildKernels(build_ext):
                 "-std=c++17", "-O3", *WERROR, "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
-            # a torch with CUDA keeps its streams in libtorch_cuda, which Python loads for itself alone: through libtorch they are found
+            # a torch with CUDA keeps its streams in libtorch_cuda, which Python loads for itself alone: libtorch leads to them
             libraries += ["-ltorch", *cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         elif kind in SIMULATORS:
             sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []

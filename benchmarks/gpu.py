@@ -354,8 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
     )
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
-    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), metavar="N",
-                        help="processes for the tests, most of whose time is Triton's compiler (default: %(default)s)")  # fmt: skip
+    few = max(1, min(8, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=few, metavar="N", help="processes for the tests (default: %(default)s)")
     parser.add_argument("--slice", metavar="DEVICE", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
     parser.add_argument("--host", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)

@@ -1,4 +1,5 @@
-"""Whether the CUDA C++ kernels can serve the GPUs of this machine; where they cannot, Triton's fill the CUDA slots, else the reference.
+"""Whether the CUDA C++ kernels can serve the GPUs of this machine; where they cannot, Triton's fill the CUDA slots, else the
+reference.
 
 Two things are asked, each as early as it can be: at import whether the driver is new enough for the runtime that the library
 holds, without initialising it, and when torch initialises CUDA whether the library has code for each GPU. `where(op)` tells the
@@ -38,8 +39,11 @@ def text(version: int) -> str:
 
 
 def no_code(archs: str, capability: tuple[int, int], driver: int | None, built: int) -> str | None:
-    """Why a GPU finds no code of its own among "sm_80 sm_90 compute_80". Machine code runs on its own generation from its number
-    on, an `a` on that number alone; PTX on everything since, if the driver knows the CUDA version that wrote it."""
+    """Why a GPU finds no code of its own among "sm_80 sm_90 compute_80".
+
+    Machine code runs on its own generation from its number on, an `a` on that number alone; PTX on everything since, if the
+    driver knows the CUDA version that wrote it.
+    """
     number = capability[0] * 10 + capability[1]
     for kind, digits, suffix in re.findall(r"(sm|compute)_(\d+)([af]?)", archs):
         of = int(digits)

@@ -1,4 +1,4 @@
-"""Which backend serves the GPU: the CUDA C++ library where driver and GPUs can run it, else Triton, else the reference, with the reason."""
+"""Which backend serves the GPU: the CUDA C++ library where driver and GPUs can run it, else Triton, else the reference."""
 
 import ctypes
 
@@ -65,9 +65,11 @@ def with_library(monkeypatch):
 
     monkeypatch.setattr(dispatch, "cuda_library", Library())
     filled = {}
-    monkeypatch.setattr(dispatch, "_library", type("Library", (), {"impl": lambda _, *a: filled.update({a[0]: a[1:]})})())
+    slots = type("Slots", (), {"impl": lambda _, name, *filling: filled.update({name: filling})})()
+    monkeypatch.setattr(dispatch, "_library", slots)
     for name, op in dispatch._ops.items():
-        monkeypatch.setattr(op, "kernels", {"cuda": ("CUDA", None), "triton": ("CUDA", lambda first, name=name: f"triton's {name}")})
+        kernels = {"cuda": ("CUDA", None), "triton": ("CUDA", lambda first, name=name: f"triton's {name}")}
+        monkeypatch.setattr(op, "kernels", kernels)
         monkeypatch.setattr(op, "absent", {})
         monkeypatch.setattr(op, "cuda", "cuda")
     return filled

@@ -90,8 +90,8 @@ with gpt_kernels.use_backend(backend):
 
 @every_op
 def test_captured_without_a_warm_up(cuda, name):
-    """The first call of its kernel in the process is the one that is captured: nothing may be loaded or asked for in a way that a
-    capture forbids. every_call() has run forwards of other ops by then, which do not load this one's."""
+    """The first call of its kernel in the process is the one that is captured: nothing may be loaded or asked for in a way that
+    a capture forbids. every_call() has run forwards of other ops by then, which do not load this one's."""
     done = subprocess.run([sys.executable, "-c", CAPTURED_FIRST, BACKEND, name], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -114,7 +114,7 @@ def test_two_threads_with_different_sizes(cuda):
 
 @every_dtype
 def test_columns_swept(cuda, dtype):
-    """Rows of 6 to 25 thousand columns: every way a kernel takes by their length, and the sizes at which shared memory runs out."""
+    """Rows of 6 to 25 thousand columns: every way a kernel takes by their length, and where shared memory runs out."""
     for n in (*range(6000, 25600, 509), *range(24186, 24576, 97), *range(12122, 12288, 41)):
         x = torch.randn(3, n, device=cuda).to(dtype).requires_grad_()
         target, dy = torch.randint(n, (3,), device=cuda), torch.randn(3, n, device=cuda).to(dtype)
