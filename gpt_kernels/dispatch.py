@@ -83,7 +83,7 @@ def kernel(
     def add(function: Callable) -> Callable:
         _ops[op].kernels[backend], _ops[op].declines[backend] = (key, function), declines
         if default:
-            _library.impl(op, _or_reference(op, function), key)
+            _fill(_library, op, _or_reference(op, function), key)
             _ops[op].cuda = backend
         _name(backend)
         return function
@@ -99,9 +99,14 @@ def without_cuda(reason: str) -> None:
         op.absent["cuda"] = reason
         key, function = op.kernels.get("triton", ("", None))
         op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
-            _library.impl(name, function, "CUDA")
+        _fill(_library, name, function, "CUDA")
+
+
+def _fill(library: torch.library.Library, op: str, function: Callable, key: str) -> None:
+    """Over whatever stands in the slot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
+        library.impl(op, function, key, allow_override=True)  # which is the default from torch 2.13 on
 
 
 def _or_reference(op: str, function: Callable) -> Callable:
@@ -152,11 +157,9 @@ def use_backend(backend: str, *only: str) -> Iterator[None]:
     chosen = only or tuple(_ops)
     pushed = torch.library.Library(NAMESPACE, "IMPL")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
-            for name in chosen:
-                for key, function in _slots(name, backend):
-                    pushed.impl(name, function, key)
+        for name in chosen:
+            for key, function in _slots(name, backend):
+                _fill(pushed, name, function, key)
         _pushed.append((backend, frozenset(chosen)))
         try:
             yield

@@ -64,9 +64,9 @@ def with_library(monkeypatch):
                 return 13000
 
     monkeypatch.setattr(dispatch, "cuda_library", Library())
+    monkeypatch.setattr(dispatch, "BACKENDS", [*dict.fromkeys([*dispatch.BACKENDS, "cuda"])])
     filled = {}
-    slots = type("Slots", (), {"impl": lambda _, name, *filling: filled.update({name: filling})})()
-    monkeypatch.setattr(dispatch, "_library", slots)
+    monkeypatch.setattr(dispatch, "_fill", lambda library, name, *filling: filled.update({name: filling}))
     for name, op in dispatch._ops.items():
         kernels = {"cuda": ("CUDA", None), "triton": ("CUDA", lambda first, name=name: f"triton's {name}")}
         monkeypatch.setattr(op, "kernels", kernels)
