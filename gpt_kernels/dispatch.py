@@ -36,6 +36,7 @@ class _Op:
     # backend -> why its kernel leaves the GPU at hand to the reference, None where it doesn't
     declines: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     cuda: str | None = None  # the backend that fills the CUDA slot
+    shared: bool = False  # with Triton, which serves large calls
 
 
 _ops: dict[str, _Op] = {}
@@ -100,6 +101,15 @@ def without_cuda(reason: str) -> None:
         key, function = op.kernels.get("triton", ("", None))
         op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
         _fill(_library, name, function, "CUDA")
+
+
+def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable]) -> None:
+    """The CUDA slot of op is choose(CUDA C++ kernel, Triton's): either may be the faster, by the call's size. Nothing where one
+    of the two is not there."""
+    kernels = _ops[op].kernels
+    if "cuda" in kernels and kernels.get("triton", ("",))[0] == "CUDA" and not _ops[op].declines["triton"]():
+        _ops[op].shared = True
+        _fill(_library, op, choose(kernels["cuda"][1], kernels["triton"][1]), "CUDA")
 
 
 def _fill(library: torch.library.Library, op: str, function: Callable, key: str) -> None:
@@ -202,7 +212,8 @@ def where(op: str) -> dict[str, str]:
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
-                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none)"
+                large = "; triton for large calls in 16 bits, where it was measured to be faster" * _ops[op].shared
+                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none{large})"
             elif reason := _ops[op].declines.get(native, lambda: None)():
                 answer[key] = f"reference ({reason})"
             else:

@@ -9,7 +9,9 @@ reason.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -54,6 +56,23 @@ def no_code(archs: str, capability: tuple[int, int], driver: int | None, built: 
     return f"the CUDA kernels are built for {archs}, which sm_{number} does not run"
 
 
+# op -> generation -> products of elements of q with keys, from which on Triton's kernel was the faster in 16 bits (dev/LOG.md,
+# "the first GPU"); the CUDA C++ kernels of these generations do without their asynchronous products
+TRITON_FROM = {"attention_fwd": {9: 1 << 31}, "attention_bwd": {9: 1 << 31}}
+
+
+def by_size(op: str, cuda: Callable, triton: Callable, *, least: int) -> Callable:
+    """The kernel that was measured to be the faster: of a small call launching is all, which costs Triton's more."""
+    keys = 1 if op.endswith("_fwd") else 2  # where k stands; the first argument has a row for each of q's
+
+    def call(*args):
+        rows, k = args[0], args[keys]
+        large = rows.dtype is not torch.float32 and k.dim() == 4 and rows.numel() * k.shape[2] >= least
+        return (triton if large else cuda)(*args)
+
+    return call
+
+
 def settle() -> None:
     """Called once, when all kernels are registered. Raises nothing: a check that fails must not end an import."""
     library = dispatch.cuda_library
@@ -71,5 +90,11 @@ def settle() -> None:
             if reason:
                 dispatch.without_cuda(f"{torch.cuda.get_device_name(index)}: {reason}")
                 return
+        generations = {torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count())}
+        if len(generations) == 1:
+            (generation,) = generations
+            for op, least in TRITON_FROM.items():
+                if generation in least:
+                    dispatch.share_with_triton(op, functools.partial(by_size, op, least=least[generation]))
 
     torch.cuda._lazy_call(check)

@@ -21,7 +21,11 @@ if grids.DEVICE != "cpu":
 
     def drawn_on_the_cpu(draw):
         """The numbers that every other backend is tested on: eager's error, which the tolerance follows, is theirs."""
-        return lambda *size, device=None, **more: draw(*size, device="cpu", **more).to(device or grids.DEVICE)
+
+        def drawn(*size, device=None, requires_grad=False, **more):
+            return draw(*size, device="cpu", **more).to(device or grids.DEVICE).requires_grad_(requires_grad)
+
+        return drawn
 
     for _name in ("randn", "rand", "randint", "randperm"):
         setattr(torch, _name, drawn_on_the_cpu(getattr(torch, _name)))

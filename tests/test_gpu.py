@@ -106,6 +106,34 @@ def test_a_gpu_without_code_is_found_when_torch_initialises_cuda(with_library, m
         assert said.startswith(serves) and (serves == "cuda" or "A GPU: the CUDA kernels are built for sm_90" in said)
 
 
+def test_large_calls_go_where_they_were_measured_to_be_faster(with_library, monkeypatch):
+    queued, capability = [], [(9, 0)]
+    monkeypatch.setattr(gpu, "driver_version", lambda: 13000)
+    monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability[0])
+    for op in dispatch._ops.values():
+        op.kernels["cuda"] = ("CUDA", lambda *args: "cuda")
+        op.kernels["triton"] = ("CUDA", lambda *args: "triton")
+        monkeypatch.setattr(op, "declines", {"triton": lambda: None})
+        monkeypatch.setattr(op, "shared", False)
+    gpu.settle()
+    capability[0] = (10, 0)
+    queued[0]()
+    assert not with_library  # nothing was measured there
+    capability[0] = (9, 0)
+    queued[0]()
+    assert {*with_library} == {"attention_fwd", "attention_bwd"}
+
+    def served(dtype, T):
+        q = torch.empty(4, 16, T, 64, dtype=dtype, device="meta")
+        return with_library["attention_fwd"][0](q, q, q), with_library["attention_bwd"][0](q, q, q, q, q, q)
+
+    assert served(torch.bfloat16, 64) == ("cuda", "cuda") and served(torch.bfloat16, 16384) == ("triton", "triton")
+    assert served(torch.float32, 16384) == ("cuda", "cuda")
+    assert "triton for large calls in 16 bits" in dispatch.where("attention_fwd")["CUDA"]
+
+
 def test_without_triton_the_reference_serves(with_library):
     for op in dispatch._ops.values():
         op.kernels.pop("triton")
