@@ -14,9 +14,9 @@ from op_checks import (
     assert_same,
     check_compile,
     check_gradcheck,
-    check_once_differentiable,
     check_opcheck,
     check_raises,
+    check_second_derivative,
     check_threads,
     check_truth,
     every_dtype,
@@ -319,7 +319,7 @@ def test_gradcheck(isa):
         options = {"softcap": 2.0, "slopes": torch.tensor([0.3, 0.1]), "dropout_p": 0.2, "rng": RNG, "right": 1, "left": 9}
         check_gradcheck(ours(**options), (*qkv(1, 2, 1, 7, 9, 5), torch.randn(1, 1, 7, 9)))
         check_gradcheck(ours(right=0, offset=-2), qkv(1, 1, 1, 6, 5, 4, Dv=3))
-    check_once_differentiable(ours(), qkv(1, 1, 1, 6, 5, 4))
+    check_second_derivative(ours(), qkv(1, 1, 1, 6, 5, 4))
 
 
 def test_opcheck():

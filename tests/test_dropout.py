@@ -8,9 +8,9 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
-    check_once_differentiable,
     check_opcheck,
     check_raises,
+    check_second_derivative,
     check_threads,
     check_truth,
     every_dtype,
@@ -120,7 +120,7 @@ def test_nothing_to_drop():
 def test_contract():
     x, residual = torch.randn(5, 37), torch.randn(5, 37)
     check_gradcheck(ours, (x[:3, :9], residual[:3, :9]))
-    check_once_differentiable(ours, (x,))
+    check_second_derivative(ours, (x,))
     check_layouts(ours, (x, residual), 0)
     check_layouts(ours, (x, residual), 1)
     check_threads(ours, (torch.randn(300, 200),))

@@ -10,9 +10,9 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
-    check_once_differentiable,
     check_opcheck,
     check_raises,
+    check_second_derivative,
     check_specials,
     check_threads,
     check_truth,
@@ -207,7 +207,7 @@ def test_gradcheck():
     ):
         check_gradcheck(softmax, args)
 
-    check_once_differentiable(softmax, (scores(2, 5),))
+    check_second_derivative(softmax, (scores(2, 5),))
 
 
 def test_opcheck():

@@ -35,7 +35,7 @@ from .calls import (
     has_torch_function_variadic,
     in_any_autocast,
 )
-from .common import rederived, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256
@@ -81,9 +81,8 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
 def _probabilities(s):
     """(p, lse) of scores."""
     blind = (s == float("-inf")).all(-1, keepdim=True)
-    s = s.masked_fill(blind, 0.0)  # NaN times zero would be NaN in the derivative of this
-    lse = s.logsumexp(-1) if s.shape[-1] else s.new_zeros(s.shape[:-1])
-    return s.softmax(-1).masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], float("-inf"))
+    p, lse = softmax_lse(s.masked_fill(blind, 0.0))  # NaN times zero would be NaN in the derivative of this
+    return p.masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 
 def _empty_as(t: Tensor, shape) -> Tensor:
@@ -121,7 +120,7 @@ def _gradients(
         ds = ds * (1 - (capped / softcap) ** 2)
     ds = ds * scale
     dq, dk = ds @ _for_query_heads(k.to(s.dtype), q.shape[1]), ds.mT @ q.to(s.dtype)
-    dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    dk, dv = (t.reshape(*k.shape[:2], group, *t.shape[2:]).sum(2) for t in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmasked
 
 
@@ -194,9 +193,10 @@ def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale=No
         rng_state = draw_rng_state(q.device)
     args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
             causal_offset, window_left, window_right)  # fmt: skip
-    if transformed(q, k, v, bias, alibi_slopes):
+    derivative = derivative_of(q, k, v, bias, alibi_slopes)
+    if derivative == TRANSFORMED:
         return _attend(*args)
-    return _Attention.apply(*args) if wants_grad(q, k, v, bias, alibi_slopes) else fwd(*args)
+    return _Attention.apply(*args) if derivative else fwd(*args)
 
 
 # ---- the two public faces ----

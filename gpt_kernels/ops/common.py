@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 
 
@@ -17,29 +18,44 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Is there anything to differentiate? Without it an op skips autograd.Function, which costs microseconds."""
+def softmax_lse(z: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax and logsumexp over the last dimension; not torch's, whose forward derivatives have no reverse one."""
+    top = z.detach().amax(-1, keepdim=True) if z.shape[-1] else z.new_zeros((*z.shape[:-1], 1))
+    e = (z - top).exp()
+    total = e.sum(-1, keepdim=True)
+    return e / total, (top + total.log())[..., 0]
+
+
+REVERSE, TRANSFORMED = 1, 2
+
+
+def derivative_of(*tensors: Tensor | None) -> int:
+    """How is a call with these tensors differentiated?
+
+    0: not at all; the kernel runs without autograd.Function, which costs microseconds. REVERSE: by autograd. TRANSFORMED: by
+    torch.func (grad, vmap, jvp ...), or a tensor carries a tangent. The op then runs its reference: plain PyTorch has every
+    derivative, a kernel the first alone, and torch drops its tangents.
+    """
+    if transforms_active() or (forward_ad._current_level >= 0 and _with_tangent(tensors)):
+        return TRANSFORMED
     if torch.is_grad_enabled():
         for t in tensors:  # not any(...), whose generator costs as much as the rest of a tiny call
             if t is not None and t.requires_grad:
-                return True
-    return False
+                return REVERSE
+    return 0
 
 
-def transformed(*tensors: Tensor | None) -> bool:
-    """Does torch.func (grad, vmap, jvp ...) transform this call, or does a tensor carry a tangent?
+def rederived(dy: Tensor) -> bool:
+    """Is a backward pass differentiated in its turn (create_graph), or transformed?
 
-    Then an op runs its reference: plain PyTorch has every derivative, a kernel one alone, and torch takes its tangents for zero.
+    It then runs the reference's formulas too, on inputs and outputs as they were saved, and with statistics computed anew: the
+    saved ones have lost how they depend on the input.
     """
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return torch.is_grad_enabled() or transforms_active() or (forward_ad._current_level >= 0 and _with_tangent((dy,)))
 
 
-def rederived(*grads: Tensor | None) -> bool:
-    """Is a backward pass differentiated in its turn (create_graph), or batched (is_grads_batched)? It then runs the reference's
-    formulas too, on inputs and outputs as they were saved, and with statistics computed anew: those that were saved have lost
-    how they depend on the input."""
-    return torch.is_grad_enabled() or transformed(*grads)
+def _with_tangent(tensors) -> bool:
+    # a compiler's stand-ins show no tangents
+    return torch.compiler.is_compiling() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )

@@ -19,10 +19,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import REVERSE, TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 
@@ -38,7 +39,7 @@ def _rows(op, logits, target, ignore_index, softcap):
 
 
 def _check_target(op, target, ignore_index, V):
-    if target.is_meta or torch.compiler.is_compiling():
+    if target.is_meta or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(target):  # vmap lets nobody look at values
         target = torch._C._functorch.get_unwrapped(target)
@@ -123,10 +124,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         logits, target, lse = ctx.saved_tensors
         if rederived(dloss):
+            ctx.inplace_backward = False  # the derivative's own graph needs the logits from now on
             lse = reference_fwd(logits, target, *ctx.options, False)[2]
             return reference_bwd(dloss, logits, target, lse, *ctx.options), None, None, None
         saved = (dloss.contiguous(), logits, target, lse, *ctx.options)
-        if torch.compiler.is_compiling():
+        # several gradients (is_grads_batched) do not fit in the memory of one
+        if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(dloss):
             return bwd(*saved), None, None, None
         if ctx.inplace_backward:
             dlogits = logits.detach()
@@ -224,16 +227,16 @@ def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, lse
     """The loss and the z-loss in the statistics' dtype."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"cross_entropy: unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    needs_grad = wants_grad(logits)
-    if inplace_backward and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
+    derivative = derivative_of(logits)
+    if inplace_backward and derivative == REVERSE and (logits if logits._base is None else logits._base).is_leaf:
         raise RuntimeError("cross_entropy: inplace_backward would overwrite a leaf that requires grad, or a view of one")
     if logits.dim() and logits.stride(-1) != 1:
         logits = logits.contiguous()
     options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)
-    if transformed(logits):
+    if derivative == TRANSFORMED:
         loss, z_loss, _, _ = reference_fwd(logits, target, *options, False)
         z_loss = z_loss.detach()
-    elif needs_grad:
+    elif derivative:
         loss, z_loss = _CrossEntropy.apply(logits, target.contiguous(), options, inplace_backward)
     else:
         loss, z_loss, _, _ = fwd(logits, target.contiguous(), *options, False)

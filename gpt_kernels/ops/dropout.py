@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dispatch import define
 from .calls import check_tensors, handle_torch_function, has_torch_function_variadic, laid_out, memory_order, one_input
-from .common import rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -36,16 +36,9 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = _dropout(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        run = reference_fwd if rederived(dy) else fwd
+        dx = run(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
-
-
-def _dropout(x, residual, rng_state, dropout_p):
-    if transformed(x, residual):
-        return reference_fwd(x, residual, rng_state, dropout_p)
-    if wants_grad(x, residual):
-        return _Dropout.apply(x, residual, rng_state, dropout_p)
-    return fwd(x, residual, rng_state, dropout_p)
 
 
 def dropout(
@@ -94,7 +87,12 @@ def dropout(
         return laid_out(dropout(x.contiguous(), p, training, residual, rng_state), memory_order(x))
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    return _dropout(x, residual, rng_state, float(p))
+    derivative = derivative_of(x, residual)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, residual, rng_state, float(p))
+    if derivative:
+        return _Dropout.apply(x, residual, rng_state, float(p))
+    return fwd(x, residual, rng_state, float(p))
 
 
 def dropout_cost(x: Tensor, residual: Tensor | None = None) -> tuple[int, int]:

@@ -27,9 +27,8 @@ from .calls import (
     memory_order,
     one_input,
     restored,
-    transforms_active,
 )
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active
 
 
 def _biased(x, bias):
@@ -87,9 +86,10 @@ def _general(x, bias, approximate, input):
             return _general(x.permute(order).contiguous(), None, approximate, None).permute(restored(order))
         return laid_out(_general(x.contiguous(), bias, approximate, None), order)
     (bias,), tanh = contiguous(bias), approximate == "tanh"
-    if transformed(x, bias):
+    derivative = derivative_of(x, bias)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, bias, tanh)
-    return _GELU.apply(x, bias, tanh) if wants_grad(x, bias) else fwd(x, bias, tanh)
+    return _GELU.apply(x, bias, tanh) if derivative else fwd(x, bias, tanh)
 
 
 def gelu(

@@ -27,9 +27,8 @@ from .calls import (
     is_grad_enabled,
     last_as_one,
     one_input,
-    transforms_active,
 )
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active
 
 
 def _statistics(x, eps):
@@ -73,18 +72,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias, ctx.eps = bias is not None, eps
+        ctx.options = bias is not None, eps
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
+        has_bias, eps = ctx.options
         if rederived(dy):
-            _, mean, rstd = _statistics(x, ctx.eps)
-            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, ctx.has_bias)
+            _, mean, rstd = _statistics(x, eps)
+            dx, dweight, dbias = reference_bwd(dy, x, weight, mean, rstd, has_bias)
         else:
-            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, ctx.has_bias)
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
+            dx, dweight, dbias = bwd(dy.contiguous(), x, weight, mean, rstd, has_bias)
+        return dx, None if weight is None else dweight, dbias if has_bias else None, None
 
 
 def _general(x, weight, bias, eps, more, normalized_shape, input):
@@ -108,10 +108,11 @@ def _general(x, weight, bias, eps, more, normalized_shape, input):
     if normalized_shape is not None:
         x, weight, bias = last_as_one("layer_norm", x, normalized_shape, weight, bias)
     x, weight, bias = contiguous(x, weight, bias)
-    if transformed(x, weight, bias):
+    derivative = derivative_of(x, weight, bias)
+    if derivative == TRANSFORMED:
         y = reference_fwd(x, weight, bias, eps)[0]
     else:
-        y = _LayerNorm.apply(x, weight, bias, eps) if wants_grad(x, weight, bias) else fwd(x, weight, bias, eps)[0]
+        y = _LayerNorm.apply(x, weight, bias, eps) if derivative else fwd(x, weight, bias, eps)[0]
     return y.reshape(shape)
 
 

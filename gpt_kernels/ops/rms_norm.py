@@ -27,9 +27,8 @@ from .calls import (
     is_grad_enabled,
     last_as_one,
     one_input,
-    transforms_active,
 )
-from .common import rederived, rows_of, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active
 
 
 def _statistics(x, eps):
@@ -103,10 +102,11 @@ def _general(x, weight, eps, more, normalized_shape, input):
     if weight is not None and weight.dtype not in (x.dtype, stat) and weight.is_floating_point():
         weight = weight.to(stat)
     x, weight = contiguous(x, weight)
-    if transformed(x, weight):
+    derivative = derivative_of(x, weight)
+    if derivative == TRANSFORMED:
         y = reference_fwd(x, weight, eps)[0]
     else:
-        y = _RMSNorm.apply(x, weight, eps) if wants_grad(x, weight) else fwd(x, weight, eps)[0]
+        y = _RMSNorm.apply(x, weight, eps) if derivative else fwd(x, weight, eps)[0]
     return y.reshape(shape)
 
 

@@ -24,9 +24,8 @@ from .calls import (
     in_any_autocast,
     is_grad_enabled,
     one_input,
-    transforms_active,
 )
-from .common import rederived, stat_dtype, transformed, wants_grad
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
 
 
 def reference_fwd(x, mask, scale, causal):
@@ -38,7 +37,7 @@ def reference_fwd(x, mask, scale, causal):
         z = z.masked_fill(torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1), -torch.inf)
     # hidden rows are filled before softmax too: of NaN times zero, which is NaN, a gradient would be made
     hidden = (z == -torch.inf).all(-1, keepdim=True)
-    y = torch.softmax(z.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0)
+    y = softmax_lse(z.masked_fill(hidden, 0.0))[0].masked_fill(hidden, 0.0)
     return y.to(x.dtype).contiguous()
 
 
@@ -100,9 +99,10 @@ def _general(x, mask, scale, causal, dim, dtype, input):
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
-    if transformed(x, mask):
+    derivative = derivative_of(x, mask)
+    if derivative == TRANSFORMED:
         return reference_fwd(x, mask, scale, causal)
-    return _Softmax.apply(x, mask, scale, causal) if wants_grad(x, mask) else fwd(x, mask, scale, causal)
+    return _Softmax.apply(x, mask, scale, causal) if derivative else fwd(x, mask, scale, causal)
 
 
 def softmax(
