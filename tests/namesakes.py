@@ -473,15 +473,21 @@ def reason_of(call: Call) -> Reason | None:
     return next((r for r in REASONS if r.function == call.function and call.code in r.codes), None)
 
 
+HEAD = """# Where our functions differ from those they are named for
+
+Found by calling both in {n} ways on a CPU (`python tests/namesakes.py`): names and places of arguments, ranks, broadcasts, mixed
+dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype, strides, values and gradients. What is not
+listed is the same. In an example f is the function, `t(2, 3)` wants a gradient, `b` is boolean, `i` and `c` are int64.
+
+flash-attn's functions need a GPU and are not called: names, order and defaults of arguments are theirs. Ours also take float32
+and float64, return probabilities without dropout, too, and under autocast cast to its dtype.
+"""
+
+
 def table(differ: dict[Call, tuple[str, str]]) -> str:
     lines = [
-        "# Where our functions differ from those they are named for", "",
-        f"Found by calling both in {len(calls())} ways on a CPU (`python tests/namesakes.py`): names and places of arguments, ranks,",
-        "broadcasts, mixed dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype, strides, values and",
-        "gradients. What is not listed is the same. In an example f is the function, `t(2, 3)` wants a gradient, `b` is boolean, `i`",
-        "and `c` are int64. flash-attn's functions need a GPU and are not called: names, order and defaults of arguments are theirs;",
-        "ours also take float32 and float64, return probabilities without dropout, too, and under autocast cast to its dtype.",
-        "", "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
+        HEAD.format(n=len(calls())),
+        "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
     ]  # fmt: skip
     for reason in REASONS:
         call, (theirs, ours) = next((c, d) for c, d in differ.items() if reason_of(c) is reason)
