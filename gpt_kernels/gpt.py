@@ -71,7 +71,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm over the last dimension, on our kernel, with eps 1e-6 unless given."""
+    """torch.nn.RMSNorm over the last dimension, on our kernel, with eps 1e-6 unless given; None is torch's default."""
 
     def __init__(self, normalized_shape, eps: float = 1e-6, elementwise_affine: bool = True, **factory):
         super().__init__(normalized_shape, eps, elementwise_affine, **factory)
@@ -83,17 +83,22 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Softmax(nn.Module):
-    """softmax(scale * x + mask) over the last dimension; causal is aligned bottom-right on the last two."""
+    """softmax(scale * x + mask) over `dim`, as torch.nn.Softmax(dim) without options.
 
-    def __init__(self, scale: float = 1.0, causal: bool = False):
+    causal is aligned bottom-right on the last two dimensions. Raises TypeError for a dim that is no int.
+    """
+
+    def __init__(self, dim: int = -1, *, scale: float = 1.0, causal: bool = False):
         super().__init__()
-        self.scale, self.causal = scale, causal
+        if not isinstance(dim, int):
+            raise TypeError(f"Softmax: dim must be an int, got {dim!r}; scale is given by name")
+        self.dim, self.scale, self.causal = dim, scale, causal
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return softmax(x, mask, self.scale, self.causal)
+        return softmax(x, mask, self.scale, self.causal, dim=self.dim)
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, causal={self.causal}"
+        return f"dim={self.dim}, scale={self.scale}, causal={self.causal}"
 
 
 class GELU(nn.Module):
@@ -119,7 +124,7 @@ class Dropout(nn.Dropout):
         if residual is not None:  # as an addition would: under autocast x is in 16 bits and the residual in float32
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        return dropout(x, self.p, self.training, residual)
+        return dropout(x, self.p, self.training, residual, inplace=self.inplace)
 
 
 # ---- the model ----

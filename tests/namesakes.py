@@ -357,6 +357,8 @@ def answer(function, call: Call) -> Answer:
             y = eval(call.code, {"__builtins__": {}}, names)  # noqa: S307
     except Exception as error:
         return Answer(error=type(error))
+    if not isinstance(y, Tensor):
+        return Answer(what=type(y).__name__)
     kind = "" if type(y) is Tensor else f"{type(y).__name__} "
     what = (
         f"{kind}{SHORT.get(y.dtype, y.dtype)} {tuple(y.shape)}, strides {_strides(y)}, {'' if y.requires_grad else 'no '}grad"
@@ -473,15 +475,21 @@ def reason_of(call: Call) -> Reason | None:
     return next((r for r in REASONS if r.function == call.function and call.code in r.codes), None)
 
 
+HEAD = """# Where our functions differ from those they are named for
+
+Found by calling both in {n} ways on a CPU (`python tests/namesakes.py`): names and places of arguments, ranks, broadcasts,
+mixed dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype, strides, values and gradients. What
+is not listed is the same. In an example f is the function, `t(2, 3)` wants a gradient, `b` is boolean, `i` and `c` are int64.
+
+flash-attn's functions need a GPU and are not called: names, order and defaults of arguments are theirs. Ours also take float32
+and float64, return probabilities without dropout, too, and under autocast cast to its dtype.
+"""
+
+
 def table(differ: dict[Call, tuple[str, str]]) -> str:
     lines = [
-        "# Where our functions differ from those they are named for", "",
-        f"Found by calling both in {len(calls())} ways on a CPU (`python tests/namesakes.py`): names and places of arguments, ranks,",
-        "broadcasts, mixed dtypes, autocast, layouts, sizes of zero, subclasses; compared in error, shape, dtype, strides, values and",
-        "gradients. What is not listed is the same. In an example f is the function, `t(2, 3)` wants a gradient, `b` is boolean, `i`",
-        "and `c` are int64. flash-attn's functions need a GPU and are not called: names, order and defaults of arguments are theirs;",
-        "ours also take float32 and float64, return probabilities without dropout, too, and under autocast cast to its dtype.",
-        "", "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
+        HEAD.format(n=len(calls())),
+        "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
     ]  # fmt: skip
     for reason in REASONS:
         call, (theirs, ours) = next((c, d) for c, d in differ.items() if reason_of(c) is reason)

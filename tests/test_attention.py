@@ -93,7 +93,7 @@ def ours(**options):
             slopes = slopes.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         scale = o.pop("scale", None)
         return attention(
-            q, k, v, bias, slopes, o.pop("rng", None), scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            q, k, v, bias, slopes, o.pop("rng", None), scale=scale,
             causal_offset=o.pop("offset", 0), window_left=o.pop("left", -1), window_right=o.pop("right", -1), **o,
         )[0]  # fmt: skip
 

@@ -185,6 +185,24 @@ def test_names_that_could_be_taken_for_others_are_refused():
     torch.testing.assert_close(gpt_kernels.rms_norm(x * 1e-4), F.rms_norm(x * 1e-4, (8,), None, 1e-6))
 
 
+def test_modules_are_torchs():
+    """by the arguments that torch's classes take"""
+    x = torch.randn(3, 8)
+    for ours, theirs in (
+        (gpt_kernels.Softmax(-1), torch.nn.Softmax(-1)),
+        (gpt_kernels.Softmax(0), torch.nn.Softmax(0)),
+        (gpt_kernels.RMSNorm(8, None), torch.nn.RMSNorm(8)),
+        (gpt_kernels.LayerNorm(8, 1e-3, bias=False), torch.nn.LayerNorm(8, 1e-3, bias=False)),
+        (gpt_kernels.GELU("none"), torch.nn.GELU("none")),
+        (gpt_kernels.Dropout(1.0), torch.nn.Dropout(1.0)),
+    ):
+        torch.testing.assert_close(ours(x * 1e-3), theirs(x * 1e-3))
+    with pytest.raises(TypeError, match="Softmax: dim must be an int, got 0.5; scale is given by name"):
+        gpt_kernels.Softmax(0.5)
+    y = x.clone()
+    assert gpt_kernels.Dropout(0.5, inplace=True)(y) is y and not torch.equal(x, y)
+
+
 def test_gpu_slots_serve_float64_by_the_reference():
     called = []
     serve = dispatch._or_reference("gelu_fwd", lambda *args: called.append(args[0].dtype))

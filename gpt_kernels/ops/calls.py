@@ -15,7 +15,6 @@ from torch.overrides import has_torch_function_variadic as has_torch_function_va
 
 is_grad_enabled = torch.is_grad_enabled
 in_any_autocast = torch._C._is_any_autocast_enabled
-transforms_active = torch._C._are_functorch_transforms_active
 
 
 # ---- autocast ----

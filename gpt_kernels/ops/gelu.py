@@ -27,9 +27,8 @@ from .calls import (
     memory_order,
     one_input,
     restored,
-    transforms_active,
 )
-from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active
 
 
 def _biased(x, bias):

@@ -27,9 +27,8 @@ from .calls import (
     is_grad_enabled,
     last_as_one,
     one_input,
-    transforms_active,
 )
-from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, unit_of
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active, unit_of
 
 
 def _statistics(x, eps):

@@ -24,9 +24,8 @@ from .calls import (
     in_any_autocast,
     is_grad_enabled,
     one_input,
-    transforms_active,
 )
-from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
 
 
 def reference_fwd(x, mask, scale, causal):
