@@ -322,6 +322,12 @@ def dense(x: Any, a: Any = None, b: Any = None) -> bool:
     return _is_compiling() or (_transform() is None and forward_ad._current_level < 0 and not _is_traced())
 
 
+def parameter(module: Any, name: str) -> Any:
+    """As module.<name>, without nn.Module.__getattr__, which costs as much as a tiny kernel."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 # dropout's p is rounded to a multiple of 1 / 65536: nearer to 0 or 1 than this, that is an error of more than 1 %
 LEAST_P = 2.0**-10
 
@@ -365,12 +371,6 @@ _LEFT_BY_AUTOCAST = not any(
 )
 
 
-def _parameter(module: Any, name: str) -> Any:
-    """As module.<name>, without nn.Module.__getattr__, which costs as much as a tiny kernel."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
     return (
         type(eps) is float
@@ -385,13 +385,13 @@ def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
 
 
 def _serves_layer_norm(module: Any, input: Tensor) -> bool:
-    return _norm(input, module.normalized_shape, module.eps, _parameter(module, "weight"), _parameter(module, "bias"))
+    return _norm(input, module.normalized_shape, module.eps, parameter(module, "weight"), parameter(module, "bias"))
 
 
 @register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions, serves=_serves_layer_norm)
 class LayerNorm:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return layer_norm(input, _parameter(self, "weight"), _parameter(self, "bias"), self.eps)
+        return layer_norm(input, parameter(self, "weight"), parameter(self, "bias"), self.eps)
 
 
 # in float32 and float64 all versions of torch mean the same by eps=None
@@ -402,13 +402,13 @@ def _serves_rms_norm(module: Any, x: Tensor) -> bool:
     eps = module.eps
     if eps is None and isinstance(x, Tensor):
         eps = _EPS.get(x.dtype)
-    return _norm(x, module.normalized_shape, eps, _parameter(module, "weight"), None)
+    return _norm(x, module.normalized_shape, eps, parameter(module, "weight"), None)
 
 
 @register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_keep_rms_norm, serves=_serves_rms_norm)
 class RMSNorm:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, _parameter(self, "weight"), _EPS[x.dtype] if self.eps is None else self.eps)
+        return rms_norm(x, parameter(self, "weight"), _EPS[x.dtype] if self.eps is None else self.eps)
 
 
 def _serves_gelu(module: Any, input: Tensor) -> bool:
