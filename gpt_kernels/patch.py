@@ -296,26 +296,36 @@ def _why_no_rule(module: nn.Module) -> str:
 # ---- what our kernels serve ----
 
 
-def dense(x: Any, *others: Any) -> bool:
+# looked up once: dense() is asked at every call
+_strided, _float64, _is_compiling = torch.strided, torch.float64, torch.compiler.is_dynamo_compiling
+_transform, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
+
+
+def dense(x: Any, a: Any = None, b: Any = None) -> bool:
     """Do torch and our kernels mean the same by these tensors, strides aside? x: an ordinary tensor of one of our dtypes, in a
-    memory whose kernels take it; others: the same in x's dtype, or None. Not under torch.func's transforms, forward-mode
+    memory whose kernels take it; a, b: the same in x's dtype, or None. Not under torch.func's transforms, forward-mode
     derivatives or torch.jit's trace, which see through torch's operators only.
     """
     # subclasses mean what they like
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
     dtype = x.dtype
-    if dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
+    if dtype not in _DTYPES or x.layout is not _strided or x.is_nested:
         return False
-    if not (x.is_cpu or x.is_cuda and dtype is not torch.float64):
+    if not (x.is_cpu or x.is_cuda and dtype is not _float64):
         return False
-    for other in others:
-        if other is not None and (other.dtype is not dtype or type(other) is not nn.Parameter and type(other) is not Tensor):
-            return False
-    # the compiler turns these into graphs of its own; it has no names for the questions
-    return torch.compiler.is_dynamo_compiling() or not (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
-    )
+    if a is not None and (a.dtype is not dtype or type(a) is not nn.Parameter and type(a) is not Tensor):
+        return False
+    if b is not None and (b.dtype is not dtype or type(b) is not nn.Parameter and type(b) is not Tensor):
+        return False
+    # the compiler, which has no names for these questions, turns transforms into graphs of its own
+    return _is_compiling() or (_transform() is None and forward_ad._current_level < 0 and not _is_traced())
+
+
+def parameter(module: Any, name: str) -> Any:
+    """As module.<name>, without nn.Module.__getattr__, which costs as much as a tiny kernel."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 # dropout's p is rounded to a multiple of 1 / 65536: nearer to 0 or 1 than this, that is an error of more than 1 %
@@ -367,22 +377,21 @@ def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
         and eps >= 0.0
         and dense(x, weight, bias)
         and x.is_contiguous()
-        and x.ndim > 0
-        and shape == x.shape[-1:]
+        and shape == x.shape[-1:] != ()
         and (weight is None or weight.is_contiguous())
         and (bias is None or bias.is_contiguous())
-        and (x.dtype.itemsize != 2 or not torch._C._is_any_autocast_enabled() or x.is_cpu and _LEFT_BY_AUTOCAST)
+        and (x.dtype in _EPS or not torch._C._is_any_autocast_enabled() or x.is_cpu and _LEFT_BY_AUTOCAST)
     )
 
 
 def _serves_layer_norm(module: Any, input: Tensor) -> bool:
-    return _norm(input, module.normalized_shape, module.eps, module.weight, module.bias)
+    return _norm(input, module.normalized_shape, module.eps, parameter(module, "weight"), parameter(module, "bias"))
 
 
 @register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions, serves=_serves_layer_norm)
 class LayerNorm:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return layer_norm(input, self.weight, self.bias, self.eps)
+        return layer_norm(input, parameter(self, "weight"), parameter(self, "bias"), self.eps)
 
 
 # in float32 and float64 all versions of torch mean the same by eps=None
@@ -391,15 +400,15 @@ _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64
 
 def _serves_rms_norm(module: Any, x: Tensor) -> bool:
     eps = module.eps
-    if eps is None and type(x) is Tensor:
+    if eps is None and isinstance(x, Tensor):
         eps = _EPS.get(x.dtype)
-    return _norm(x, module.normalized_shape, eps, module.weight, None)
+    return _norm(x, module.normalized_shape, eps, parameter(module, "weight"), None)
 
 
 @register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_keep_rms_norm, serves=_serves_rms_norm)
 class RMSNorm:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, _EPS[x.dtype] if self.eps is None else self.eps)
+        return rms_norm(x, parameter(self, "weight"), _EPS[x.dtype] if self.eps is None else self.eps)
 
 
 def _serves_gelu(module: Any, input: Tensor) -> bool:

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import _active_collector
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import gelu
-from ..patch import _KEPT, dense, droppable, register, unhooked
+from ..patch import _KEPT, dense, droppable, parameter, register, unhooked
 
 _KEPT[Conv1D] = "matrix product: torch's"
 
@@ -90,21 +90,20 @@ def _serves_attention(
     )
 
 
-def _kernel_serves(module: Any, interface, q: Tensor, k: Tensor, v: Tensor, mask: Any, p: Any, kwargs: dict) -> bool:
-    """Does the kernel do what interface(module, q, k, v, mask, dropout=p, scaling=module.scaling, **kwargs) does?"""
-    implementation = module.config._attn_implementation
-    if interface is not _INTERFACES.get(implementation) or not _READ.isdisjoint(kwargs):
+def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwargs: dict) -> bool:  # fmt: skip
+    """Does the kernel do what the function registered for `implementation` does with these?"""
+    own = _INTERFACES.get(implementation)
+    if own is None or ALL_ATTENTION_FUNCTIONS.get(implementation, own) is not own or not _READ.isdisjoint(kwargs):
         return False
+    scaling = module.scaling
     # torch's own kernels for a CPU answer NaN to a scale of 0 or less
-    if type(module.scaling) not in (float, int) or not module.scaling > 0 or not droppable(p):
-        return False
-    if "num_key_value_groups" in module.__dict__:
+    if type(scaling) not in (float, int) or not scaling > 0 or not droppable(p) or "num_key_value_groups" in module.__dict__:
         return False
     # caches may hold another dtype, batch or nothing
-    if not dense(q, k, v) or q.shape[-1] > MAX_HEAD_DIM or not q.numel() or not k.numel():
+    if not dense(q, k, v) or v.shape != k.shape or not q.numel() or not k.numel():
         return False
-    (B, H, _, D), Tk = q.shape, k.shape[2]
-    if k.shape != (B, H, Tk, D) or v.shape != k.shape or not _left_by_autocast(q):
+    (B, H, _, D), (Bk, Hk, Tk, Dk) = q.shape, k.shape
+    if D > MAX_HEAD_DIM or Dk != D or Hk != H or Bk != B or not _left_by_autocast(q):
         return False
     if implementation == "eager":
         # who hooks it may want the weights
@@ -144,9 +143,14 @@ class Attention:
         self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
         encoder_attention_mask=None, output_attentions=False, **kwargs,
     ):  # fmt: skip
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = self.c_attn(hidden_states).split(self.split_size, dim=2)
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
+        qkv, split = self.c_attn(hidden_states), self.split_size
+        if qkv.ndim == 3 and qkv.shape[2] == 3 * split:
+            # as below, in two views
+            B, T, _ = qkv.shape
+            q, k, v = qkv.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = qkv.split(split, dim=2)
+            q, k, v = (t.view(*t.shape[:-1], -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
         keys, values = k, v  # (B, H, T, D), by stride
         if past_key_values is not None:
             keys, values = past_key_values.update(k, v, self.layer_idx)
@@ -154,9 +158,8 @@ class Attention:
             if type(past_key_values) is DynamicCache and keys.shape == k.shape and keys.dtype == k.dtype:
                 keys, values = k, v
         implementation = self.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_gpt2.eager_attention_forward)
         p, weights = self.attn_dropout.p if self.training else 0.0, None
-        if _kernel_serves(self, interface, q, keys, values, attention_mask, p, kwargs):
+        if _kernel_serves(self, implementation, q, keys, values, attention_mask, p, kwargs):
             # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is
             # hidden
             causal = attention_mask is None and q.shape[2] > 1 and implementation == "sdpa" and self.is_causal
@@ -164,6 +167,7 @@ class Attention:
             o, _ = attention(q, keys, values, attention_mask, scale=self.scaling, dropout_p=p, window_right=right)
             o = o.transpose(1, 2)
         else:
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_gpt2.eager_attention_forward)
             o, weights = interface(self, q, keys, values, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
         o = o.reshape(*o.shape[:-2], -1).contiguous()
         return self.resid_dropout(self.c_proj(o)), weights
@@ -199,29 +203,35 @@ def _keep_mlp(module: Any) -> str | None:
     return None
 
 
+def _child(module: Any, name: str) -> Any:
+    """As module.<name>, without nn.Module.__getattr__."""
+    children = module._modules
+    return children[name] if name in children else getattr(module, name)
+
+
 def _serves_mlp(module: Any, hidden_states) -> bool:
-    c_fc, act = module.c_fc, module.act
+    c_fc, act = _child(module, "c_fc"), _child(module, "act")
+    if type(c_fc) is not Conv1D or _approximate(act) is None or not (unhooked(c_fc) and unhooked(act)):
+        return False
+    bias = parameter(c_fc, "bias")
     return (
-        type(c_fc) is Conv1D
-        and _approximate(act) is not None
-        and unhooked(c_fc)
-        and unhooked(act)
-        and c_fc.bias is not None
-        and dense(hidden_states, c_fc.weight, c_fc.bias)
+        bias is not None
+        and dense(hidden_states, parameter(c_fc, "weight"), bias)
         and hidden_states.is_contiguous()
         and hidden_states.ndim > 0
         and hidden_states.numel() > 0
         and (hidden_states.dtype.itemsize != 2 or _left_by_autocast(hidden_states))
-        and c_fc.bias.is_contiguous()
-        and c_fc.bias.shape == c_fc.weight.shape[1:] == (c_fc.nf,)
+        and bias.is_contiguous()
+        and bias.shape == (c_fc.nf,)
     )
 
 
 @register(modeling_gpt2.GPT2MLP, ("gelu",), "bias and GELU in one pass", unless=_keep_mlp, fuses=("act",), serves=_serves_mlp)
 class MLP:
     def forward(self, hidden_states):
-        c_fc = self.c_fc
-        hidden_states = gelu(hidden_states @ c_fc.weight, c_fc.bias, _approximate(self.act))
+        c_fc = _child(self, "c_fc")
+        hidden_states = hidden_states @ parameter(c_fc, "weight")
+        hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), _approximate(_child(self, "act")))
         return self.dropout(self.c_proj(hidden_states))
 
 
