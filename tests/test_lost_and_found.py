@@ -121,10 +121,9 @@ def test_a_real_pipe_without_a_reader_is_quiet_at_exit(tmp_path):
     (tmp_path / "r.json").write_text(run.dumps(bench_tools.result()))
     read, write = os.pipe()
     os.close(read)
-    script = (
-        f"import sys\nfrom gpt_kernels import cli\nsys.exit(cli.main(['bench', 'diff'] + 2 * [{str(tmp_path / 'r.json')!r}]))"
-    )
-    done = worker.subprocess.run([sys.executable, "-c", script], stdout=write, stderr=worker.subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "gpt_kernels", "bench", "diff", *2 * [str(tmp_path / "r.json")]]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = worker.subprocess.run(command, stdout=write, stderr=worker.subprocess.PIPE, text=True, env=buffered)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
