@@ -6,10 +6,11 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from grids import BACKEND, ISAS
+from grids import BACKEND, INTERPRETED, ISAS
 from op_checks import (
     assert_same,
     check_compile,
@@ -554,6 +555,26 @@ def test_bad_input_of_the_faces():
     check_raises(lambda: module.bwd(o, Q, K, V, o, lse, *options[:-1], True), RuntimeError, "attention_bwd: need_dbias without")
 
 
+@pytest.fixture
+def multiply_adds(monkeypatch):
+    """The interpreter's products of float32 in the order of the GPU's: one multiply-add after another, from the accumulator on."""
+    if BACKEND != "triton" or not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    whole = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *options):
+        if a.data.dtype != np.float32:
+            return whole(self, a, b, d, *options)
+        acc = d.data.copy()
+        for k in range(a.data.shape[-1]):
+            acc += a.data[:, k : k + 1] * b.data[k : k + 1]
+        return interpreter.TensorHandle(acc, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 def normwise(result, truth):
     """of dq, dk, dv, relative"""
     return [((r.double() - t).norm() / t.norm()).item() for r, t in zip(result[1:], truth[1:], strict=True)]
@@ -577,23 +598,23 @@ def test_long_float32_gradients_are_as_exact_as_torchs(T, group):
         assert a <= 2 * e, f"{name}: {a:.2e}, torch's flash kernel {e:.2e}"
 
 
-def test_float32_errors_do_not_grow_with_the_length():
-    """From T = 64 to 512, head dim 16; a running sum over the queries makes 2 and more of it (seen on the CUDA kernels)."""
+def test_float32_errors_do_not_grow_with_the_length(multiply_adds):
+    """Head dim 16; over 8 times the queries a running sum makes 2 and more of it."""
     errors = []
-    for T in (64, 512):
+    for T in (64, 256) if INTERPRETED else (64, 512):
         with use_backend("reference"):
             truth = causal_gradients(gpt_kernels.scaled_dot_product_attention, T, 16, dtype=torch.float64)
         errors.append(normwise(causal_gradients(gpt_kernels.scaled_dot_product_attention, T, 16), truth))
     for name, short, long in zip(("dq", "dk", "dv"), *errors, strict=True):
-        assert long <= 1.4 * short, f"{name}: {short:.2e}, then {long:.2e}"
+        assert long <= (1.25 if INTERPRETED else 1.4) * short, f"{name}: {short:.2e}, then {long:.2e}"
 
 
 @pytest.mark.parametrize("D", [16, 40, 64])
 @pytest.mark.parametrize("queries", [1, 2, 3, 40])
-def test_gradient_of_scores_of_some_hundred(queries, D):
+def test_gradient_of_scores_of_some_hundred(queries, D, multiply_adds):
     """Forward and backward have the same bits of a score, or exp(score - lse) magnifies what they differ by."""
-    q, k, v = torch.randn(2, 2, queries, D) * 300, torch.randn(2, 2, 70, D), torch.randn(2, 2, 70, D)
-    bias, dy = torch.randn(1, 1, queries, 70), torch.randn(2, 2, queries, D)
+    q, k, v = torch.randn(1, 2, queries, D) * 300, torch.randn(1, 2, 70, D), torch.randn(1, 2, 70, D)
+    bias, dy = torch.randn(1, 1, queries, 70), torch.randn(1, 2, queries, D)
     for mask in (None, bias):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             flash, truth = (

@@ -63,39 +63,34 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : kept < 6 ? 6 : 
 #pragma unroll
   for (int j = 0; j < kept; j++) raw[j] = row.load(x, me + j * peers);
 
-  float mu, variance, unit = 1;
-#pragma unroll 1
-  while (true) {
-    mu = 0;
-    if constexpr (centred) {
-      float sum[1] = {};
-      each_chunk<kept>(row, raw, x, me, peers, [&](int64_t, const float (&v)[V]) {
+  float mu = 0;
+  if constexpr (centred) {
+    float sum[1] = {};
+    each_chunk<kept>(row, raw, x, me, peers, [&](int64_t, const float (&v)[V]) {
 #pragma unroll
-        for (int k = 0; k < V; k++) sum[0] += v[k] * unit;
-      });
-      row_sum<block>(sum);
-      mu = sum[0] / float(N);
-    }
-    float sums[2] = {};  // of the centred row, of its squares
-    each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
-#pragma unroll
-      for (int k = 0; k < V; k++) {
-        const float d = row.inside(chunk, k) ? v[k] * unit - mu : 0.f;
-        if constexpr (centred) sums[0] += d;
-        sums[1] += d * d;
-      }
+      for (int k = 0; k < V; k++) sum[0] += v[k];
     });
-    if constexpr (centred) row_sum<block>(sums);
-    else row_sum<block>(*reinterpret_cast<float (*)[1]>(sums + 1));
-    const float off = sums[0] / float(N);
-    variance = sums[1] / float(N) - off * off;
-    mu += off;
-    // squares of elements from 1e19 on are infinite: once more, by an exact factor smaller
-    if (variance - variance == 0.f || unit < 1.f) break;
-    unit = 0x1p-80f;
+    row_sum<block>(sum);
+    mu = sum[0] / float(N);
   }
-  const float rs = unit / sqrtf((variance < 0.f ? 0.f : variance) + eps * unit * unit);
-  mu /= unit;
+  // of the centred row, of its squares, and of those an exact factor smaller: from elements of 1e19 on squares are infinite
+  constexpr float shrunk = 0x1p-80f;
+  float sums[3] = {};
+  each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      const float d = row.inside(chunk, k) ? v[k] - mu : 0.f;
+      if constexpr (centred) sums[0] += d;
+      sums[1] += d * d, sums[2] += d * shrunk * (d * shrunk);
+    }
+  });
+  if constexpr (centred) row_sum<block>(sums);
+  else row_sum<block>(*reinterpret_cast<float (*)[2]>(sums + 1));
+  const float off = sums[0] / float(N), variance = sums[1] / float(N) - off * off;
+  const bool infinite = !(variance < INFINITY);
+  const float finite = sums[2] / float(N) - off * shrunk * (off * shrunk);
+  const float rs = (infinite ? shrunk : 1.f) / sqrtf(infinite ? finite : (variance < 0.f ? 0.f : variance) + eps);
+  mu += off;
   each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
     const int64_t column = row.column(chunk);
     if (column >= N) return;
