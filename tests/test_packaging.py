@@ -1,7 +1,8 @@
 """Installing in clean environments: with and without a compiler, by wheel, by sdist, in isolation, under another torch.
 
-Each environment is a fresh venv that borrows the heavy packages of the running one by symbolic links. GPT_KERNELS_TEST_TORCH
-names the other torch (its wheel and what it depends on are downloaded: several GB).
+Each environment is a fresh venv that borrows the heavy packages of the running one by symbolic links. The wheel is also tried
+under every other torch that we promise, one after the other (several GB each are downloaded, and removed); GPT_KERNELS_TEST_TORCH
+names those to try instead: "2.10 2.15.0".
 """
 
 import json
@@ -20,9 +21,14 @@ import zipfile
 import pytest
 import torch
 
+from gpt_kernels.triton import PAIRS
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(1800)]
 ROOT = pathlib.Path(__file__).parents[1]
-OTHER_TORCH = os.environ.get("GPT_KERNELS_TEST_TORCH", "2.14.1")
+PINNED = re.search(r"^torch==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)[1]
+OTHERS = os.environ.get("GPT_KERNELS_TEST_TORCH", " ".join(m for m in PAIRS if m != PINNED.rpartition(".")[0])).split()
+# pip as on a machine without settings: no index but the public one, no constraint, and no copy kept of gigabytes
+STRANGER = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 
 CHECK = """
@@ -143,7 +149,7 @@ def test_a_gpu_gets_cuda_kernels_of_its_own(source, tmp_path):
     """Only nvidia-smi's answer is made up: the library is built, loaded and asked."""
     path = fake(tmp_path / "bin", "nvidia-smi", "echo 8.0; echo 8.0")
     python = make_venv(tmp_path / "venv")
-    output = pip(python, "--no-build-isolation", "--no-deps", source, PATH=path)
+    output = pip(python, "--no-build-isolation", "--no-deps", source, PATH=path, GPT_KERNELS_WERROR="1")
     assert "CUDA kernels for sm_80 compute_80" in output
     facts = check(python)
     assert facts["gpu"]["archs_built"] == ["sm_80", "compute_80"]
@@ -259,14 +265,17 @@ def test_wheel_works_where_it_is_installed(built, tmp_path):
 
 
 @needs_compiler
-def test_wheel_works_under_another_torch(built, tmp_path):
+@pytest.mark.parametrize("version", OTHERS)
+def test_wheel_works_under_every_other_torch(built, tmp_path, version):
     python = make_venv(tmp_path / "venv", borrow=False)
+    asked = f"torch=={version}" + ".*" * (version.count(".") == 1)
     try:
-        pip(python, "-q", f"torch=={OTHER_TORCH}", "numpy")
+        pip(python, "-q", asked, "numpy", **STRANGER)
     except AssertionError as refusal:
         reason = re.search(r"ERROR: .*", str(refusal))
-        pytest.skip(f"the registry did not give torch {OTHER_TORCH}: {reason.group() if reason else 'no reason'}")
+        pytest.skip(f"the registry did not give {asked}: {reason.group() if reason else 'no reason'}")
     pip(python, "--no-deps", built[0])
     facts = check(python)
-    assert facts["torch"].split("+")[0] == OTHER_TORCH != torch.__version__.split("+")[0]
+    shutil.rmtree(tmp_path)
+    assert facts["torch"].startswith(version) and facts["torch"].split("+")[0] != PINNED
     assert facts["library"]["built"] and all(w["CPU"].startswith("cpu") for w in facts["ops"].values())
