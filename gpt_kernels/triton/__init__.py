@@ -85,9 +85,10 @@ def _launcher(op: str) -> Callable:
 
     def call(*args):
         if not found:
-            found.append(getattr(importlib.import_module(f"{__name__}.{OPS[op]}"), op))
+            launcher, again = importlib.import_module(f"{__name__}.{OPS[op]}"), importlib.import_module(f"{__name__}.replay")
+            found.extend((getattr(launcher, op), again.call))
         try:
-            return found[0](*args)
+            return found[0](*args) if INTERPRETED else found[1](op, found[0], args)
         except Declined as reason:
             if dispatch.pushed(op) == "triton":
                 raise RuntimeError(f"{op}: the Triton kernels cannot serve it: {reason}") from reason

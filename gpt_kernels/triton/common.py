@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -228,6 +229,20 @@ class Launch:
 
 
 _recording: list[Launch] | None = None
+local = threading.local()  # .recorder: what writes down a thread's launches for replay.py
+generation = 0  # of the choice of launch parameters: replay.py asks anew after each
+
+
+def unsettled() -> None:
+    """The parameters of the launch to come are for this time only."""
+    if (recorder := getattr(local, "recorder", None)) is not None:
+        recorder.whole = False
+
+
+def changed() -> None:
+    """Launch parameters may be others from now on."""
+    global generation
+    generation += 1
 
 
 @contextlib.contextmanager
@@ -258,11 +273,12 @@ def launch(kernel: Any, grid: Sequence[int], like: Tensor, *args, **parameters) 
 
         mend_bfloat16()
         kernel[grid](*args, **parameters)
-    elif like.device.index == torch.cuda.current_device():
-        kernel[grid](*args, **parameters)
     else:
-        with torch.cuda.device(like.device):
-            kernel[grid](*args, **parameters)
+        here = like.device.index == torch.cuda.current_device()
+        with contextlib.nullcontext() if here else torch.cuda.device(like.device):
+            compiled = kernel[grid](*args, **parameters)
+        if (recorder := getattr(local, "recorder", None)) is not None:
+            recorder.launched(kernel, compiled, grid, args, parameters)
 
 
 def cdiv(a: int, b: int) -> int:

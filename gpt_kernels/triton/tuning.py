@@ -88,6 +88,7 @@ class Tunable:
             if measured is None and AUTOTUNE:
                 measured = self._measure_now(arch, key, device)
                 if measured is None:  # not now: the next launch may
+                    common.unsettled()
                     return chosen
             if measured is not None:
                 chosen = measured
@@ -129,6 +130,7 @@ class Tunable:
     def forget(self) -> None:
         """Choose anew from now on, after a measurement."""
         self._chosen.clear()
+        common.changed()
 
     @contextlib.contextmanager
     def override(self, parameters: Parameters) -> Iterator[None]:
