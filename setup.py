@@ -5,7 +5,7 @@ GPT_KERNELS_BUILD=auto (default): what can be built, as above.
                   cpu:  the C++ kernels or fail.      cuda: these and the CUDA kernels or fail; no GPU is needed.
                   none: nothing.
                   sim, sim_tsan, sim_asan: csrc/cuda on its CPU model csrc/sim, for the tests; never part of a wheel.
-GPT_KERNELS_CUDA_ARCHS="80 90a": machine code for these, instead of this machine's GPUs (auto) or all supported (cuda).
+GPT_KERNELS_CUDA_ARCHS="80 90": machine code for these, not for this machine's GPUs (auto) or all that nvcc and we know (cuda).
 
 torch is never imported here: its headers are found beside the Python that runs this, also from inside pip's isolated
 build environment, so `pip install .` downloads no second torch and takes about a minute.
@@ -81,42 +81,71 @@ def plan():
     if wish == "cuda" and not find_nvcc():
         sys.exit("GPT_KERNELS_BUILD=cuda, but there is no nvcc: install the CUDA toolkit, set CUDA_HOME or PATH")
     cpu = f"C++ kernels for the CPU, with {find_compiler()}"
-    if wish == "cuda" or (wish == "auto" and find_nvcc() and cuda_archs()):
-        return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}"
+    old = find_nvcc() and (nvcc_version() or OLDEST_CUDA) < OLDEST_CUDA
+    too_old = f"nvcc is of CUDA {dotted(nvcc_version())}, the oldest is {dotted(OLDEST_CUDA)}" if old else ""
+    if wish == "cuda" and old:
+        sys.exit(f"GPT_KERNELS_BUILD=cuda, but {too_old}")
+    if wish == "cuda" or (wish == "auto" and find_nvcc() and not old and cuda_archs()):
+        left = [a for a in CUDA_ARCHS.split() if a not in known_archs()]
+        unknown = f", which does not know {' '.join(left)}" if left else ""
+        return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}{unknown}"
     if wish == "cpu":
         why = "GPT_KERNELS_BUILD=cpu"
     else:
-        why = "no GPU from sm_80 on here" if find_nvcc() else "no nvcc found"
+        why = too_old or ("no GPU from sm_80 on here" if find_nvcc() else "no nvcc found")
     return ["cpu"], f"{cpu}; CUDA kernels: none, {why} (GPT_KERNELS_BUILD=cuda to have them)"
 
 
+def said_by(*command):
+    """What a command prints, nothing where it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+def dotted(version):
+    return ".".join(map(str, version))
+
+
+def nvcc_version():
+    """(12, 4), or None where nvcc does not say."""
+    found = re.search(r"release (\d+)\.(\d+)", said_by(find_nvcc(), "--version"))
+    return tuple(map(int, found.groups())) if found else None
+
+
+def known_archs():
+    """Those of CUDA_ARCHS that the nvcc at hand has machine code for; all where it does not say."""
+    known = re.findall(r"sm_(\w+)", said_by(find_nvcc(), "--list-gpu-code"))
+    return [a for a in CUDA_ARCHS.split() if a in known or not known]
+
+
 def gpus_archs():
-    """The entries of CUDA_ARCHS for the GPUs of this machine, as nvidia-smi names them; none without one."""
+    """The entries of known_archs() for the GPUs of this machine, as nvidia-smi names them; none without one."""
     smi = shutil.which("nvidia-smi")
     query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True).stdout if smi else ""
     present = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.M)}
-    # code runs on later ones of its generation, but for an `a`; all others get the PTX of the oldest
-    number = {a: number_of(a) for a in CUDA_ARCHS.split()}
-    serves = {gpu: [a for a, n in number.items() if n == gpu or (a.isdigit() and n // 10 == gpu // 10 and n < gpu)]
-              for gpu in present if gpu >= min(number.values())}  # fmt: skip
-    return sorted({found[-1] if found else min(number, key=number.get) for found in serves.values()}, key=number.get)
+    # code runs on later ones of its generation; all others get the PTX of the oldest
+    archs = [int(a) for a in known_archs()]
+    serves = {gpu: [a for a in archs if a // 10 == gpu // 10 and a <= gpu] for gpu in present if gpu >= min(archs)}
+    return [str(a) for a in sorted({found[-1] if found else min(archs) for found in serves.values()})]
 
 
 def cuda_archs():
     """Machine code for each, and the PTX of the oldest: every GPU since runs it, also those that a newer one leaves out."""
-    named = os.environ.get("GPT_KERNELS_CUDA_ARCHS") or (CUDA_ARCHS if os.environ.get("GPT_KERNELS_BUILD") == "cuda" else "")
-    archs = named.split() or gpus_archs()
+    every = known_archs() if os.environ.get("GPT_KERNELS_BUILD") == "cuda" else []
+    archs = os.environ.get("GPT_KERNELS_CUDA_ARCHS", "").split() or every or gpus_archs()
     return [*(f"sm_{a}" for a in archs), f"compute_{min(map(number_of, archs))}"] if archs else []
 
 
 def gencodes(source):
     """nvcc's options. Its passes down to PTX take most of the time: one serves every architecture, but where the source chooses
-    tiles by architecture one serves 80, 86 and 89, and each `a` has its own."""
+    tiles by architecture one for each generation."""
     by_arch, families = "tile_arch" in source.read_text(), {}
     for code in cuda_archs():
         number = code.partition("_")[2]
-        family = (number[:-1] if number.isdigit() else number) if by_arch else "all"
+        family = number_of(number) // 10 if by_arch else "all"
         families.setdefault(family, []).append(code if by_arch else code.rstrip("af"))
     oldest = {family: min((c.partition("_")[2] for c in codes), key=number_of) for family, codes in families.items()}
     return [f"-gencode=arch=compute_{oldest[family]},code=[{','.join(codes)}]" for family, codes in families.items()]
@@ -127,7 +156,8 @@ def number_of(arch):
 
 
 SIMULATORS = ("sim", "sim_tsan", "sim_asan")
-CUDA_ARCHS = "80 86 89 90a 100a 120a"
+CUDA_ARCHS = "80 86 89 90 100 120"  # plain ones, which later GPUs of their generation run, too
+OLDEST_CUDA = (12, 4)
 SOURCES = {"cpu": ["csrc/cpu/*.cpp"], "cuda": ["csrc/cuda/*.cu"]}
 SOURCES |= {kind: ["csrc/cuda/*.cu", "csrc/sim/*.cpp"] for kind in SIMULATORS}
 
@@ -177,7 +207,8 @@ class BuildKernels(build_ext):
                 "-std=c++17", "-O3", *WERROR, "-ccbin", find_compiler(), "-Xcompiler", host,
                 f'-DGK_CUDA_ARCHS="{" ".join(cuda_archs())}"', "-DUSE_CUDA", TORCH_TARGET_FLAG, "-isystem", torch / "include",
             ]  # fmt: skip
-            libraries += [*cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            # a torch with CUDA keeps its streams in libtorch_cuda, which Python loads for itself alone: libtorch leads to them
+            libraries += ["-ltorch", *cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         elif kind in SIMULATORS:
             sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []
             # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sim.cpp)

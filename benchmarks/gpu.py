@@ -1,8 +1,9 @@
 """The GPU kit: make gpu, or python -m benchmarks.gpu. Not yet executed by us on a GPU.
 
-Runs on a machine with a GPU: the op tests on the device, the tests of tests/gpu (graph capture, streams, races, memory),
-compute-sanitizer where it is installed, and every benchmark against eager and torch.compile; all of it on the Triton kernels
-and, where they were built, on the CUDA C++ kernels, with both beside PyTorch in a table. Writes one JSON and one Markdown
+Runs on a machine with a GPU: one call per op first, then the op tests on the device, the tests of tests/gpu (graph capture,
+streams, races, memory), compute-sanitizer where it is installed, what a call costs the host, and every benchmark against eager
+and torch.compile; all of it on the Triton kernels and, where they were built, on the CUDA C++ kernels, with both beside PyTorch
+in a table. Writes one JSON and one Markdown
 report into benchmarks/results/, to be pasted into an issue whatever it says. Exit codes: 0 all passed, 1 something failed,
 2 no GPU. `--device cpu` with TRITON_INTERPRET=1 rehearses the kit itself on a CPU, and reports no figures.
 """
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -32,11 +34,12 @@ from gpt_kernels import cache, dispatch, triton
 from gpt_kernels.bench.environment import ROOT, environment
 from gpt_kernels.bench.report import markdown as row_table
 from gpt_kernels.bench.run import TARGETS, scrub
-from gpt_kernels.cli import FAMILIES
+from gpt_kernels.cli import FAMILIES, streams
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 DRY = "dry run on a CPU: no figures"
 HOURS = 3600
+jobs: list[str] = []  # pytest's options for several processes
 
 
 @dataclass
@@ -72,11 +75,65 @@ def backends(device: str) -> list[str]:  # the last serves by default
     return ["triton", *["cuda"] * bool(device == "cuda" and dispatch.cuda_archs())]
 
 
+def smoke(device: str, backend: str) -> Stage:
+    """One call per op, in a process of its own, forward and backward: what fails here would fail everywhere below."""
+    name = f"smoke, {backend}"
+    done = command([sys.executable, "-m", "benchmarks.gpu", "--smoke", device, backend])
+    lines = done.stdout.strip().splitlines()
+    summary = lines[-1] if lines else f"ended with {done.returncode}"
+    return Stage(name, "failed" if done.returncode else "passed", summary, last_lines(done.stderr) if done.returncode else [])
+
+
+def run_smoke(device: str, backend: str) -> int:
+    """Prints what was called; failures, one line each, on stderr."""
+    failed, done = [], set()
+    with dispatch.use_backend(backend):
+        for name, args in first_calls(backend, device):
+            done.add(name)
+            try:
+                op(name)(*args)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:  # each op is asked
+                failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    streams = dispatch.cuda_library.gpt_kernels_cuda_streams() if backend == "cuda" and dispatch.cuda_library else None
+    bound = f", torch's streams from {pathlib.Path(streams.decode()).name}" if streams else ""
+    print("\n".join(failed), file=sys.stderr)
+    print(f"{len(done) - len(failed)} of {len(done)} ops{bound}")
+    return bool(failed)
+
+
+def host_cost(device: str, backend: str) -> Stage:
+    """Microseconds until a call of a small problem returns, the GPU not waited for: what a model of small layers pays."""
+    name = f"host cost, {backend}"
+    done = command([sys.executable, "-m", "benchmarks.gpu", "--host", device, backend])
+    return Stage(name, "failed" if done.returncode else "passed", done.stdout.strip() or "nothing",
+                 last_lines(done.stderr) if done.returncode else [])  # fmt: skip
+
+
+def run_host_cost(device: str, backend: str) -> int:
+    loops, seen = (3, {}) if device == "cpu" else (200, {})
+    with torch.no_grad(), dispatch.use_backend(backend):
+        for name, args in first_calls(backend, device):
+            rounds = []
+            for _ in range(6):  # the first compiles
+                begin = time.perf_counter()
+                for _ in range(loops):
+                    op(name)(*args)
+                rounds.append((time.perf_counter() - begin) / loops)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            seen[name] = min(rounds[1:]) * 1e6
+    figures = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in seen.items())
+    print(DRY if device == "cpu" else f"{figures} us")
+    return 0
+
+
 def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage:
     """A run of pytest, read from its XML: counts, and one line for each failure."""
     with tempfile.TemporaryDirectory() as folder:
         xml = pathlib.Path(folder) / "junit.xml"
-        done = command([sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", *arguments], **variables)
+        done = command([sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", *jobs, *arguments], **variables)
         if not xml.exists():
             return Stage(name, "failed", f"pytest ended with {done.returncode}", last_lines(done.stderr or done.stdout))
         cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
@@ -126,15 +183,35 @@ def sanitizer(device: str, tool: str) -> Stage:
     return Stage(name, "failed" if done.returncode else "passed", summary, last_lines(done.stdout) if done.returncode else [])
 
 
+def op(name: str) -> Callable:
+    return getattr(getattr(torch.ops, dispatch.NAMESPACE), name).default
+
+
+def calls_of(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str, tuple]]:
+    """(what, op, arguments): small calls of every op with every kind of argument."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from kernel_calls import every_call, with_kernel
+
+    return with_kernel(backend, every_call(dtype, device))
+
+
+def first_calls(backend: str, device: str) -> Iterator[tuple[str, tuple]]:
+    """(op, arguments) once per op, and no call of another kind, each of which Triton would compile."""
+    left = {name for name in dispatch.ops() if backend in dispatch._ops[name].kernels}
+    for _, name, args in calls_of(backend, torch.bfloat16, device):
+        if name in left:
+            yield name, args
+            left.discard(name)
+        if not left:
+            return
+
+
 def run_slice(device: str) -> None:
     """What the sanitizer watches."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from kernel_calls import every_call, op, with_kernel
-
     for backend in backends(device):
         with dispatch.use_backend(backend) if device == "cuda" else contextlib.nullcontext():
             for dtype in (torch.float32, torch.bfloat16):
-                for _, name, args in with_kernel(backend, every_call(dtype, device)):
+                for _, name, args in calls_of(backend, dtype, device):
                     op(name)(*args)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -168,9 +245,10 @@ def last_lines(text: str, count: int = 12) -> list[str]:
 
 
 def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
-    chosen: list[Callable[[], Stage]] = []
+    chosen: list[Callable[[], Stage]] = [functools.partial(smoke, device, backend) for backend in backends(device)]
     for backend in backends(device):
         chosen += [functools.partial(test, device, quick, backend) for test in (op_tests, launch_tests)]
+        chosen.append(functools.partial(host_cost, device, backend))
     if consan:
         chosen.append(functools.partial(launch_tests, device, True, "triton", TRITON_INSTRUMENTATION_MODE="consan"))
     chosen += [functools.partial(sanitizer, device, tool) for tool in TOOLS]
@@ -276,8 +354,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
     )
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
+    few = max(1, min(8, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=few, metavar="N", help="processes for the tests (default: %(default)s)")
     parser.add_argument("--slice", metavar="DEVICE", help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
+    parser.add_argument("--host", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.smoke:
+        return run_smoke(*args.smoke)
+    if args.host:
+        return run_host_cost(*args.host)
+    jobs[:] = ["-n", str(args.jobs)] if args.jobs > 1 and importlib.util.find_spec("xdist") else []
     if args.slice:
         run_slice(args.slice)
         return 0
@@ -295,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.device == "cpu") != triton.INTERPRETED:
         return refuse("TRITON_INTERPRET=1 goes with --device cpu, and only with it")
     folder = args.out or ROOT / "benchmarks" / ("results" if args.device == "cuda" else "out")
-    return run(args.device, args.quick, args.consan, folder)
+    with streams():  # hours of stages do not end with who reads of them
+        return run(args.device, args.quick, args.consan, folder)
 
 
 if __name__ == "__main__":

@@ -31,15 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gpt_kernels.triton import INTERPRETED, absence
-from gpt_kernels.triton.common import PROCESSORS, Launch
+from gpt_kernels.triton.common import FAMILIES, Launch, family
 
 from . import sass
 from .static_cases import ARCHS, PROBLEMS, Case, matrix
 
 BASELINE = pathlib.Path(__file__).parent / "budgets" / "triton.json"
-SHARED_LIMIT = {
-    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx90a": 64, "gfx942": 64
-}  # KB of a CTA # fmt: skip
 MATRIX = {
     "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA",
     "gfx90a": "v_mfma", "gfx942": "v_mfma",
@@ -97,8 +94,9 @@ class _Pretended:
     arch: str
 
     def get_current_target(self) -> GPUTarget:
+        wave = FAMILIES[str(family(self.arch))].wave
         nvidia = self.arch.startswith("sm_")
-        return GPUTarget("cuda", int(self.arch[3:]), 32) if nvidia else GPUTarget("hip", self.arch, 64)
+        return GPUTarget("cuda", int(self.arch[3:]), wave) if nvidia else GPUTarget("hip", self.arch, wave)
 
     def get_current_device(self) -> str:
         return self.arch  # the JIT keeps what it compiled by device
@@ -222,8 +220,8 @@ class Row:
         if self.facts is None:
             return [self.error]
         f, arch, problem, found = self.facts, self.case.arch, self.case.problem, list(self.lacks)
-        if f.shared > SHARED_LIMIT[arch] * 1024:
-            found.append(f"needs {f.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]} KB")
+        if f.shared > FAMILIES[arch].shared * 1024:
+            found.append(f"needs {f.shared} bytes of shared memory, {arch} has {FAMILIES[arch].shared} KB")
         if not f.ctas:
             found.append(f"does not fit on a processor: {f.limit}")
         if f.spills and not self.excepted(SPILLS):
@@ -304,7 +302,7 @@ def _regions(launch: Launch, compiled, case: Case) -> tuple[sass.Region, ...]:
         return ()
     f, kernel = facts(compiled, case.arch), _read(compiled.asm["cubin"])
     grid = functools.reduce(lambda a, b: a * b, launch.grid)
-    ctas = max(1, min(f.ctas, -(-grid // PROCESSORS[case.arch])))
+    ctas = max(1, min(f.ctas, -(-grid // FAMILIES[case.arch].processors)))
     warps = launch.parameters.get("num_warps", 4)  # of the loops; specialised warps beside them wait and copy
     share = useful(launch, case.problem.columns)
     return tuple(sass.region(kernel, code, warps, ctas, share) for code in sass.regions(kernel))

@@ -18,7 +18,7 @@ from gpt_kernels import triton as backend
 from gpt_kernels.triton import common
 from gpt_kernels.triton.common import Launch
 
-ARCHS = tuple(common.PROCESSORS)
+ARCHS = tuple(name for name in common.FAMILIES if not name.startswith("gfx1"))  # whose machine code we read
 PR_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -248,7 +248,7 @@ class Case:
         with _recording_liger(self.arch) as launches:
             self.problem.liger(Inputs(DTYPES[self.dtype], self.problem.aligned))
         # its backwards launch one program per processor, and know none where the tensors are not on a GPU
-        programs = common.PROCESSORS[self.arch]
+        programs = common.FAMILIES[self.arch].processors
         for n, launch in enumerate(launches):
             if launch.grid == (1,):
                 rows = {k: common.cdiv(v, programs) for k, v in launch.parameters.items() if k == "rows_per_program"}

@@ -72,7 +72,8 @@ inline Tensor new_heads(const Tensor& t, int64_t B, int64_t H, int64_t T, int64_
 inline void check_heads(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
   check_device(op, name, t), check_dtype(op, name, t, dtype);
   GK_CHECK(t.dim() == 4, op, ": ", name, " must be 4-dimensional (batch, heads, tokens, head_dim), got shape ", shape_text(t));
-  GK_CHECK(t.stride(3) == 1 || t.size(3) <= 1, op, ": ", name, " must be contiguous in its last dimension, its stride there is ",
+  // the strides of a tensor of no elements are anybody's: a sum's gradient has 0, and counts as contiguous
+  GK_CHECK(t.stride(3) == 1 || t.size(3) <= 1 || t.numel() == 0, op, ": ", name, " must be contiguous in its last dimension, its stride there is ",
            t.stride(3));
   GK_CHECK(t.size(3) <= max_head_dim, op, ": ", name, " has head_dim ", t.size(3), ", the limit is ", max_head_dim);
 }

@@ -1,5 +1,6 @@
 """Fused kernels for a GPT: one API over C++ (CPU) and Triton (GPU) kernels and their PyTorch reference."""
 
+from . import gpu as _gpu
 from . import triton as _triton
 from .dispatch import isa, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
@@ -22,3 +23,4 @@ from .verify import verify
 from .version import __version__
 
 _triton.register()
+_gpu.settle()

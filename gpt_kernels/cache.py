@@ -12,11 +12,27 @@ import stat
 import tempfile
 
 
+class NoHome(OSError):
+    """There is no place for a cache."""
+
+
+def home() -> pathlib.Path | None:
+    """The user's folder; None in a container without HOME whose user /etc/passwd does not know."""
+    try:
+        return pathlib.Path.home()
+    except (RuntimeError, KeyError):
+        return None
+
+
 def directory() -> pathlib.Path:
-    """$XDG_CACHE_HOME/gpt_kernels, else ~/.cache/gpt_kernels; not created, not checked."""
+    """$XDG_CACHE_HOME/gpt_kernels, else ~/.cache/gpt_kernels; not created, not checked. Raises NoHome where there is none."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     # a relative XDG_CACHE_HOME is invalid and to be ignored (XDG base directory specification)
-    return (pathlib.Path(root) if os.path.isabs(root) else pathlib.Path.home() / ".cache") / "gpt_kernels"
+    if os.path.isabs(root):
+        return pathlib.Path(root) / "gpt_kernels"
+    if (folder := home()) is None:
+        raise NoHome("no home directory is known: set HOME or XDG_CACHE_HOME")
+    return folder / ".cache" / "gpt_kernels"
 
 
 def problem(path: pathlib.Path) -> str | None:
@@ -25,6 +41,8 @@ def problem(path: pathlib.Path) -> str | None:
         status = os.lstat(path)
     except FileNotFoundError:
         return None
+    except OSError as error:  # HOME=/dev/null, a home that we may not look into
+        return f"{path}: {error.strerror}"
     if stat.S_ISLNK(status.st_mode):
         return f"{path} is a symbolic link"
     if status.st_uid != os.getuid():

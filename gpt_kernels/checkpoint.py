@@ -13,13 +13,13 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, PRESETS, GPTConfig, _same
 
 _ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
 _HF_FIELDS = {
@@ -38,6 +38,7 @@ _HF_FIELDS = {
     "initializer_range": "initializer_range",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 # transformers' defaults where they differ from ours; older config.json files leave them out
 _HF_DEFAULTS = {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}
@@ -49,11 +50,10 @@ def config_from_hf(config: dict, overrides: dict) -> GPTConfig:
     if config.get("model_type") != "gpt2":
         raise ValueError(f"GPT: config has model_type {config.get('model_type')!r}, only 'gpt2' is supported")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"GPT: activation_function {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
-    for name, wanted in (("add_cross_attention", False), ("tie_word_embeddings", True)):
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"GPT: config has {name}={config[name]}, only {wanted} is supported")
+    if config.get("add_cross_attention", False) is not False:
+        raise ValueError(f"GPT: config has add_cross_attention={config['add_cross_attention']}, only False is supported")
     known = {field.name for field in fields(GPTConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
@@ -64,13 +64,13 @@ def config_from_hf(config: dict, overrides: dict) -> GPTConfig:
     return GPTConfig(**{**values, **overrides})
 
 
-def _config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict:
+def _config_to_hf(config: GPTConfig, dtype: torch.dtype, tied: bool) -> dict:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new" if config.approximate == "tanh" else "gelu",
         **{theirs: getattr(config, ours) for theirs, ours in _HF_FIELDS.items()},
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -93,6 +93,8 @@ def _hf_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"transformer.h.{i}.{part}.bias", shape[-1:]
     yield "transformer.ln_f.weight", (C,)
     yield "transformer.ln_f.bias", (C,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, C)
 
 
 def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | None = None) -> GPT:
@@ -103,7 +105,7 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
     if len(prefixed) < len(source):
         raise ValueError(f"{caller}: a tensor is there twice, with and without the prefix transformer.")
     source = prefixed
-    # old files carry the causal mask as buffers; lm_head is wte
+    # old files carry the causal mask as buffers, and lm_head though it is wte
     ignored = {n for n in source if n == "lm_head.weight" or n.endswith((".attn.bias", ".attn.masked_bias"))}
     expected: dict[str, tuple[int, ...]] = {}
     dtypes = set()
@@ -121,6 +123,12 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
         raise ValueError(f"{caller}: tensor {unexpected[0]} is not part of a GPT-2 ({len(unexpected)} such)")
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"{caller}: tensors have dtypes {', '.join(sorted(map(str, dtypes)))}; pass dtype to convert")
+    head, wte = source.get("lm_head.weight"), source["transformer.wte.weight"]
+    if config.tie_word_embeddings and head is not None and not _same(head[:], wte[:]):
+        raise ValueError(
+            f"{caller}: lm_head.weight differs from transformer.wte.weight, and config ties them; "
+            "tie_word_embeddings=False keeps this head, without it in the file the embedding serves"
+        )
     dtype = dtype or dtypes.pop()
     with torch.device("meta"):
         model: Any = GPT(config)
@@ -133,9 +141,8 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
         t = source[name][:]
         # always a copy of its own: a file's memory map must not outlive the file
         tensors[name] = (t.mT if _is_conv1d(name) else t).to(dtype, copy=True, memory_format=torch.contiguous_format)
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     model.load_state_dict(tensors, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
 
 
@@ -221,11 +228,25 @@ def _write_whole(path: pathlib.Path, write: Callable[[str], object]) -> None:
         raise
 
 
+def _cached(name: str) -> pathlib.Path:
+    """Where huggingface_hub keeps a model that was downloaded before."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        from huggingface_hub import try_to_load_from_cache
+
+        # the four of OpenAI are known by their bare names, too
+        for repository in (name, f"openai-community/{name}") if name in PRESETS else (name,):
+            if isinstance(found := try_to_load_from_cache(repository, "config.json"), str):
+                return pathlib.Path(found).parent
+    raise FileNotFoundError(
+        f"from_pretrained: {name} is neither a folder nor a model in the local Hugging Face cache (models are never downloaded)"
+    )
+
+
 def load(path: str | os.PathLike, dtype: torch.dtype | None, overrides: dict) -> GPT:
     """GPT.from_pretrained."""
     folder = pathlib.Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"from_pretrained: {folder} is not a folder (models are never downloaded)")
+        folder = _cached(str(path))
     config = config_from_hf(_read_json(folder / "config.json"), overrides)
     with contextlib.ExitStack() as stack:
         return assemble(config, _open_safetensors(folder, stack), "from_pretrained", dtype)
@@ -239,11 +260,12 @@ def save(model: GPT, path: str | os.PathLike) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     own = model.state_dict()
     tensors = {}
-    for name, shape in _hf_shapes(model.config):
+    # as it is: load_state_dict(assign=True) or a user may have given it a head of its own
+    for name, shape in _hf_shapes(replace(model.config, tie_word_embeddings=model.tied)):
         if name in own:
             tensors[name] = (own[name].mT if _is_conv1d(name) else own[name]).contiguous()
         else:
             tensors[name] = own["transformer.wte.weight"].new_zeros(shape)
-    config = json.dumps(_config_to_hf(model.config, model.lm_head.weight.dtype), indent=2) + "\n"
+    config = json.dumps(_config_to_hf(model.config, model.lm_head.weight.dtype, model.tied), indent=2) + "\n"
     _write_whole(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _write_whole(folder / "config.json", lambda file: pathlib.Path(file).write_text(config))

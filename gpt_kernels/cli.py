@@ -6,8 +6,12 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or nothing to run on, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from .version import __version__
 
@@ -16,6 +20,72 @@ FAMILIES = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_
 
 class UserError(Exception):
     """Something the user can mend; printed without a traceback, exit code 2."""
+
+
+# ---- standard output and error ----
+
+_SPELLED = {"µ": "u", "±": "+-", "×": "x"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Of characters that a terminal has no code for."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+codecs.register_error("gpt_kernels", _spell)
+
+
+class _Stream:
+    """A standard stream that cannot end a command: what was measured must not be lost where the reader of a pipe has left, the
+    disk is full or the terminal is ASCII. What cannot be written is dropped, `failure` says why."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.failure = stream, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                coding = self.stream.encoding
+                self.stream.write(text.encode(coding, "gpt_kernels").decode(coding))
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as error:
+            self._drop(error)
+
+    def _drop(self, error: Any) -> None:
+        self.failure = self.failure or error
+        with contextlib.suppress(OSError, ValueError):  # what is in its buffer must not fail again at exit
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[tuple[_Stream, _Stream]]:
+    """sys.stdout and sys.stderr inside the block; there, too, where Python was started without them."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as null:
+        out, err = (_Stream(null if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        try:
+            yield out, err
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+# ---- arguments ----
 
 
 def _positive(text: str) -> int:
@@ -150,7 +220,17 @@ def _bench(command: str, arguments: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    with streams() as (out, _):
+        code = _main(sys.argv[1:] if argv is None else argv)
+        out.flush()
+        if out.failure is None:
+            return code
+        if not isinstance(out.failure, BrokenPipeError):  # a reader who has seen enough (| head) is not worth a word
+            print(f"gpt_kernels: standard output: {getattr(out.failure, 'strerror', None) or out.failure}", file=sys.stderr)
+        return code or 1
+
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ["bench"] and argv[1:2] in (["diff"], ["report"]):  # commands of their own, not targets
         argv = [f"bench-{argv[1]}", *argv[2:]]
     arguments = vars(_parser().parse_args(argv))
@@ -181,9 +261,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"gpt_kernels {spoken}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output left (| head): not worth a word, at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         print(f"gpt_kernels {spoken}: {error}", file=sys.stderr)
         return 1

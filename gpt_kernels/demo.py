@@ -355,21 +355,28 @@ def demo(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
     _check(settings)
     documents = standard_library() if settings.data is None else user_text(settings.data)
-    began, status = time.monotonic(), 0
+    began, status, failure = time.monotonic(), 0, None
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "runs": {}, "left_out": {}, "failed": {}}
+    result["environment"] = info()  # before there is anything that an error could lose
     try:
         with tempfile.TemporaryDirectory(prefix="gpt_kernels-demo-", ignore_cleanup_errors=True) as folder:
             _run_all(settings, documents, folder, result)
     except KeyboardInterrupt:
         status = 130
         print("\nstopped; what there is:", flush=True)
+    except Exception as error:
+        if not result["runs"]:
+            raise
+        status, failure = 130, error
     # a second Ctrl-C must not cut the files in half
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        result |= {"interrupted": status == 130, "seconds": round(time.monotonic() - began, 1), "environment": info()}
+        result |= {"interrupted": status == 130, "seconds": round(time.monotonic() - began, 1)}
         _report(settings, result)
     finally:
         signal.signal(signal.SIGINT, previous)
+    if failure is not None:
+        raise failure
     return status or int(bool(result["failed"]) or result.get("verified") is False)
 
 
@@ -377,6 +384,8 @@ def _run_all(settings: Settings, documents: list[str], folder: str, result: dict
     import numpy
 
     training, held_out = split(documents)
+    if not training or not held_out:
+        raise UserError(f"--data {settings.data}: too small, {sum(map(len, documents))} characters")
     tokenizer, origin = train_tokenizer(training, settings.vocab)
     job: dict[str, Any] = {"settings": dataclasses.asdict(settings), "end": tokenizer.token_to_id(END)}
     for name, texts in (("train", training), ("held_out", held_out)):
@@ -546,8 +555,21 @@ def plot(runs: dict[str, dict[str, Any]], settings: Settings, path: pathlib.Path
 
 
 def _report(settings: Settings, result: dict[str, Any]) -> None:
+    """Files first: what was trained is there whatever becomes of the words about it."""
     runs, out = result["runs"], pathlib.Path(settings.out)
+    try:
+        cache.write_atomically(out / "result.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)
+    finally:  # where the disk is full, the table is all there is
+        _show(settings, result)
     written = [out / "result.json"]
+    if runs:
+        plot(runs, settings, out / "demo.png")
+        written.insert(0, out / "demo.png")
+    print(f"{result['seconds']:.0f} s; written: {', '.join(map(str, written))}", flush=True)
+
+
+def _show(settings: Settings, result: dict[str, Any]) -> None:
+    runs = result["runs"]
     for run, facts in runs.items():
         if "sample" in facts:
             print(f"\n--- {LABELS[run]} goes on from {result['prompt'][-60:]!r} ---\n{facts['sample'].strip()}")
@@ -558,11 +580,7 @@ def _report(settings: Settings, result: dict[str, Any]) -> None:
         for run, facts in runs.items():
             if facts["steps"] < settings.steps:
                 print(f"{LABELS[run]} ended at step {facts['steps']} of {settings.steps}")
-        plot(runs, settings, out / "demo.png")
-        written.insert(0, out / "demo.png")
     for run, reason in result["left_out"].items():
         print(f"no {LABELS[run]} run: {reason}")
     if result["failed"]:
         print(f"failed: {', '.join(result['failed'])}")
-    cache.write_atomically(out / "result.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)
-    print(f"{result['seconds']:.0f} s; written: {', '.join(map(str, written))}", flush=True)

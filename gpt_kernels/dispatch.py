@@ -33,7 +33,10 @@ class _Op:
     reference: Callable
     kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # backend -> (device key, function)
     absent: dict[str, str] = field(default_factory=dict)  # backend -> why it has no kernel
+    # backend -> why its kernel leaves the GPU at hand to the reference, None where it doesn't
+    declines: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     cuda: str | None = None  # the backend that fills the CUDA slot
+    shared: bool = False  # with Triton, which serves large calls
 
 
 _ops: dict[str, _Op] = {}
@@ -61,11 +64,14 @@ def define(schema: str, reference: Callable):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[Callable], Callable]:
+def kernel(
+    op: str, backend: str, key: str, default: bool = False, declines: Callable[[], str | None] = lambda: None
+) -> Callable[[Callable], Callable]:
     """Decorator: the function, with the schema's arguments, is `backend`'s kernel of `op` for tensors of device `key`.
 
-    key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. Raises
-    ValueError for an unknown op or key, for the names of the built-in backends, and for a default of the CPU slot.
+    key: "CPU" or "CUDA". use_backend(backend) then runs it; with `default`, it also fills the slot from now on. declines()
+    tells where(): why the function itself calls the reference, None where it does not. Raises ValueError for an unknown op
+    or key, for the names of the built-in backends, and for a default of the CPU slot.
     """
     _known(op, "kernel")
     if key not in ("CPU", "CUDA"):
@@ -76,14 +82,52 @@ def kernel(op: str, backend: str, key: str, default: bool = False) -> Callable[[
         raise ValueError("kernel: the CPU slot's default is the C++ kernel")
 
     def add(function: Callable) -> Callable:
-        _ops[op].kernels[backend] = (key, function)
+        _ops[op].kernels[backend], _ops[op].declines[backend] = (key, function), declines
         if default:
-            _library.impl(op, function, key)
+            _fill(_library, op, _or_reference(op, function), key)
             _ops[op].cuda = backend
         _name(backend)
         return function
 
     return add
+
+
+def without_cuda(reason: str) -> None:
+    """The CUDA C++ kernels cannot serve this machine's GPUs: each op's slot goes to Triton's kernel, else to the reference."""
+    for name, op in _ops.items():
+        if op.kernels.pop("cuda", None) is None:
+            continue
+        op.absent["cuda"] = reason
+        key, function = op.kernels.get("triton", ("", None))
+        op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
+        _fill(_library, name, function, "CUDA")
+
+
+def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable]) -> None:
+    """The CUDA slot of op is choose(CUDA C++ kernel, Triton's): either may be the faster, by the call's size. Nothing where one
+    of the two is not there."""
+    kernels = _ops[op].kernels
+    if "cuda" in kernels and kernels.get("triton", ("",))[0] == "CUDA" and not _ops[op].declines["triton"]():
+        _ops[op].shared = True
+        _fill(_library, op, choose(kernels["cuda"][1], kernels["triton"][1]), "CUDA")
+
+
+def _fill(library: torch.library.Library, op: str, function: Callable, key: str) -> None:
+    """Over whatever stands in the slot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
+        library.impl(op, function, key, allow_override=True)  # which is the default from torch 2.13 on
+
+
+def _or_reference(op: str, function: Callable) -> Callable:
+    """What stands in a GPU's slot unasked: the kernel, and for float64, which no kernel for GPUs has, the reference, as where()
+    says. use_backend pushes the kernel alone."""
+    reference = _ops[op].reference
+
+    def call(first, *rest):
+        return (reference if first.dtype is torch.float64 else function)(first, *rest)
+
+    return call
 
 
 def explain_absence(op: str, backend: str, reason: str) -> None:
@@ -123,11 +167,9 @@ def use_backend(backend: str, *only: str) -> Iterator[None]:
     chosen = only or tuple(_ops)
     pushed = torch.library.Library(NAMESPACE, "IMPL")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
-            for name in chosen:
-                for key, function in _slots(name, backend):
-                    pushed.impl(name, function, key)
+        for name in chosen:
+            for key, function in _slots(name, backend):
+                _fill(pushed, name, function, key)
         _pushed.append((backend, frozenset(chosen)))
         try:
             yield
@@ -149,6 +191,11 @@ def _slots(name: str, backend: str) -> list[tuple[str, Callable]]:
     return [(key, function)]
 
 
+def pushed(op: str) -> str | None:
+    """The backend that use_backend() has put in the op's slots, the innermost; None where none has."""
+    return next((backend for backend, names in reversed(_pushed) if op in names), None)
+
+
 def where(op: str) -> dict[str, str]:
     """Which backend serves each device for `op` now, with the reason: {"CPU": "cpu (...)", "CUDA": "reference (...)"}."""
     _known(op, "where")
@@ -160,13 +207,18 @@ def where(op: str) -> dict[str, str]:
                 break
         else:
             if native not in _ops[op].kernels:
-                answer[key] = f"reference ({_absence(op, native or 'triton')})"
+                reasons = (_absence(op, native or "triton"), _ops[op].absent.get("cuda") if key == "CUDA" else None)
+                answer[key] = f"reference ({'; '.join(filter(None, reasons))})"
             elif key == "CPU":
                 answer[key] = f"cpu (C++ kernel, {isa()})"
             elif native == "cuda":
-                answer[key] = f"cuda (compiled kernel, {cuda_archs()})"
+                large = "; triton for large calls in 16 bits, where it was measured to be faster" * _ops[op].shared
+                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none{large})"
+            elif reason := _ops[op].declines.get(native, lambda: None)():
+                answer[key] = f"reference ({reason})"
             else:
-                answer[key] = f"{native} (compiled at its first call for each kind of argument)"
+                instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
+                answer[key] = f"{native} (compiled at its first call for each kind of argument; float64: reference{instead})"
     return answer
 
 
@@ -174,7 +226,7 @@ def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
         return library_error or f"the compiled library has no {name}"
     if backend == "cuda":
-        return cuda_error or f"the compiled CUDA library has no {name}"
+        return _ops[name].absent.get("cuda") or cuda_error or f"the compiled CUDA library has no {name}"
     if backend in _ops[name].kernels:
         return "TRITON_INTERPRET is set: the Triton kernels serve CPU tensors"
     return _ops[name].absent.get(backend, "no kernel was registered")
@@ -205,9 +257,11 @@ def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    if torch.version.hip:  # whose tensors have the CUDA slots, too
+        return None, f"the CUDA kernels are for NVIDIA GPUs, torch {torch.__version__} is for AMD's"
     library, error = _load("_cuda.so", "CUDA", "nvcc and a GPU present, or GPT_KERNELS_BUILD=cuda")
     if library is not None:
-        library.gpt_kernels_cuda_archs.restype = ctypes.c_char_p
+        library.gpt_kernels_cuda_archs.restype = library.gpt_kernels_cuda_streams.restype = ctypes.c_char_p
     return library, error
 
 

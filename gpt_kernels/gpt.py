@@ -4,6 +4,22 @@
 
 idx: (B, T) int64, x: (B, T, C), logits: (B, T, V). Linear weights are (out, in); Hugging Face keeps the transpose of
 those in its four Conv1D per block. Source: Radford et al. 2019; names after nanoGPT's model.py.
+
+GPT, GPTConfig and their methods take what nanoGPT's take and mean the same: its train.py and sample.py run on them unchanged, a
+seed gives the same initial weights, and checkpoints, the optimizer's too, go both ways. They differ from nanoGPT where it would
+be wrong, or dies:
+
+| where                        | here                                                                                        |
+|------------------------------|---------------------------------------------------------------------------------------------|
+| from_pretrained              | GELU, eps and scales are the file's: GPT-2's GELU is tanh, where nanoGPT takes erf          |
+|                              | no download; eval mode and the file's dropout, unless override_args are given               |
+| load_state_dict              | GELU, eps and scales of what was trained, which model_args do not name, are kept (warns) |
+|                              | a head that is not the embedding is refused, where nanoGPT overwrites the one by the other  |
+| load_state_dict(assign=True) | the head stays tied                                                                         |
+| generate                     | with a cache, dropout off; temperature 0 takes the likeliest token                          |
+| crop_block_size              | the config object that the model was made from is left as it is                             |
+| configure_optimizers         | fused AdamW on every device                                                                 |
+| all of them                  | errors instead of assertions, nothing is printed                                            |
 """
 
 from __future__ import annotations
@@ -11,8 +27,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +51,8 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
+# fields that change what the weights compute and leave no trace in their shapes
+FUNCTION = ("n_head", "approximate", "layer_norm_eps", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 
 
 # ---- modules over one op each ----
@@ -60,7 +79,7 @@ class RMSNorm(nn.RMSNorm):
             raise ValueError(f"RMSNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps or 0.0)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Softmax(nn.Module):
@@ -110,19 +129,21 @@ class Dropout(nn.Dropout):
 class GPTConfig:
     """Sizes of a GPT. The first seven fields are nanoGPT's; the rest is what Hugging Face's GPT-2 configurations need.
 
-    attn_dropout and embd_dropout follow `dropout` unless given. n_inner is 4 * n_embd unless given. The token ids are
-    carried to and from config.json and not interpreted. Raises TypeError or ValueError naming the field.
+    approximate: the GELU, "none" (erf, nanoGPT's) unless given; "tanh" is GPT-2's, which `preset`, `from_hf` and
+    `from_pretrained` set. attn_dropout and embd_dropout follow `dropout` unless given. n_inner is 4 * n_embd unless given.
+    tie_word_embeddings: lm_head is the embedding of the tokens. The token ids are carried to and from config.json and not
+    interpreted. Raises TypeError or ValueError naming the field.
     """
 
     block_size: int = 1024
-    vocab_size: int = 50257
+    vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
     n_inner: int = None  # type: ignore[assignment]
-    approximate: str = "tanh"
+    approximate: str = "none"
     layer_norm_eps: float = 1e-5
     attn_dropout: float = None  # type: ignore[assignment]
     embd_dropout: float = None  # type: ignore[assignment]
@@ -131,13 +152,14 @@ class GPTConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
 
     @classmethod
     def preset(cls, name: str, **overrides) -> GPTConfig:
-        """The published sizes: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"."""
+        """The published models: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"; 50257 tokens, GELU by tanh."""
         if name not in PRESETS:
             raise ValueError(f"GPTConfig: unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{"vocab_size": 50257, "approximate": "tanh", **PRESETS[name], **overrides})
 
     def __post_init__(self):
         if self.n_inner is None:
@@ -157,7 +179,7 @@ class GPTConfig:
             limit = 1.0 if "dropout" in name else math.inf
             if not 0.0 <= value < limit:
                 raise ValueError(f"GPTConfig: {name} must be in [0, {limit:g}), got {value}")
-        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"GPTConfig: {name} must be a bool, got {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
@@ -245,18 +267,63 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
         self._init_weights()
+        self.register_load_state_dict_post_hook(_tie_again)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
         std = self.config.initializer_range
+        # nanoGPT's order, whose second draws of some weights decide what the later ones get: the same weights from a seed
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, std)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
         for name, p in self.named_parameters():
-            if name.endswith(".bias"):
-                p.zero_()
-            elif p.dim() == 2:
+            if name.endswith("c_proj.weight"):
                 # the residual path adds two projections per block: scaled down so that its variance does not grow
-                p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else std)
+                p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
+
+    # ---- its state ----
+
+    @property
+    def tied(self) -> bool:
+        """Is lm_head the embedding of the tokens, now?"""
+        return self.lm_head.weight is self.transformer.wte.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # the keys stay nanoGPT's: what no shape tells goes where torch keeps versions
+            destination._metadata[prefix[:-1]]["gpt"] = {name: getattr(self.config, name) for name in FUNCTION}
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        # torch.compile's prefix, which nanoGPT's train.py takes off the names, is still on this one
+        metadata = getattr(state_dict, "_metadata", None) or {}
+        saved = local_metadata.get("gpt") or metadata.get(f"{prefix}_orig_mod", {}).get("gpt") or {}
+        changed = {name: saved[name] for name in FUNCTION if name in saved and saved[name] != getattr(self.config, name)}
+        if changed:
+            said = ", ".join(f"{name}={value!r} for {getattr(self.config, name)!r}" for name, value in changed.items())
+            warnings.warn(f"GPT: takes over what the loaded weights were trained with: {said}", stacklevel=2)
+            self._set_function(replace(self.config, **changed))
+        wte, head = (state_dict.get(prefix + name) for name in ("transformer.wte.weight", "lm_head.weight"))
+        if self.config.tie_word_embeddings and not _same(wte, head):
+            error_msgs.append(
+                f"{prefix}lm_head.weight differs from {prefix}transformer.wte.weight, and this GPT ties them; "
+                "GPTConfig(tie_word_embeddings=False) has a head of its own"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+
+    def _set_function(self, config: GPTConfig) -> None:
+        self.config = config
+        self.transformer.ln_f.eps = config.layer_norm_eps
+        for layer, block in enumerate(self.transformer.h):
+            block.ln_1.eps = block.ln_2.eps = config.layer_norm_eps
+            block.mlp.gelu.approximate = config.approximate
+            block.attn.n_head, block.attn.scale = config.n_head, config.scale(layer)
 
     def hidden(self, idx: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """idx (B, T) -> (B, T, C), what lm_head reads. cache: (n_layer, 2, B, S, H, D) with `start` positions filled."""
@@ -286,7 +353,8 @@ class GPT(nn.Module):
         if targets.shape != idx.shape:
             raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}, idx has {tuple(idx.shape)}")
         logits = self.lm_head(x)
-        loss: Any = cross_entropy(logits, targets, ignore_index=ignore_index)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # a mean of 16 bits has three digits
+        loss: Any = cross_entropy(logits, targets, ignore_index=ignore_index, dtype=wide)
         return logits, loss
 
     # ---- using it ----
@@ -358,7 +426,7 @@ class GPT(nn.Module):
             for start in range(0, inputs.numel(), stride):
                 end = min(start + size, inputs.numel())
                 x = self.hidden(inputs[None, start:end])[0, counted - start :]  # positions not yet counted
-                nll: Any = cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum")
+                nll: Any = cross_entropy(self.lm_head(x), targets[counted:end], reduction="sum", dtype=torch.float64)
                 total += nll.item()
                 counted = end
                 if end == inputs.numel():
@@ -374,18 +442,38 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """num_parameters by nanoGPT's name and default."""
+        return self.num_parameters(non_embedding)
+
     def estimate_flops(self, batch_size: int = 1, length: int | None = None, backward: bool = True) -> int:
         """Flops of one step on (batch_size, length) tokens: 2 per weight and token, and the attention's products; backward
         twice the forward. length defaults to block_size. Source: Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B.
         """
         c, T = self.config, self.config.block_size if length is None else length
-        per_token = 2 * self.num_parameters(non_embedding=True) + 4 * c.n_layer * c.n_embd * T
-        return per_token * batch_size * T * (3 if backward else 1)
+        weights = self.num_parameters(non_embedding=True) - (0 if self.tied else self.transformer.wte.weight.numel())
+        return (2 * weights + 4 * c.n_layer * c.n_embd * T) * batch_size * T * (3 if backward else 1)
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak: float = 312e12) -> float:
+        """Share of `peak` flop/s (an A100's in bfloat16, as nanoGPT) that sequences of block_size, fwdbwd_per_iter of them
+        forward and backward in dt seconds, come to."""
+        return self.estimate_flops() * fwdbwd_per_iter / dt / peak
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keep the first `block_size` positions. Raises ValueError unless 1 <= block_size <= config.block_size."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"crop_block_size: block_size must be in [1, {self.config.block_size}], got {block_size}")
+        self.config = replace(self.config, block_size=block_size)  # a copy: others may be made from the same object
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(), requires_grad=wpe.weight.requires_grad)
+        wpe.num_embeddings = block_size
 
     def configure_optimizers(
-        self, weight_decay: float = 0.1, learning_rate: float = 6e-4, betas: tuple[float, float] = (0.9, 0.95)
-    ) -> torch.optim.AdamW:
-        """Fused AdamW with weight decay on matrices only (embeddings included), as nanoGPT."""
+        self, weight_decay: float = 0.1, learning_rate: float = 6e-4, betas: tuple[float, float] = (0.9, 0.95),
+        device_type: str | None = None,
+    ) -> torch.optim.AdamW:  # fmt: skip
+        """Fused AdamW with weight decay on matrices only (embeddings included), as nanoGPT, whose device_type is not needed:
+        it is fused on every device."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -402,31 +490,64 @@ class GPT(nn.Module):
 
         if not hasattr(getattr(model, "config", None), "to_dict"):
             raise TypeError(f"from_hf: expected a transformers model, got {type(model).__name__}")
-        config = checkpoint.config_from_hf(model.config.to_dict(), overrides)
+        # the module knows, whatever its config says
+        tied = not hasattr(model, "lm_head") or model.lm_head.weight is model.transformer.wte.weight
+        config = checkpoint.config_from_hf({**model.config.to_dict(), "tie_word_embeddings": tied}, overrides)
         return checkpoint.assemble(config, model.state_dict(), "from_hf").train(model.training)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None, **overrides) -> GPT:
-        """Load a Hugging Face GPT-2 folder: config.json and model.safetensors, or shards with their index.
+    def from_pretrained(
+        cls, model_type: str | os.PathLike, override_args: dict | None = None, *, dtype: torch.dtype | None = None, **overrides
+    ) -> GPT:
+        """Load Hugging Face's GPT-2: a folder of config.json and model.safetensors, or shards with their index; or the name
+        of a model ("gpt2", "owner/name") in the local cache of huggingface_hub.
 
         Names, shapes and dtypes are checked against config.json before anything is allocated; nothing is unpickled or
-        downloaded. dtype: convert to it; by default the files', which must then agree. overrides: GPTConfig fields. The
-        model is in eval mode, as transformers' are.
+        downloaded. override_args, as nanoGPT's: dict(dropout=...), for all three dropouts; the model is then in training
+        mode, otherwise in eval mode, as transformers' are. dtype: convert to it; by default the files', which must then
+        agree. overrides: GPTConfig fields. What the weights compute is the file's, GELU by tanh for GPT-2's.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
         from . import checkpoint
 
-        return checkpoint.load(path, dtype, overrides)
+        if isinstance(override_args, torch.dtype):
+            raise TypeError("from_pretrained: dtype is given by name, dtype=...; the second argument is override_args")
+        unknown = set(override_args or {}) - {"dropout"}
+        if unknown:
+            raise ValueError(
+                f"from_pretrained: override_args takes dropout alone, as nanoGPT's, got {sorted(unknown)[0]!r}; "
+                "other fields of GPTConfig are given by name"
+            )
+        if override_args:
+            p = override_args["dropout"]
+            overrides = {"dropout": p, "attn_dropout": p, "embd_dropout": p, **overrides}
+        return checkpoint.load(model_type, dtype, overrides).train(override_args is not None)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write config.json and model.safetensors that GPT2LMHeadModel.from_pretrained and ours read.
 
         Each file is written beside its place and moved in when complete, so none is ever half-written. Without biases,
-        zeros are written for them: the same function.
+        zeros are written for them: the same function. A head that is not the embedding of the tokens is written, and
+        config.json says so.
         """
         from . import checkpoint
 
         checkpoint.save(self, path)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Are the two weights one, as far as can be told?"""
+    if a is None or b is None or a is b or a.is_meta or b.is_meta or not {type(a), type(b)} <= {Tensor, nn.Parameter}:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _tie_again(model: Any, incompatible: Any) -> None:
+    """load_state_dict(assign=True) gives each name a parameter of its own, and each would be trained by itself."""
+    if model.config.tie_word_embeddings and not model.tied and _same(model.lm_head.weight, model.transformer.wte.weight):
+        model.lm_head.weight = model.transformer.wte.weight
 
 
 @contextlib.contextmanager

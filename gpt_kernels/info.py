@@ -95,18 +95,26 @@ def _tuned() -> str:
     from .triton import common, tuned
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return tuned.tuned(device, common.arch(device)).status()
+    try:
+        return tuned.tuned(device, common.arch(device)).status()
+    except triton.Declined as reason:
+        return f"none: {reason}"
 
 
 def _cache() -> dict[str, Any]:
-    folder = cache.directory()
-    files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
-    return {
-        "path": str(folder),
-        "files": len(files),
-        "bytes": sum(f.stat().st_size for f in files),
-        "problem": cache.problem(folder),
-    }
+    try:
+        folder = cache.directory()
+    except cache.NoHome as error:
+        return {"path": None, "files": 0, "bytes": 0, "problem": str(error)}
+    sizes, problem = [], cache.problem(folder)
+    if problem is None:
+        try:
+            sizes = [f.stat().st_size for f in folder.iterdir() if f.is_file()]
+        except FileNotFoundError:  # not yet, or gone meanwhile
+            pass
+        except OSError as error:
+            problem = f"{folder}: {error.strerror}"
+    return {"path": str(folder), "files": len(sizes), "bytes": sum(sizes), "problem": problem}
 
 
 def _package(name: str) -> str | None:
@@ -146,7 +154,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [(name, version or "not found on the PATH") for name, version in facts["compilers"].items()]
     for name, c in facts["caches"].items():
         state = f"refused: {c['problem']}" if c["problem"] else f"{c['files']} files, {c['bytes'] / 1e6:.1f} MB"
-        lines.append((name, f"{c['path']}, {state}"))
+        lines.append((name, f"{c['path']}, {state}" if c["path"] else state))
     found = [f"{name} {version}" for name, version in facts["packages"].items() if version]
     missing = [name for name, version in facts["packages"].items() if not version]
     return [*lines, ("packages", ", ".join(found) + (f" (not installed: {', '.join(missing)})" if missing else ""))]

@@ -4,6 +4,12 @@ A module is swapped by changing its class: to one made of a replacement's method
 same name. Nothing else about it changes: parameters, buffers, hooks, config, state_dict, isinstance and saved files are
 the same objects and the same words, and putting the class back is all that unpatch does.
 
+A swapped module does what its own class does for every argument, attribute and state, also when they change after patch: a
+replacement comes with `serves`, which says of a call, from its arguments and from what the module is by then, whether our
+kernels do the same; any other call runs the class's own forward. `dense` is what most of them ask. Hooks fire as before:
+where forward hooks are set on all modules (torch.nn.modules.module.register_module_forward_hook and its kin), a module that
+does the work of its children hands them back that work, so that each of them is seen.
+
 A family of models is one file in integrations/, with a `register` line per module class; see integrations/huggingface.py.
 """
 
@@ -20,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from .dispatch import where
 from .ops.dropout import dropout
@@ -29,7 +37,7 @@ from .ops.rms_norm import rms_norm
 
 # package in which a module's class lives -> file in integrations/ that knows it
 FAMILIES = {"transformers": "huggingface"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 # ---- the plan ----
@@ -91,6 +99,8 @@ class _Rule:
     why: str
     unless: Callable[[nn.Module], str | None]
     fuses: tuple[str, ...]
+    serves: Callable[..., bool] | None
+    forward: Callable | None  # the class's own, as it was when the rule was written for it
 
 
 _rules: list[_Rule] = []
@@ -98,17 +108,20 @@ _base_of: dict[type, type] = {}  # class made here -> the module's own class
 
 
 def register(target: type | Callable[[nn.Module], bool], ops: tuple[str, ...], why: str,
-             unless: Callable[[nn.Module], str | None] = lambda module: None, fuses: tuple[str, ...] = ()):  # fmt: skip
+             unless: Callable[[nn.Module], str | None] = lambda module: None, fuses: tuple[str, ...] = (),
+             serves: Callable[..., bool] | None = None):  # fmt: skip
     """Class decorator: the class's methods replace those of modules whose class is `target`, or for which target(module).
 
     The methods find the module's own under super(). Only methods of the module's class may be named in it: any other
     name could hide a child module. ops: the ops it calls. unless(module): a reason to keep the module, or None.
-    fuses: children whose work is done inside it.
+    fuses: children whose work is done inside it. serves(module, *args, **kwargs): does the class's forward here do for this
+    call what the module's own would? If not, the module's own does it. It is asked at every call: a microsecond at most.
     """
+    known = getattr(target, "forward", None) if isinstance(target, type) else None
     matches = (lambda module: type(module) is target) if isinstance(target, type) else target
 
     def add(replacement: type) -> type:
-        _rules.append(_Rule(matches, replacement, ops, why, unless, fuses))
+        _rules.append(_Rule(matches, replacement, ops, why, unless, fuses, serves, known))
         return replacement
 
     return add
@@ -124,9 +137,27 @@ def _made_class(replacement: type, base: type) -> type:
         _, _, *state = super(made, self).__reduce_ex__(protocol)
         return _new, (replacement, base), *state
 
-    made = type(base)(base.__name__, (replacement, base), {**names, "__reduce_ex__": __reduce_ex__})
+    names["__reduce_ex__"] = __reduce_ex__
+    rule = _rule_of(replacement)
+    if rule.serves is not None:
+        names["forward"] = _served(rule.serves, replacement.forward, base)
+    made = type(base)(base.__name__, (replacement, base), names)
     _base_of[made] = base
     return made
+
+
+def _served(serves: Callable[..., bool], fused: Callable, base: Any) -> Callable:
+    known = base.forward
+
+    # wraps: whoever asks for the signature sees the class's own
+    @functools.wraps(known)
+    def forward(self, *args, **kwargs):
+        # a forward that somebody put into the class since is theirs to run
+        if base.forward is known and serves(self, *args, **kwargs):
+            return fused(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _new(replacement: type, base: type) -> nn.Module:
@@ -206,7 +237,7 @@ def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, 
             rows.append(Row(path, cls, None, "its work is done inside its parent"))
             continue
         own = _base_of.get(type(module))
-        rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module))
+        rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module).__bases__[0])
         reason = _reason_to_keep(module, rule, model) if own is None else None
         if rule is None or reason is not None:
             rows.append(Row(path, cls, None, reason or _why_no_rule(module)))
@@ -218,8 +249,8 @@ def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, 
     return Plan(type(model).__name__, rows, dry_run), changes
 
 
-def _rule_of(made: type) -> _Rule:
-    return next(rule for rule in _rules if rule.replacement is made.__bases__[0])
+def _rule_of(replacement: type) -> _Rule:
+    return next(rule for rule in _rules if rule.replacement is replacement)
 
 
 def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> str | None:
@@ -227,6 +258,8 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
         return None
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
+    if rule.forward is not None and type(module).forward is not rule.forward:
+        return "its class's forward was replaced"
     if (reason := rule.unless(module)) is not None:
         return reason
     like = next(module.parameters(), None)
@@ -235,6 +268,8 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
         return None
     if like.dtype not in _DTYPES:
         return f"its parameters are {like.dtype}"
+    if like.dtype == torch.float64 and like.device.type != "cpu":
+        return f"its parameters are float64, for which there is no kernel on {like.device.type}"
     for op in rule.ops:
         server = where(f"{op}_fwd").get(like.device.type.upper(), "reference (no kernels for this device)")
         # a reference that was pushed was asked for
@@ -258,39 +293,145 @@ def _why_no_rule(module: nn.Module) -> str:
     return "its parts are looked at one by one" if next(module.children(), None) else "no replacement for this class"
 
 
+# ---- what our kernels serve ----
+
+
+def dense(x: Any, *others: Any) -> bool:
+    """Do torch and our kernels mean the same by these tensors, strides aside? x: an ordinary tensor of one of our dtypes, in a
+    memory whose kernels take it; others: the same in x's dtype, or None. Not under torch.func's transforms, forward-mode
+    derivatives or torch.jit's trace, which see through torch's operators only.
+    """
+    # subclasses mean what they like
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return False
+    dtype = x.dtype
+    if dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
+        return False
+    if not (x.is_cpu or x.is_cuda and dtype is not torch.float64):
+        return False
+    for other in others:
+        if other is not None and (other.dtype is not dtype or type(other) is not nn.Parameter and type(other) is not Tensor):
+            return False
+    # the compiler turns these into graphs of its own; it has no names for the questions
+    return torch.compiler.is_dynamo_compiling() or not (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
+    )
+
+
+# dropout's p is rounded to a multiple of 1 / 65536: nearer to 0 or 1 than this, that is an error of more than 1 %
+LEAST_P = 2.0**-10
+
+
+def droppable(p: Any) -> bool:
+    """Is p a probability that our dropout takes for what it is?"""
+    return type(p) in (float, int) and (p == 0.0 or LEAST_P <= p <= 1.0 - LEAST_P)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Does calling it run its class's forward and nothing else?"""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
 # ---- torch's own modules ----
 
 
 def _several_dimensions(module: Any) -> str | None:
-    n = len(module.normalized_shape)
-    return f"normalises over {n} dimensions" if n != 1 else None
+    shape = module.normalized_shape
+    if not isinstance(shape, tuple):
+        return f"its normalized_shape is {shape!r}, no tuple"
+    return f"normalises over {len(shape)} dimensions" if len(shape) != 1 else None
 
 
-@register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions)
+def _keep_rms_norm(module: Any) -> str | None:
+    if module.eps is None and module.weight is not None and module.weight.dtype in (torch.bfloat16, torch.float16):
+        return "eps=None in 16 bits: versions of torch take different ones"
+    return _several_dimensions(module)
+
+
+# on a GPU autocast has 16-bit inputs normalised to float32, on a CPU it leaves them alone
+_LEFT_BY_AUTOCAST = not any(
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "AutocastCPU") for op in ("layer_norm", "rms_norm")
+)
+
+
+def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
+    return (
+        type(eps) is float
+        and eps >= 0.0
+        and dense(x, weight, bias)
+        and x.is_contiguous()
+        and x.ndim > 0
+        and shape == x.shape[-1:]
+        and (weight is None or weight.is_contiguous())
+        and (bias is None or bias.is_contiguous())
+        and (x.dtype.itemsize != 2 or not torch._C._is_any_autocast_enabled() or x.is_cpu and _LEFT_BY_AUTOCAST)
+    )
+
+
+def _serves_layer_norm(module: Any, input: Tensor) -> bool:
+    return _norm(input, module.normalized_shape, module.eps, module.weight, module.bias)
+
+
+@register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions, serves=_serves_layer_norm)
 class LayerNorm:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
-@register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_several_dimensions)
+# in float32 and float64 all versions of torch mean the same by eps=None
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def _serves_rms_norm(module: Any, x: Tensor) -> bool:
+    eps = module.eps
+    if eps is None and type(x) is Tensor:
+        eps = _EPS.get(x.dtype)
+    return _norm(x, module.normalized_shape, eps, module.weight, None)
+
+
+@register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_keep_rms_norm, serves=_serves_rms_norm)
 class RMSNorm:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        return rms_norm(x, self.weight, _EPS[x.dtype] if self.eps is None else self.eps)
 
 
-@register(nn.GELU, ("gelu",), "one-pass GELU")
+def _serves_gelu(module: Any, input: Tensor) -> bool:
+    return module.approximate in ("none", "tanh") and dense(input) and input.is_contiguous() and input.ndim > 0
+
+
+@register(nn.GELU, ("gelu",), "one-pass GELU", serves=_serves_gelu)
 class GELU:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return gelu(x, None, self.approximate)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return gelu(input, None, self.approximate)
 
 
 def _keep_dropout(module: Any) -> str | None:
     if module.inplace:
         return "drops in place"
-    return None if 0 <= module.p < 1 else f"p = {module.p}"
+    return None if droppable(module.p) else f"p = {module.p}"
 
 
-@register(nn.Dropout, ("dropout",), "dropout without a stored mask, its random numbers in parallel", unless=_keep_dropout)
+def _serves_dropout(module: Any, input: Tensor) -> bool:
+    if not droppable(module.p) or module.inplace or not dense(input) or not input.is_contiguous():
+        return False
+    # torch returns an empty input itself
+    return input.ndim > 0 and input.numel() > 0
+
+
+@register(
+    nn.Dropout,
+    ("dropout",),
+    "dropout without a stored mask, its random numbers in parallel",
+    unless=_keep_dropout,
+    serves=_serves_dropout,
+)
 class Dropout:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training)

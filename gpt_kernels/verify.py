@@ -120,13 +120,16 @@ def _errors(difference: Tensor, where: Tensor) -> tuple[float, float]:
 
 
 def verify(model: nn.Module, batch, show: bool = True) -> Report:
-    """Compare `model` on our kernels with itself in eager PyTorch, in its own dtype, both against float64; print the table.
+    """Compare `model` on our kernels with itself in eager PyTorch, as it would run here, both against float64; print the table.
 
     model: anything patch() swaps modules of, patched or not, or a GPT (whose eager is the reference backend). batch: a
     dict of the model's arguments, a tuple of them, or token ids (B, T), which then are their own labels. Forward, and
     backward from the loss, or from a fixed sum of the outputs where there is none; dropout is off. The model's modes,
-    gradients, classes and random state are afterwards as before. Memory: a float64 copy of the model while it runs, then
-    its outputs and gradients in float64 beside two sets in the model's dtype.
+    gradients, classes and random state are afterwards as before. Called under autocast, it compares what autocast makes of the
+    model, against float64 without autocast, and allows what autocast's dtype does.
+
+    Memory: a float64 copy of the model while it runs, then its outputs and gradients in float64 beside two sets in the
+    model's dtype.
 
     Raises TypeError for another kind of model or batch, ValueError if nothing in the model runs on our kernels or no
     parameter has a gradient.
@@ -138,7 +141,10 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
     if not params:
         raise ValueError("verify: no parameter of the model requires a gradient")
     dtype = max((p.dtype for _, p in params), key=lambda d: torch.finfo(d).eps)
-    device = params[0][1].device.type
+    device, computed = params[0][1].device.type, str(dtype).removeprefix("torch.")
+    if torch.is_autocast_enabled(device):
+        dtype = max(dtype, torch.get_autocast_dtype(device), key=lambda d: torch.finfo(d).eps)
+        computed = f"{computed} under autocast to {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
     with _left_as_it_was(model), torch.enable_grad():
         unpatch(model)
         with torch.autocast(device, enabled=False), use_backend("reference"), _Float64():
@@ -160,7 +166,7 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
         o, e, t = (torch.zeros_like(like) if t is None else t for t in found)
         rows.append(compare(name, o, e, t.double(), dtype, factor))
     swapped = plan.summary().split(": ", 1)[1] if plan.swapped else "its own modules run on our kernels"
-    report = Report(type(model).__name__, str(dtype).removeprefix("torch."), swapped, rows)
+    report = Report(type(model).__name__, computed, swapped, rows)
     if show:
         print(report)
     return report

@@ -31,7 +31,11 @@ def events(command: str, job: dict, folder: str, **variables: str) -> Generator[
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            yield json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # half a line: it was killed while it wrote
+                break
+            yield event
         if process.wait() != 0:
             tail = log.read_text(errors="replace").strip().splitlines()[-12:]
             end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"

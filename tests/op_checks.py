@@ -98,12 +98,29 @@ def check_gradcheck(fn, args) -> None:
     assert torch.autograd.gradcheck(fn, tuple(leaves(args, torch.float64)), eps=1e-6, atol=1e-6, rtol=1e-4)
 
 
-def check_once_differentiable(fn, args) -> None:
-    """A gradient of the gradient is refused: the backward kernels have no derivative, and zeros would be silently wrong."""
-    args = leaves(args)
-    (dx,) = torch.autograd.grad(fn(*args).square().sum(), args[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def check_second_derivative(fn, args) -> None:
+    """A product with the Hessian, through the kernels' backward, against torch.func's of the reference in float64, and against
+    numerical derivatives."""
+    places = [i for i, a in enumerate(args) if is_float(a)]
+
+    def loss(*floats):
+        given = dict(zip(places, floats, strict=True))
+        return fn(*(given.get(i, a) for i, a in enumerate(args))).square().sum()
+
+    def product(gradients, v):
+        return sum((g * each).sum() for g, each in zip(gradients, v, strict=True))
+
+    floats = [args[i].detach().requires_grad_() for i in places]
+    v = [torch.randn_like(a) for a in floats]
+    gradients = torch.autograd.grad(loss(*floats), floats, create_graph=True)
+    actual = torch.autograd.grad(product(gradients, v), floats)
+    doubles, v = ([a.detach().double() for a in each] for each in (floats, v))
+    of_each = tuple(range(len(places)))
+    truth = torch.func.grad(lambda *x: product(torch.func.grad(loss, of_each)(*x), v), of_each)(*doubles)
+    for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
+        assert (a - t).norm() <= 1e-5 * t.norm(), f"input {i}: {a}, expected {t}"
+    if torch.float64 in DTYPES:
+        assert torch.autograd.gradgradcheck(fn, tuple(leaves(args, torch.float64)), eps=1e-6, atol=1e-5, rtol=1e-4)
 
 
 def check_threads(fn, args) -> None:

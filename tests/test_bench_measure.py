@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt_kernels
-from gpt_kernels.bench import attention, measure, models, peers, run
+from gpt_kernels.bench import attention, contention, measure, models, peers, run
 from gpt_kernels.bench.measure import Case, Settings, Variant
 from gpt_kernels.cli import FAMILIES
 from gpt_kernels.triton import tuning
@@ -35,6 +35,7 @@ def no_clock(monkeypatch):
 
     monkeypatch.setattr(measure, "interleaved", called)
     monkeypatch.setattr(measure, "other_temperature", lambda variants, once: once)
+    monkeypatch.setattr(contention, "waits", dict)  # whatever else runs here, no sample is taken again
 
 
 def case(ours=gpt_kernels.layer_norm, eager=lambda x, w: F.layer_norm(x, (8,), w), dtype=torch.float32, **options):
@@ -427,7 +428,8 @@ def test_gpu_times_and_memory(monkeypatch):
     monkeypatch.setattr(measure, "other_temperature", other_temperature)
     row = row_of(case(), "fwd")
     assert row["timed"] == "cold" and row["variants"]["ours"]["warm"] == 1e-3 and row["variants"]["ours"]["seconds"] == 2e-3
-    assert 0 < row["variants"]["ours"]["launch"] < 1.0, "the host's clock, without waiting"
+    ours = row["variants"]["ours"]
+    assert 0 < ours["launch"] == ours["host"] < 1.0, "the host's clock, without waiting"
 
 
 def test_a_warm_sample_comes_right_after_another_call(monkeypatch):
@@ -450,10 +452,11 @@ def test_a_warm_sample_comes_right_after_another_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=0))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: real(1, dtype=torch.int8))
-    for warm, expected in ((False, ["event", "call", "event"]), (True, ["call", "event", "call", "event"])):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("spin"))
+    for warm, expected in ((False, ["spin", "event", "call", "event"]), (True, ["call", "spin", "event", "call", "event"])):
         order.clear()
         assert tuning.event_timer(torch.device("cpu"), warm=warm)(lambda: order.append("call")) == 10.0
-        assert order[: len(expected)] == expected
+        assert order[: 2 + len(expected)] == ["call"] * 2 + expected, "after two for the host's time"
 
 
 # ---- cases ----

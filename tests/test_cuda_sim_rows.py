@@ -72,6 +72,16 @@ def test_cuda_sim_rows_are_read_once():
         assert 2 * row <= c["global_bytes"] < 2.001 * row, c
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_cuda_sim_rows_around_48_kb(dtype):
+    """A row that fits the memory a kernel has without asking, but not beside what the kernel declares (384 to 768 bytes)."""
+    size = dtype.itemsize
+    for N in range(24080 * 2 // size, 24640 * 2 // size, 128):
+        gpt_kernels.softmax(scores(1, N, dtype=dtype))
+        fwd(*inputs(1, N, dtype=dtype, ignored=False), *DEFAULTS, True)
+        both(scores(1, N // 2, dtype=dtype))
+
+
 @pytest.mark.parametrize("arch, longest", ((86, 50297), (80, 83065), (90, 115833)))
 def test_cuda_sim_rows_fit_every_limit(arch, longest):
     """The longest 16-bit row that a block holds beside its sums; one column more goes in parts. The model takes no more."""

@@ -110,13 +110,13 @@ def test_where_names_a_reason_for_each_device():
         assert set(answer) == {"CPU", "CUDA"}
         assert all("(" in text for text in answer.values())
         if "cuda" in dispatch._ops[op].kernels:
-            assert answer["CUDA"] == f"cuda (compiled kernel, {dispatch.cuda_archs()})"
+            assert answer["CUDA"] == f"cuda (compiled kernel, {dispatch.cuda_archs()}; float64: none)"
         elif "triton" not in dispatch._ops[op].kernels:
             assert answer["CUDA"] == f"reference ({triton.absence() or 'no kernel was registered'})"
         elif triton.INTERPRETED:
             assert answer["CUDA"] == "reference (TRITON_INTERPRET is set: the Triton kernels serve CPU tensors)"
         else:
-            assert answer["CUDA"] == "triton (compiled at its first call for each kind of argument)"
+            assert answer["CUDA"] == "triton (compiled at its first call for each kind of argument; float64: reference)"
     with pytest.raises(ValueError, match="unknown op 'nothing'"):
         gpt_kernels.where("nothing")
 

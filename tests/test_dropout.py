@@ -8,9 +8,9 @@ from op_checks import (
     check_empty,
     check_gradcheck,
     check_layouts,
-    check_once_differentiable,
     check_opcheck,
     check_raises,
+    check_second_derivative,
     check_threads,
     check_truth,
     every_dtype,
@@ -132,7 +132,7 @@ def test_nothing_to_drop():
 def test_contract():
     x, residual = torch.randn(5, 37), torch.randn(5, 37)
     check_gradcheck(ours, (x[:3, :9], residual[:3, :9]))
-    check_once_differentiable(ours, (x,))
+    check_second_derivative(ours, (x,))
     check_layouts(ours, (x, residual), 0)
     check_layouts(ours, (x, residual), 1)
     check_threads(ours, (torch.randn(300, 200),))
@@ -150,11 +150,11 @@ def test_gradient_of_the_residual_alone():
 
 X = torch.ones(2, 4)
 BAD = {
-    "p of 1": (lambda: dropout(X, 1.0), r"dropout_fwd: dropout_p must be in \[0, 1\), got 1"),
-    "negative p": (lambda: dropout(X, -0.5), r"dropout_fwd: dropout_p must be in \[0, 1\), got -0.5"),
-    "NaN p": (lambda: dropout(X, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
+    "p of 1": (lambda: module.fwd(X, None, RNG, 1.0), r"dropout_fwd: dropout_p must be in \[0, 1\), got 1"),
+    "negative p": (lambda: module.fwd(X, None, RNG, -0.5), r"dropout_fwd: dropout_p must be in \[0, 1\), got -0.5"),
+    "NaN p": (lambda: module.fwd(X, None, RNG, float("nan")), r"dropout_fwd: dropout_p must be in \[0, 1\), got nan"),
     "integers": (lambda: dropout(X.long(), 0.5), "dropout_fwd: x must be float32, (float64, )?bfloat16 or float16, got int64"),
-    "scalar": (lambda: dropout(torch.tensor(1.0), 0.5), "dropout_fwd: x must have at least 1 dimension"),
+    "scalar": (lambda: module.fwd(torch.tensor(1.0), None, RNG, 0.5), "dropout_fwd: x must have at least 1 dimension"),
     "residual shape": (
         lambda: dropout(X, 0.5, residual=X[:1]),
         r"dropout_fwd: residual must have the shape of x \(2, 4\), got \(1, 4\)",

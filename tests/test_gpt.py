@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -392,6 +393,93 @@ def test_without_biases_is_saved_with_zeros(tmp_path):
     assert torch.equal(all_logits(GPT.from_pretrained(tmp_path, bias=False), x), all_logits(model, x))
 
 
+HEADS = {
+    "of its own": lambda m: setattr(m, "lm_head", nn.Linear(32, V, bias=False)),
+    "equal but apart": lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.lm_head.weight.detach().clone())),
+    "tied": lambda m: None,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_of_its_own_is_kept(head, tmp_path):
+    """Ours and Hugging Face's, copied, saved and loaded by both: the same function, and one parameter or two as before."""
+    x = tokens()
+    for model in (tiny(), tiny_hf()):
+        HEADS[head](model)
+        own = model if isinstance(model, GPT) else GPT.from_hf(model)
+        expected = all_logits(own, x)
+        if own is not model:
+            torch.testing.assert_close(expected, model(x).logits, rtol=1e-5, atol=1e-5)
+        assert own.tied == (head == "tied")
+        own.save_pretrained(tmp_path)
+        again = GPT.from_pretrained(tmp_path)
+        assert torch.equal(all_logits(again, x), expected) and again.tied == own.tied == again.config.tie_word_embeddings
+        hf = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(hf(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_whose_head_contradicts_its_config_is_refused(tmp_path):
+    model, x = tiny(tie_word_embeddings=False), tokens()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="from_pretrained: lm_head.weight differs from transformer.wte.weight"):
+        GPT.from_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path, tie_word_embeddings=False)(x)[0], model(x)[0])
+
+
+def test_a_state_of_two_weights_does_not_load_into_one():
+    own, x = tiny(tie_word_embeddings=False), tokens()
+    for assign in (False, True):
+        model = tiny()
+        with pytest.raises(RuntimeError, match="lm_head.weight differs .*, and this GPT ties them"):
+            model.load_state_dict(own.state_dict(), assign=assign)
+        model = tiny(tie_word_embeddings=False)
+        model.load_state_dict(own.state_dict(), assign=assign)
+        assert torch.equal(model(x)[0], own(x)[0]) and not model.tied
+
+
+def test_assigned_weights_stay_tied():
+    model = tiny()
+    with torch.device("meta"):
+        empty = GPT(model.config)
+    empty.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert empty.tied and len(list(empty.parameters())) == len(list(model.parameters()))
+    wrapped = nn.Sequential(tiny())
+    wrapped.load_state_dict({f"0.{name}": t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert wrapped[0].tied, "also where it is part of another module"
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("n_head", 2), ("approximate", "tanh"), ("layer_norm_eps", 1e-2), ("scale_attn_weights", False),
+     ("scale_attn_by_inverse_layer_idx", True)],
+)  # fmt: skip
+def test_what_no_shape_tells_goes_with_the_state(field, value, tmp_path):
+    """Into a model of other settings, through a file, from inside torch.compile and from inside another module."""
+    trained, x = tiny(**{field: value}), tokens()
+    for way in ("plain", "compiled", "wrapped"):
+        compiled = torch.compile(trained, backend="eager")
+        state = (compiled if way == "compiled" else trained).state_dict()
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt")
+        for name in list(state):  # as nanoGPT's train.py does
+            state[name.removeprefix("_orig_mod.")] = state.pop(name)
+        model = tiny()
+        assert not torch.equal(model.eval()(x)[0], trained(x)[0])
+        target = nn.Sequential(model) if way == "wrapped" else model
+        if way == "wrapped":
+            state = nn.Sequential(trained).state_dict()
+        with pytest.warns(UserWarning, match=f"takes over .*: {field}={value!r} for "):
+            target.load_state_dict(state)
+        assert torch.equal(model(x)[0], trained(x)[0]) and getattr(model.config, field) == value
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(tiny().state_dict())
+        model.load_state_dict(dict(trained.state_dict()))  # nothing is known of a plain dict
+
+
 def test_published_files_without_prefix_and_with_mask_buffers(tmp_path):
     hf, x = tiny_hf(), tokens()
     hf.save_pretrained(tmp_path)
@@ -508,9 +596,9 @@ def test_malformed_folders_are_refused(name, tmp_path):
 
 CONFIG_EDITS = {
     "model_type": ("llama", "model_type 'llama'"),
-    "activation_function": ("relu", "activation_function 'relu'"),
+    "activation_function": (["relu"], r"activation_function \['relu'\]"),
     "add_cross_attention": (True, "add_cross_attention=True"),
-    "tie_word_embeddings": (False, "tie_word_embeddings=False"),
+    "tie_word_embeddings": (False, "tensor lm_head.weight is missing"),
     "n_embd": (31, "not a multiple of n_head"),
     "n_layer": (2**30, "transformer.h.2.ln_1.weight is missing"),
     "n_head": (0, "n_head must be positive"),
@@ -601,6 +689,11 @@ BAD_CALLS = {
     "bool size": (lambda m: GPTConfig(n_layer=True), TypeError, "n_layer must be an int"),
     "dropout": (lambda m: GPTConfig(dropout=1.0), ValueError, "dropout must be in"),
     "approximate": (lambda m: GPTConfig(approximate="erf"), ValueError, "approximate"),
+    "crop": (lambda m: m.crop_block_size(41), ValueError, r"block_size must be in \[1, 40\], got 41"),
+    "crop to nothing": (lambda m: m.crop_block_size(0), ValueError, r"block_size must be in \[1, 40\], got 0"),
+    "override_args": (lambda m: GPT.from_pretrained("x", dict(n_head=2)), ValueError, "takes dropout alone.* got 'n_head'"),
+    "positional dtype": (lambda m: GPT.from_pretrained("x", torch.float32), TypeError, "dtype is given by name"),
+    "no such name": (lambda m: GPT.from_pretrained("gpt2-none"), FileNotFoundError, "never downloaded"),
     "unknown field": (lambda m: GPT.from_hf(tiny_hf(), depth=3), TypeError, "'depth' is not a field"),
     "other model": (lambda m: GPT.from_hf(nn.Linear(1, 1)), TypeError, "from_hf: expected"),
     "no folder": (lambda m: GPT.from_pretrained("/nonexistent/gpt2"), FileNotFoundError, "never downloaded"),

@@ -84,6 +84,24 @@ def test_slice_runs_every_call():
     assert gpu.main(["--slice", "cpu"]) == 0  # on the CPU's own kernels
 
 
+@pytest.mark.skipif(triton.INTERPRETED, reason="asks for the CPU's own kernels")
+def test_smoke_and_host_cost(capsys, monkeypatch):
+    assert (
+        gpu.main(["--smoke", "cpu", "cpu"]) == 0
+        and capsys.readouterr().out == f"{len(dispatch.ops())} of {len(dispatch.ops())} ops\n"
+    )
+    assert gpu.main(["--host", "cpu", "cpu"]) == 0 and "no figures" in capsys.readouterr().out
+    real = gpu.op
+
+    def broken(name):
+        if name == "gelu_bwd":
+            raise RuntimeError("no image\nfor this GPU")
+        return real(name)
+
+    monkeypatch.setattr(gpu, "op", broken)
+    assert gpu.main(["--smoke", "cpu", "cpu"]) == 1 and "gelu_bwd: RuntimeError: no image\n" in capsys.readouterr().err
+
+
 ROW = {
     "op": "dropout", "shape": "1x64", "dtype": "float32", "direction": "fwd", "mismatch": None, "ratio": 2.0,
     "variants": {"eager": {"seconds": 2e-3, "spread": 1e-5, "memory": 2**21},
@@ -119,8 +137,8 @@ def test_stages_of_a_gpu(monkeypatch, built, count):
     tests once more where the CUDA kernels were built."""
     monkeypatch.setattr(dispatch, "cuda_archs", lambda: built)
     plain, more = gpu.stages("cuda", False, False), gpu.stages("cuda", False, True)
-    assert len(plain) == 2 * count + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
-    assert len(gpu.stages("cpu", False, False)) == 3 + len(gpu.TOOLS)
+    assert len(plain) == 4 * count + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
+    assert len(gpu.stages("cpu", False, False)) == 5 + len(gpu.TOOLS)
 
 
 def test_the_backend_under_test_is_told(monkeypatch):

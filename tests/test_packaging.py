@@ -37,6 +37,8 @@ x = torch.randn(4, 33, requires_grad=True)
 y = gpt_kernels.layer_norm(x)
 y.square().sum().backward()
 torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (33,)))
+with gpt_kernels.use_backend("reference"), gpt_kernels.use_backend("reference"):  # torch before 2.13 refuses unless asked
+    torch.testing.assert_close(gpt_kernels.layer_norm(x), y)
 print(json.dumps({"file": gpt_kernels.__file__, **gpt_kernels.info()}))
 """
 
@@ -162,7 +164,7 @@ def test_where_nvcc_fails_the_other_kernels_are_installed(source, tmp_path):
     path = fake(tmp_path / "bin", "nvcc", "echo too old >&2; exit 1")
     python = make_venv(tmp_path / "venv")
     output = pip(python, "--no-build-isolation", "--no-deps", source, PATH=path)
-    assert "CUDA kernels for sm_120a compute_120" in output and "too old" in output and "installed without them" in output
+    assert "CUDA kernels for sm_120 compute_120" in output and "too old" in output and "installed without them" in output
     facts = check(python)
     assert facts["library"]["built"] and all(w["CUDA"].startswith("triton") for w in facts["ops"].values())
 
@@ -174,8 +176,9 @@ def test_where_nvcc_fails_the_other_kernels_are_installed(source, tmp_path):
         ("", ": none, no GPU from sm_80 on"),
         ("7.5", ": none, no GPU from sm_80 on"),
         ("7.5 8.7", " for sm_86 compute_86"),
-        ("9.0 8.0", " for sm_80 sm_90a compute_80"),
-        ("10.3", " for sm_80 compute_80"),  # sm_100a runs on 10.0 alone
+        ("9.0 8.0", " for sm_80 sm_90 compute_80"),
+        ("10.3 12.1", " for sm_100 sm_120 compute_100"),
+        ("11.0", " for sm_80 compute_80"),  # its own generation has no code: by PTX
         ("nonsense", ": none, no GPU from sm_80 on"),
     ],
 )
@@ -183,6 +186,28 @@ def test_gpus_that_are_there_choose_the_architectures(source, tmp_path, capabili
     fake(tmp_path / "bin", "nvidia-smi", "\n".join(f"echo {c}" for c in capabilities.split()))
     path = fake(tmp_path / "bin", "nvcc", "exit 1")
     assert f"CUDA kernels{said}" in run(sys.executable, "setup.py", "--name", cwd=source, PATH=path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "version, codes, wish, said",
+    [
+        (
+            "12.4",
+            "sm_80 sm_86 sm_89 sm_90",
+            "cuda",
+            "for sm_80 sm_86 sm_89 sm_90 compute_80, with .*which does not know 100 120",
+        ),
+        ("13.0", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", "cuda", "for sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80, with"),
+        ("11.8", "sm_80", "auto", "none, nvcc is of CUDA 11.8, the oldest is 12.4"),
+    ],
+)
+def test_nvcc_says_what_it_can_build(source, tmp_path, version, codes, wish, said):
+    fake(tmp_path / "bin", "nvidia-smi", "echo 8.0")
+    lists = f'[ "$1" = --list-gpu-code ] && echo {codes} || echo "Cuda compilation tools, release {version}, V{version}.1"'
+    path = fake(tmp_path / "bin", "nvcc", lists)
+    output = run(sys.executable, "setup.py", "--name", cwd=source, PATH=path, GPT_KERNELS_BUILD=wish)
+    assert re.search(f"CUDA kernels:? {said}", output), output
 
 
 @needs_compiler

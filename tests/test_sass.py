@@ -13,7 +13,7 @@ from benchmarks import sass
 from benchmarks.static import compile_launch
 from benchmarks.static_cases import Inputs
 from gpt_kernels.triton import INTERPRETED
-from gpt_kernels.triton.common import PROCESSORS, Launch
+from gpt_kernels.triton.common import FAMILIES, Launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted: nothing is compiled")
@@ -79,7 +79,7 @@ def product(arch, dtype=torch.bfloat16, **options):
     return compiled(product_kernel, c, new(64, 512), new(512, 64), 512, arch=arch, BLOCK=64, num_warps=4, **options)
 
 
-@pytest.mark.parametrize("arch", [a for a in PROCESSORS if a.startswith("sm_")])
+@pytest.mark.parametrize("arch", [a for a in FAMILIES if a.startswith("sm_")])
 def test_copy(arch):
     """1024 bf16 of 4 warps: one 16-byte load and one 16-byte store of a thread."""
     kernel = copied(arch)
@@ -213,9 +213,8 @@ def test_occupancy(sm, registers, threads, shared, expected):
 
 
 def test_processors_are_those_of_the_backend():
-    assert {f"sm_{sm}": gpu.sms for sm, gpu in sass.GPUS.items()} == {
-        a: n for a, n in PROCESSORS.items() if a.startswith("sm_")
-    }
+    expected = {name: f.processors for name, f in FAMILIES.items() if name.startswith("sm_")}
+    assert {f"sm_{sm}": gpu.sms for sm, gpu in sass.GPUS.items()} == expected
 
 
 def test_command(tmp_path):

@@ -1,6 +1,7 @@
 """The simulator itself (csrc/sim): fragment maps against an independent oracle, every fault seeded in tests/sim/selftest.cu
 found, counters that say what is known. The ops on it: GPT_KERNELS_TEST_BACKEND=cuda_sim pytest tests -k cuda_sim."""
 
+import concurrent.futures
 import ctypes
 import json
 import os
@@ -36,17 +37,17 @@ def linked(objects, library, *flags):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """selftest.cu's object: the same for the plain library and ThreadSanitizer's"""
-    return compiled(
-        tmp_path_factory.mktemp("selftest"), "tests/sim/selftest.cu", "selftest.o", "-fsanitize=thread", "-x", "c++"
-    )
+    """selftest.cu's objects, its launcher with it: the same for the plain library and ThreadSanitizer's"""
+    folder = tmp_path_factory.mktemp("selftest")
+    sources = ("tests/sim/selftest.cu", "csrc/cuda/launch.cu")
+    return [compiled(folder, s, f"{pathlib.Path(s).stem}.o", "-fsanitize=thread", "-x", "c++") for s in sources]
 
 
 @pytest.fixture(scope="module")
 def lib(kernels, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    library = ctypes.CDLL(str(linked([kernels, compiled(folder, "csrc/sim/sim.cpp", "sim.o", "-O2")], folder / "selftest.so")))
-    for name in ("gemm", "mma", "ldmatrix", "warp", "cp_async", "named", "last", "banks", "wrong"):
+    library = ctypes.CDLL(str(linked([*kernels, compiled(folder, "csrc/sim/sim.cpp", "sim.o", "-O2")], folder / "selftest.so")))
+    for name in ("gemm", "mma", "ldmatrix", "warp", "cp_async", "named", "last", "banks", "wrong", "size"):
         getattr(library, f"test_{name}").restype = ctypes.c_char_p
     library.gpt_kernels_sim_configure.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     library.gpt_kernels_sim_counters.restype = ctypes.c_char_p
@@ -173,7 +174,7 @@ def under_tsan(kernels, tmp_path_factory):
         pytest.skip("no ThreadSanitizer runtime")
     folder = tmp_path_factory.mktemp("tsan")
     model = compiled(folder, "csrc/sim/sim.cpp", "sim.o", "-O2", "-DGK_SIM_TSAN")
-    return runtime, linked([kernels, model], folder / "selftest.so", "-fsanitize=thread")
+    return runtime, linked([*kernels, model], folder / "selftest.so", "-fsanitize=thread")
 
 
 @pytest.mark.parametrize("fault", gemm.FAULTS)
@@ -234,6 +235,45 @@ def test_reports(lib, what):
     message = lib.test_wrong(pointer(torch.zeros(128)), what).decode()
     assert message.startswith("simulator: kernel gk::wrong, block (0, 0, 0)") and re.search(WRONG[what], message), message
     assert lib.test_wrong(pointer(torch.zeros(128)), 99) is None  # and the next launch works
+
+
+@pytest.fixture
+def size(lib):
+    """(kernel, x, y, z, threads, bytes) -> None or the report"""
+    lib.test_size.argtypes = [ctypes.c_int, *[ctypes.c_uint] * 4, ctypes.c_size_t]
+    yield lambda *args: (lib.test_size(*args) or b"").decode() or None
+    lib.gpt_kernels_sim_configure(b"arch", 80)
+
+
+def test_the_runtime_refuses_what_a_driver_refuses(size):
+    assert size(1, 1, 1, 1, 64, 0) is None and size(1, 2, 3, 4, 1024, 0) is None
+    for grid in ((1, 65536, 1), (1, 1, 65536)):
+        assert "launch of gk::declares<1> refused: invalid configuration argument" in size(1, *grid, 64, 0)
+    assert "invalid configuration" in size(1, 1, 1, 1, 1056, 0)
+    limit = 163 << 10
+    assert size(1, 1, 1, 1, 64, limit - 256) is None and "refused: invalid argument" in size(1, 1, 1, 1, 64, limit - 240)
+
+
+def test_what_a_kernel_declares_counts_in_the_48_kb_that_are_free(size):
+    """Who has not asked has 48 KB, declared and dynamic together; the launcher asks for all there is."""
+    most = (48 << 10) - 256
+    for shared in (most, most + 16, 48 << 10):
+        assert size(2, 1, 1, 1, 64, shared) is None
+        assert size(0, 1, 1, 1, 64, shared) == (None if shared == most else "cudaErrorInvalidValue")
+
+
+def test_each_gpu_is_asked(lib, size):
+    """The attribute is of a kernel on one GPU; the model plays one for each architecture."""
+    for arch, limit in ((86, 99), (90, 227), (80, 163), (86, 99)):
+        lib.gpt_kernels_sim_configure(b"arch", arch)
+        assert size(3, 1, 1, 1, 64, (limit << 10) - 256) is None
+
+
+def test_threads_launch_one_kernel_with_different_sizes(size):
+    """None takes back what another has asked for."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        sizes = [(50 + 28 * (i % 5)) << 10 for i in range(100)]
+        assert set(pool.map(lambda shared: size(4, 1, 1, 1, 64, shared), sizes)) == {None}
 
 
 def test_fresh_shared_memory_is_nan(lib):

@@ -19,7 +19,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 @pytest.mark.parametrize(
     "arch, dtype",
-    [*((arch, torch.bfloat16) for arch in common.PROCESSORS), ("sm_90", torch.float32), ("gfx942", torch.float16)],
+    [*((arch, torch.bfloat16) for arch in common.FAMILIES), ("sm_90", torch.float32), ("gfx942", torch.float16)],
 )
 def test_launchers_need_no_data(arch, dtype):
     """On "meta" every host read of data, and so every synchronisation and every size that depends on data, raises.
@@ -34,6 +34,7 @@ def test_launchers_need_no_data(arch, dtype):
             assert t.device.type == "meta"
         if args[0].numel():
             assert launches, f"{name} {what}: nothing was launched"
+        assert all(launch.parameters["enable_fp_fusion"] is True for launch in launches), f"{name} {what}"
 
 
 def test_a_host_read_is_seen():

@@ -436,6 +436,5 @@ def large(op: str) -> None:
 
 
 if __name__ == "__main__":
-    triton_tools.mend_bfloat16()
     torch.manual_seed(0)
     {"guard": guard, "large": large}[sys.argv[1]](sys.argv[2])

@@ -15,7 +15,7 @@ if not INTERPRETED:
 
 from triton.runtime import interpreter  # noqa: E402
 
-from gpt_kernels.triton import norm, partial_sums  # noqa: E402
+from gpt_kernels.triton import norm  # noqa: E402
 
 
 def rms_eager(x, weight):
@@ -101,11 +101,9 @@ def test_missing_parameters(op, shape, missing, programs):
 @pytest.mark.parametrize("count", [5, 17])
 @pytest.mark.parametrize("shape", ["several rows per program", "long rows"])
 def test_arrival_order(op, shape, count, programs, monkeypatch):
-    """The same bits whichever program comes last, from counters that are zero again after every launch."""
+    """The same bits whichever program comes last."""
     fn, _, _ = OPS[op]
     programs(count)
-    counters = torch.zeros(partial_sums.COUNTERS.value, dtype=torch.int32)
-    monkeypatch.setattr(norm, "arrivals_for", lambda like: counters)
     rows = 4 * count - 1 if shape == "several rows per program" else count + 1
     args, dy = arguments(op, rows, 20), torch.randn(rows, 20)
     builder = interpreter.interpreter_builder
@@ -124,7 +122,6 @@ def test_arrival_order(op, shape, count, programs, monkeypatch):
             monkeypatch.setattr(type(builder), "set_grid_idx", shuffled)
             results.append(forward_backward(fn, args, dy))
             last.add(order[-1])
-            assert not counters.any()
     assert len(last) > 1
     for result in results[1:]:
         assert_same(result, results[0], "arrival order")
@@ -149,26 +146,3 @@ def test_equal_elements():
     forward, backward = geometry("layer_norm", 1, 64)
     with forward, backward:
         assert not torch.ops.gpt_kernels.layer_norm_fwd(x, None, None, 0.0)[2].isnan().any()
-
-
-def test_arrivals_are_per_stream_and_captured_ones_their_own(monkeypatch):
-    """On a GPU counters are shared by the launches of one stream only, and a graph owns its own."""
-    like, stream, capturing = torch.zeros(3), [7], [False]
-    monkeypatch.setattr(partial_sums, "_arrivals", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": stream[0]}))
-
-    class OnGPU:
-        device = type("D", (), {"type": "cuda", "index": 0})
-        new_zeros = like.new_zeros
-
-    first = partial_sums.arrivals_for(OnGPU)
-    assert partial_sums.arrivals_for(OnGPU) is first and first.shape == (17,) and not first.any()
-    first = partial_sums.arrivals_for(OnGPU, 3)  # more at a time
-    assert first.shape == (51,) and not first.any() and partial_sums.arrivals_for(OnGPU) is first
-    stream[0] = 8
-    assert partial_sums.arrivals_for(OnGPU) is not first
-    stream[0], capturing[0] = 7, True
-    assert partial_sums.arrivals_for(OnGPU) is not first
-    capturing[0] = False
-    assert partial_sums.arrivals_for(OnGPU) is first

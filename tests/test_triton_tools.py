@@ -18,6 +18,8 @@ if BACKEND != "triton":
 
 import triton_tools  # noqa: E402
 
+from gpt_kernels.triton.interpreter import mend_bfloat16  # noqa: E402
+
 
 def interpreted(source: str) -> subprocess.CompletedProcess:
     """`source` in a process of its own, the interpreter as Triton ships it."""
@@ -52,12 +54,28 @@ def bfloat16_is_right() -> tuple[bool, bool]:
 
 
 def test_bfloat16_is_mended():
+    mend_bfloat16()
     assert bfloat16_is_right() == (True, True)
+
+
+def test_a_user_s_process_has_it_mended():
+    """What use_backend recommends, in a process without our tests."""
+    r = interpreted(ATTENTION)
+    assert float(r.stdout or "nan") < 0.05, r.stdout + r.stderr
+
+
+ATTENTION = """
+import torch, gpt_kernels as gk
+q, k, v = (torch.randn(1, 2, 20, 16).bfloat16() for _ in range(3))
+with gk.use_backend("triton"):
+    y = gk.scaled_dot_product_attention(q, k, v)
+print((y.double() - torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())).abs().max().item())
+"""
 
 
 def test_bfloat16_still_needs_mending():
     """Red with a Triton whose interpreter is right by itself: then drop what mend_bfloat16 no longer needs to do."""
-    # kernels need a file, so this one is imported, with no conftest to mend anything
+    # kernels need a file, so this one is imported; nothing mends where our launcher launches nothing
     r = interpreted("import test_triton_tools as t; print(t.bfloat16_is_right())")
     assert r.stdout.strip() == "(False, False)", r.stdout + r.stderr
 

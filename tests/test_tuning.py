@@ -273,17 +273,18 @@ def test_offers_have_the_default_first_and_nothing_twice():
 
 
 def test_event_timer(monkeypatch):
-    """Every timed call follows a write of more than the L2 holds; the median of the events is the answer."""
+    """Every timed call follows a write of more than the L2 holds and a spin of twice its host time, however slow its host is;
+    the median of the events is the answer. A GPU that is ahead of the host waits for it between the events."""
     log = []
 
     class Event:
-        clock = 0.0
+        clock = host = 0.0  # milliseconds; the device's, which does what it is told when it is told and free
 
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.at = Event.clock
+            self.at = Event.clock = max(Event.clock, Event.host)
             log.append("record")
 
         def synchronize(self):
@@ -294,22 +295,35 @@ def test_event_timer(monkeypatch):
 
     class Flush:
         def zero_(self):
-            Event.clock += 100
+            Event.clock = max(Event.clock, Event.host) + 1
             log.append("flush")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(L2_cache_size=2**27))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda n, dtype, device: (log.append(n), Flush())[1])
-    took = iter([9, 9, *[5.0, 1.0, 2.0, 2.0, 3.0, 2.0, 2.0]])
+    device, python = [5.0, 1.0, 2.0, 2.0, 3.0, 2.0, 2.0], {}
+
+    def spin(cycles):
+        log.append("spin")
+        Event.clock = max(Event.clock, Event.host) + cycles / tuning.CYCLES * 1e3
 
     def call():
         log.append("call")
-        Event.clock += next(took)
+        Event.host += python["ms"]
+        Event.clock = max(Event.clock, Event.host) + next(took)
 
-    assert tuning.event_timer(CPU)(call) == 2.0
-    assert log[0] == 4 * 2**27 and log[1:] == [*(["flush", "record", "call", "record"] * 2), "synchronize"] + [
-        *(["flush", "record", "call", "record"] * 7), "synchronize"
-    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "_sleep", spin)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: Event.host * 1e-3)
+    # a call of 2 ms on the device, with a host that takes much less, and one that takes nearly as long
+    for python["ms"] in (0.1, 1.9):
+        log.clear()
+        Event.clock = Event.host = 0.0
+        took = iter([9, 9, 9, 9, *device])
+        assert tuning.event_timer(CPU)(call) == pytest.approx(2.0)
+        each = ["flush", "spin", "record", "call", "record"]
+        assert log[0] == 4 * 2**27 and log[1:] == ["call", "call", *each * 2, "synchronize", *each * 7, "synchronize"]
+    python["ms"], took = 2.1, iter([9] * 4 + device)
+    assert tuning.event_timer(CPU)(call) > 0 and log.count("spin") == 9, "a host as slow as a whole model's: no spin"
 
 
 # ---- the file ----
@@ -456,8 +470,8 @@ def test_tune_refuses_an_unknown_architecture(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1")
-    monkeypatch.setattr(common, "_arch_of", lambda index: "sm_75")
-    assert cli.main(["tune"]) == 2 and "GTX 1 is sm_75, tables exist for sm_80" in capsys.readouterr().err
+    monkeypatch.setattr(common, "_target_of", lambda index: "sm_75")
+    assert cli.main(["tune"]) == 2 and "GTX 1: sm_75 has no matrix instructions" in capsys.readouterr().err
 
 
 @needs_triton
@@ -468,6 +482,7 @@ def test_tune_runs_stores_and_shows(fake_gpu, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: MACHINE["gpu"])
+    monkeypatch.setattr(common, "_target_of", lambda index: "sm_90")
     monkeypatch.setattr(common, "_arch_of", lambda index: "sm_90")
     monkeypatch.setattr(tune, "gpu", lambda arch: CPU)
     monkeypatch.setattr(tune, "SIZES", {"gpt2": SMALL})
@@ -503,7 +518,7 @@ def test_progress_without_tqdm(monkeypatch):
 
 def every_question():
     """(arch, tunable, key) of every launch of a GPT-2's training step, on every architecture"""
-    for arch in common.PROCESSORS:
+    for arch in common.FAMILIES:
         for t, key in tune.discover(arch, tune.DTYPES.values(), workload.SIZES.values()):
             yield arch, t, key
 

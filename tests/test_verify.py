@@ -96,6 +96,25 @@ def test_right_models_pass(dtype, implementation, capsys):
     assert data["ok"] is True and len(data["rows"]) == 30 and data["rows"][1]["eager_error"] > 0 or dtype == torch.float64
 
 
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+def test_autocast_is_compared_as_it_runs(implementation, monkeypatch):
+    # a scalar may be right by luck in eager: several seeds
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = tiny(attn_implementation=implementation), tokens()
+        with torch.autocast("cpu", torch.bfloat16):
+            report = verify(model, x, show=False)
+            assert torch.is_autocast_enabled("cpu")
+        assert report.ok and report.dtype == "float32 under autocast to bfloat16", report
+        plain = {row.name: row for row in verify(model, x, show=False).rows}
+        # it did run under autocast, and the truth did not
+        assert all(row.eager_error > 30 * plain[row.name].eager_error for row in report.rows if row.name == "logits")
+    wrong_backward(monkeypatch)
+    monkeypatch.setattr(_Scaled, "backward", staticmethod(lambda ctx, dx: dx * 1.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not verify(model, x, show=False).ok
+
+
 def test_errors_are_measured_against_real_float64():
     # transformers takes its loss through float32 even for a float64 model
     model, x = tiny(), tokens()

@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it is wrong and made to see what a GPU would not forgive.
+"""Triton's interpreter, made to see what a GPU would not forgive.
 
     scan()      every access of every launch: outside the tensors, or unordered with another program's
     only()      runs few of a launch's programs: tensors of more than 2^31 elements
@@ -26,28 +26,6 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 BUILDER = interpreter.InterpreterBuilder
-
-
-def mend_bfloat16() -> None:
-    """bf16 tl.dot multiplies bit patterns and fp32 -> bf16 truncates in Triton 3.9's interpreter; hardware does neither."""
-    dot, cast = BUILDER.create_dot, BUILDER.cast_impl
-
-    def widened(t):
-        if t.dtype.scalar != tl.bfloat16:
-            return t
-        bits = np.ascontiguousarray(t.data).view(np.uint16).astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
-            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
-        return cast(self, src, dst_type)
-
-    BUILDER.create_dot, BUILDER.cast_impl = create_dot, cast_impl
 
 
 # ---- which programs run, and in which order ----

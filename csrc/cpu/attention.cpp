@@ -119,7 +119,8 @@ template <class T> struct Forward {
     const C total = hsum<C>(load(l + r * W)), inverse = total == 0 ? 0 : (C)s.philox.keep_scale / total;
     T* out = s.o.at<T>(b, h, i);
     for_vectors<C>(s.Dv, [&](int64_t d, int64_t n) { store_any(out + d, load(o + r * o_width + d) * inverse, n); });
-    ((C*)s.lse)[(b * s.H + h) * s.Tq + i] = total == 0 ? minus_infinity<C> : m[r] * factor + log_of(total);
+    // the product rounded on its own, as the backward pass rounds the score's
+    ((C*)s.lse)[(b * s.H + h) * s.Tq + i] = total == 0 ? minus_infinity<C> : rounded(m[r] * factor) + log_of(total);
   }
 
   // queries [i0, i0 + rows) against every key they see; packed: the head's keys lie in `keys` already
@@ -153,21 +154,14 @@ template <class T> struct Forward {
   // A handful of queries, as in decoding: keys and values are used where they lie.
   void few_rows(int64_t b, int64_t h) {
     const int64_t hk = h / (s.H / s.Hk);
-    C *query = o + o_width, weights[key_block];  // the buffer of o has room for more rows than few_queries
+    C weights[key_block];
     for (int64_t i = 0; i < s.Tq; i++) {
       reset(1);
-      const T* qi = s.q.at<const T>(b, h, i);
-      for_vectors<C>(s.D, [&](int64_t d, int64_t n) { store(query + d, load_any(qi + d, n)); });
       const int64_t first = s.first_column(i) / key_block, last = (s.end_column(i) + key_block - 1) / key_block;
       for (int64_t block = first; block < last; block++) {
         const int64_t j0 = block * key_block, seen = s.end_column(i) - j0, n = seen < key_block ? seen : key_block;
         const int64_t width = round_up(n, W);
-        for (int64_t j = 0; j < n; j++) {
-          const T* kj = s.k.at<const T>(b, hk, j0 + j);
-          vec<C> sum = {};
-          for_vectors<C>(s.D, [&](int64_t d, int64_t count) { sum += load(query + d) * load_any(kj + d, count); });
-          score[j] = hsum<C>(sum);
-        }
+        few_scores(score, s.q.at<const T>(b, h, i), s.k.at<const T>(b, hk, j0), s.k.row, n, s.D);
         if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, 1, j0);
         score_steps<T>(score, (C*)nullptr, s, b, h, i, j0, n, width);
         softmax_step<Plain<T>>(score, weights, o, m, l, width, s.philox.drop_below ? random : nullptr);

@@ -80,11 +80,12 @@ static void gradient_row(C* score, C* dp, const AttentionArgs& s, bool plain, bo
   constexpr int W = lanes<C>;
   C capped[key_block];
   if (!plain || !all_seen) score_steps<T>(score, s.softcap > 0 ? capped : nullptr, s, b, h, i, j0, n, width);
-  // exp(factor * score - lse); a row that saw no key has lse = -inf and p = 0
-  const C factor = plain ? s.scale : 1, rate = factor * C(1.4426950408889634), keep = s.philox.keep_scale;
-  const C base = lse == minus_infinity<C> ? -minus_infinity<C> : lse / factor, per_cap = s.softcap > 0 ? 1 / s.softcap : 0;
+  // exp(factor * score - lse), the product rounded on its own: where one score outweighs all others, it is lse to the last bit and
+  // p is 1. A row that saw no key has lse = -inf and p = 0.
+  const C factor = plain ? s.scale : 1, keep = s.philox.keep_scale, per_cap = s.softcap > 0 ? 1 / s.softcap : 0;
+  const C base = lse == minus_infinity<C> ? -minus_infinity<C> : lse;
   for (int64_t j = 0; j < width; j += W) {
-    const vec<C> p = exp2((load(score + j) - base) * rate);
+    const vec<C> p = exp2((rounded(load(score + j) * factor) - base) * C(1.4426950408889634));
     vec<C> kept = p, d = load(dp + j);
     if (random) {
       kept = drop(p, random + j, s.philox) * keep;
@@ -194,7 +195,11 @@ template <class T> struct Backward {
       const int64_t seen = s.end_column(i + count - 1) - j0, n = seen < present ? seen : present, width = round_up(n, lanes<C>);
       if (n <= 0 || s.first_column(i) >= j0 + present) continue;
       begin = begin < r ? begin : r, stop = r + count;
-      product<Op>(score + r * key_block, key_block, q + i * q_units, q_units, 1, keys, key_block, count, units<Op>(s.D), width, false);
+      if (s.Tq <= gk::few_queries)
+        for (int64_t c = 0; c < count; c++)
+          few_scores(score + (r + c) * key_block, s.q.at<const T>(b, h, i + c), s.k.at<const T>(b, h / (s.H / s.Hk), j0), s.k.row, n, s.D);
+      else
+        product<Op>(score + r * key_block, key_block, q + i * q_units, q_units, 1, keys, key_block, count, units<Op>(s.D), width, false);
       product<Op>(dp + r * key_block, key_block, dout + i * v_units, v_units, 1, values, key_block, count, units<Op>(s.Dv), width, false);
       const bool all_seen = width <= present && s.first_column(i + count - 1) <= j0 && s.end_column(i) >= j0 + width;
       if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
@@ -305,15 +310,16 @@ template <class T> static int64_t attention_dbias_tasks(const AttentionArgs& s, 
 
 namespace {
 template <class T> struct BiasBackward {
-  typedef Plain<T> Op;
-  typedef compute_t<T> C;
+  typedef operand_t<T> Op;  // as in the other passes, whose scores these must be
+  typedef typename Op::C C;
   const AttentionArgs& s;
-  C *q, *dout, *keys, *values, *score, *dp, *sums;  // sums: (bias rows, key_block)
+  typename Op::unit *q, *dout, *keys, *values;
+  C *score, *dp, *sums;  // sums: (bias rows, key_block)
   uint16_t* random;
   uintptr_t end;
   BiasBackward(const AttentionArgs& s, const BiasGradient& g, uintptr_t at) : s(s) {
-    take(at, q, tile_rows * padded<C>(s.D)), take(at, dout, tile_rows * padded<C>(s.Dv));
-    take(at, keys, s.D * key_block), take(at, values, s.Dv * key_block);
+    take(at, q, tile_rows * row_units<Op>(s.D)), take(at, dout, tile_rows * row_units<Op>(s.Dv));
+    take(at, keys, units<Op>(s.D) * key_block), take(at, values, units<Op>(s.Dv) * key_block);
     take(at, score, tile_rows * key_block), take(at, dp, tile_rows * key_block), take(at, random, tile_rows * key_block);
     take(at, sums, g.size[2] * key_block);
     end = at;
@@ -330,8 +336,12 @@ template <class T> struct BiasBackward {
       if (s.end_column(i + count - 1) <= j0 || s.first_column(i) >= j0 + present) continue;
       const int64_t width = round_up(present, lanes<C>);
       pack_rows(q, s.q.at<const T>(b, h, i), s.q.row, count, s.D), pack_rows(dout, s.dout.at<const T>(b, h, i), s.dout.row, count, s.Dv);
-      product<Op>(score, key_block, q, padded<C>(s.D), 1, keys, key_block, count, s.D, width, false);
-      product<Op>(dp, key_block, dout, padded<C>(s.Dv), 1, values, key_block, count, s.Dv, width, false);
+      if (s.Tq <= gk::few_queries)
+        for (int64_t c = 0; c < count; c++)
+          few_scores(score + c * key_block, s.q.at<const T>(b, h, i + c), s.k.at<const T>(b, hk, j0), s.k.row, present, s.D);
+      else
+        product<Op>(score, key_block, q, row_units<Op>(s.D), 1, keys, key_block, count, units<Op>(s.D), width, false);
+      product<Op>(dp, key_block, dout, row_units<Op>(s.Dv), 1, values, key_block, count, units<Op>(s.Dv), width, false);
       if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
       for (int64_t c = 0; c < count; c++) {
         gradient_row<T>(score + c * key_block, dp + c * key_block, s, plain, false, b, h, i + c, j0, present, width,

@@ -12,7 +12,7 @@
 namespace gk {
 
 constexpr int64_t key_block = 64;  // keys per tile: K^T and V of one tile and head_dim 64 fit L1
-constexpr int64_t few_queries = 2;  // up to here packing a key costs more than using it
+constexpr int64_t few_queries = 2;  // up to here packing a key costs more than using it: few_scores
 
 // Multiplications in the two products of every query with every key.
 inline double score_work(const AttentionArgs& s) { return double(s.B * s.H) * s.Tq * s.Tk * (s.D + s.Dv) + 1; }

@@ -40,7 +40,8 @@ template <class C> GK_INLINE int64_t padded(int64_t n) { return round_up(n, lane
 constexpr int tile_rows = 6;
 constexpr int tile_vectors = GK_BYTES == 64 ? 4 : 2;
 
-// c[r][0 .. NV vectors) (+)= sum over k of a[r * a_row + k * a_k] * b[k * b_row + ...]
+// c[r][0 .. NV vectors) (+)= sum over k of a[r * a_row + k * a_k] * b[k * b_row + ...]. The sum is its own before it is added to
+// c: one running sum over all the tiles of a long sequence would lose what a tile adds, in proportion to the root of its length.
 template <class Op, int MR, int NV>
 static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_t c_row, const typename Op::unit* a, int64_t a_row,
                                                        int64_t a_k, const typename Op::unit* b, int64_t b_row, int64_t depth,
@@ -48,7 +49,7 @@ static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_
   typedef typename Op::C C;
   vec<C> acc[MR][NV];
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = accumulate ? load(c + r * c_row + v * lanes<C>) : vec<C>{};
+    for (int v = 0; v < NV; v++) acc[r][v] = vec<C>{};
   for (int64_t k = 0; k < depth; k++, a += a_k, b += b_row) {
     decltype(Op::load_units(b)) bv[NV];
     for (int v = 0; v < NV; v++) bv[v] = Op::load_units(b + v * lanes<C>);
@@ -56,7 +57,10 @@ static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_
       for (int v = 0; v < NV; v++) acc[r][v] = Op::mac(acc[r][v], a[r * a_row], bv[v]);
   }
   for (int r = 0; r < MR; r++)
-    for (int v = 0; v < NV; v++) store(c + r * c_row + v * lanes<C>, acc[r][v]);
+    for (int v = 0; v < NV; v++) {
+      C* out = c + r * c_row + v * lanes<C>;
+      store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <class Op, int MR>
@@ -170,6 +174,19 @@ static void pack_depth(uint32_t* out, const bf16* in, int64_t in_row, int64_t ro
 template <class Op> GK_INLINE int64_t units(int64_t n) { return (n + Op::depth - 1) / Op::depth; }
 // unit stride between the rows that pack_rows wrote
 template <class Op> GK_INLINE int64_t row_units(int64_t columns) { return padded<typename Op::C>(columns) / Op::depth; }
+
+// Products of one query with n keys where they lie, which costs less than packing them. Forward and backward must add in the same
+// order: exp(score - lse) magnifies what a score of some hundred differs by. noinline: so must the compiler.
+template <class T, class C = compute_t<T>>
+static __attribute__((noinline)) void few_scores(C* score, const T* q, const T* k, int64_t k_row, int64_t n, int64_t D) {
+  C query[gk::max_head_dim];
+  for_vectors<C>(D, [&](int64_t d, int64_t count) { store(query + d, load_any(q + d, count)); });
+  for (int64_t j = 0; j < n; j++, k += k_row) {
+    vec<C> sum = {};
+    for_vectors<C>(D, [&](int64_t d, int64_t count) { sum += load(query + d) * load_any(k + d, count); });
+    score[j] = hsum<C>(sum);
+  }
+}
 
 // ---- probabilities back into operands ----
 

@@ -94,6 +94,8 @@ namespace GK_TARGET {
 template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;  // 2 sqrt(2/pi)
 template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
 // 9e-5 is a 23rd of what rounding to bf16 may cost
+// of v^2, so that v^3 times a factor that is 0 there stays 0 for every finite v
+template <class C> constexpr C gelu_far = (C)1e30;
 template <class T> constexpr int gelu_degree = __is_same(T, bf16) ? 3 : exp_degree<T>;
 template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
 template <class C, class V> GK_INLINE V gelu_log2_e(V v) { return v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * (v * v)); }
@@ -115,7 +117,7 @@ GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N, bool stream
   });
 }
 
-// tanh form: dx = dy s (1 + (1 - s) v (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
+// tanh form: dx = dy (s + s (1 - s) v (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
 template <class T, class P, bool tanh, class C = compute_t<T>>
 GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N, bool streams) {
   write_row(dx, N, streams, [&](int64_t i, int64_t n) {
@@ -125,7 +127,7 @@ GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, i
     if constexpr (tanh) {
       // q = 1 - s as e s, without the subtraction, which v (a + 3 b v^2) would magnify; 1 where that is inf * 0, a NaN
       const vec<C> e = exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v)), s = reciprocal<T>((C)1 + e), q = vmin(e * s, splat<C>(1));
-      slope = s * (1 + q * (v * (gelu_a<C> + 3 * gelu_b<C> * (v * v))));
+      slope = s + s * q * v * (gelu_a<C> + 3 * gelu_b<C> * vmin(v * v, splat<C>(gelu_far<C>)));
     } else {
       const vec<C> gauss = gelu_gauss<T, C>(v);
       slope = normal_cdf<T, C>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)

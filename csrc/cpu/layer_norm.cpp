@@ -106,10 +106,11 @@ namespace GK_TARGET {
 
 // Mean and variance of a row by one pass over it: sums of x and x^2. Where the mean outweighs the deviation these cancel, and a
 // second pass sums the centred row, whose own sum is what the first mean was off by: a mean far from 0 is right to the last bit.
-template <class T, class C = compute_t<T>> GK_INLINE void moments(C* mean, C* var, const T* x, int64_t N) {
+template <bool shrink, class T, class C = compute_t<T>> GK_INLINE void moments(C* mean, C* var, const T* x, int64_t N) {
+  const auto load_of = [&](int64_t i, int64_t n) { return shrink ? load_any(x + i, n) * shrunk<C> : load_any(x + i, n); };
   vec<C> sum[4] = {}, squares[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
-    const vec<C> v = load_any(x + i, n);
+    const vec<C> v = load_of(i, n);
     sum[k] += v;
     squares[k] += v * v;
   });
@@ -118,7 +119,7 @@ template <class T, class C = compute_t<T>> GK_INLINE void moments(C* mean, C* va
   if (rough * rough <= *var) return;
   vec<C> rest[4] = {}, centred[4] = {};
   for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
-    const vec<C> v = keep_first<C>(load_any(x + i, n) - rough, n);
+    const vec<C> v = keep_first<C>(load_of(i, n) - rough, n);
     rest[k] += v;
     centred[k] += v * v;
   });
@@ -130,9 +131,10 @@ template <class T, class C = compute_t<T>> GK_INLINE void moments(C* mean, C* va
 template <class T, class P, class C = compute_t<T>>
 GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
                                bool streams) {
-  C mu, var;
-  moments(&mu, &var, x, N);
-  const C rs = 1 / sqrt_of((var < 0 ? 0 : var) + eps);
+  C mu, var, unit = 1;
+  moments<false>(&mu, &var, x, N);
+  if (!is_finite(var)) moments<true>(&mu, &var, x, N), unit = shrunk<C>, mu /= unit;
+  const C rs = unit / sqrt_of((var < 0 ? 0 : var) + eps * unit * unit);
   write_row(y, N, streams, [&](int64_t i, int64_t n) {
     prefetch(x + next_row<T>(N) + i);
     vec<C> v = (load_any(x + i, n) - mu) * rs;
@@ -162,12 +164,12 @@ GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, con
       store_any(dw + i, load_any(dw + i, n) + d * x_hat, n);
       store_any(db + i, load_any(db + i, n) + d, n);
     });
-    const C mean_g = hsum4<C>(sum_g) / N, slope = hsum4<C>(sum_gx) / N * rs * rs;
+    const C mean_g = hsum4<C>(sum_g) / N, slope = hsum4<C>(sum_gx) / N * rs;
     write_row(dx, N, streams, [&](int64_t i, int64_t n) {
       prefetch(dy + next_row<T>(N) + i), prefetch(x + next_row<T>(N) + i);
       const vec<C> d = load_any(dy + i, n), centred = load_any(x + i, n) - mu;
       const vec<C> g = w ? rounded(d * load_any(w + i, n)) : d;  // of N = 1 mean_g takes all of it
-      return (g - mean_g) * rs - centred * slope;
+      return (g - mean_g - centred * slope) * rs;  // rs^2 may be too small for a float
     });
   }
 }

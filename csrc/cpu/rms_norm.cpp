@@ -94,12 +94,17 @@ namespace GK_TARGET {
 // y = x rstd w,  rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T, class P, class C = compute_t<T>>
 GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps, bool streams) {
-  vec<C> squares[4] = {};
-  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
-    const vec<C> v = load_any(x + i, n);
-    squares[k] += v * v;
-  });
-  const C rs = 1 / sqrt_of(hsum4<C>(squares) / N + eps);
+  const auto mean_square = [&](C factor) {
+    vec<C> squares[4] = {};
+    for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+      const vec<C> v = load_any(x + i, n) * factor;
+      squares[k] += v * v;
+    });
+    return hsum4<C>(squares) / N;
+  };
+  C unit = 1, square = mean_square(1);
+  if (!is_finite(square)) unit = shrunk<C>, square = mean_square(unit);
+  const C rs = unit / sqrt_of(square + eps * unit * unit);
   write_row(y, N, streams, [&](int64_t i, int64_t n) {
     prefetch(x + next_row<T>(N) + i);
     const vec<C> v = load_any(x + i, n) * rs;
@@ -121,11 +126,11 @@ GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P*
       sum_gx[k] += w ? dx_hat * load_any(w + i, n) : dx_hat;
       if (dw) store_any(dw + i, load_any(dw + i, n) + dx_hat, n);
     });
-    const C slope = hsum4<C>(sum_gx) / N * rs * rs;
+    const C slope = hsum4<C>(sum_gx) / N * rs;
     write_row(dx, N, streams, [&](int64_t i, int64_t n) {
       prefetch(dy + next_row<T>(N) + i), prefetch(x + next_row<T>(N) + i);
       const vec<C> d = load_any(dy + i, n), g = w ? d * load_any(w + i, n) : d;
-      return g * rs - load_any(x + i, n) * slope;
+      return (g - load_any(x + i, n) * slope) * rs;  // rs^2 may be too small for a float
     });
   }
 }

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
     fetch(std::false_type(), v, block - 1, used);
     const Operand<T, D, true, false> values(slot, 0);
     if constexpr (sizeof(T) != 4) multiply<T>(o, shared, rounded, values);
-    else multiply<T, keys / 16>(o, shared, Operand<T, keys, false, true>(p_at, warp_row), values, c.tf32);
+    else multiply<T, keys / 16, true>(o, shared, Operand<T, keys, false, true>(p_at, warp_row), values, c.tf32);
     advance();
   };
 

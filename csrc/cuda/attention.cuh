@@ -221,8 +221,10 @@ GK_DEVICE void multiply_step(float (&acc)[M][N][4], const unsigned char* shared,
       mma_m16n8k16<T>(acc[m][n], left[m], right[0]), mma_m16n8k16<T>(acc[m][n + 1], left[m], right[1]);
   }
 }
-// acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate)
-template <class T, int depth, int M, int N, class A, class B>
+// acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate). `apart`:
+// a product of true float32 is a sum of its own before it is added, so many columns at a time as there are registers for: one
+// running sum over all the tiles of a long sequence loses what a tile adds, in proportion to the root of its length.
+template <class T, int depth, bool apart = false, int M, int N, class A, class B>
 GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b,
                         [[maybe_unused]] bool tf32 = false) {
   if constexpr (!std::is_same_v<T, float>) {
@@ -249,19 +251,33 @@ GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, cons
       }
     }
   } else {
+    constexpr int columns = apart && M * N > 8 ? 8 / M : N;
+    static_assert(N % columns == 0);
+#pragma unroll
+    for (int first = 0; first < N; first += columns) {
+      float sum[M][columns][4];
+#pragma unroll
+      for (int i = 0; i < M * columns * 4; i++)
+        sum[i / 4 / columns][i / 4 % columns][i % 4] = apart ? 0.f : acc[i / 4 / columns][i / 4 % columns][i % 4];
 #pragma unroll 1
-    for (int k = 0; k < depth * 16; k += 4) {
-      opaque(k);  // or every address lives through the loop
-      float left[2 * M][4], right[4];
+      for (int k = 0; k < depth * 16; k += 4) {
+        opaque(k);  // or every address lives through the loop
+        float left[2 * M][4], right[4];
 #pragma unroll
-      for (int i = 0; i < 2 * M; i++) a.load(left[i], shared, i, k);
+        for (int i = 0; i < 2 * M; i++) a.load(left[i], shared, i, k);
 #pragma unroll
-      for (int j = 0; j < 2 * N; j++) {
-        b.load(right, shared, j, k);
+        for (int j = 0; j < 2 * columns; j++) {
+          b.load(right, shared, 2 * first + j, k);
 #pragma unroll
-        for (int i = 0; i < 2 * M; i++)
+          for (int i = 0; i < 2 * M; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += left[i][e] * right[e];
+            for (int e = 0; e < 4; e++) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += left[i][e] * right[e];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < M * columns * 4; i++) {
+        float& to = acc[i / 4 / columns][first + i / 4 % columns][i % 4];
+        to = apart ? to + sum[i / 4 / columns][i / 4 % columns][i % 4] : sum[i / 4 / columns][i / 4 % columns][i % 4];
       }
     }
   }

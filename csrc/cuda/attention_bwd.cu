@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>().warps, D > (
           if constexpr (tile.apart) write_fragments<T, keys>(shared + ds_at, ds, score_row, score_key / 16);
         }
         __syncthreads();
-        multiply<T, rows / 16>(dv, shared, Operand<T, keys, true, true, KR>(p_at, 0, warp / KC),
-                               Operand<T, D, true, false, KC>(do_at, 0, warp % KC), c.tf32);
+        multiply<T, rows / 16, true>(dv, shared, Operand<T, keys, true, true, KR>(p_at, 0, warp / KC),
+                                     Operand<T, D, true, false, KC>(do_at, 0, warp % KC), c.tf32);
         if constexpr (!tile.apart) {
           __syncthreads();
           if (scores_here) write_fragments<T, keys>(shared + ds_at, ds, score_row, score_key / 16);
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>().warps, D > (
           __syncthreads();
         }
         if constexpr (plain) fetch_sums();
-        multiply<T, rows / 16>(dk, shared, Operand<T, keys, true, true, KR>(ds_at, 0, warp / KC),
-                               Operand<T, D, true, false, KC>(q_at, 0, warp % KC), c.tf32);
+        multiply<T, rows / 16, true>(dk, shared, Operand<T, keys, true, true, KR>(ds_at, 0, warp / KC),
+                                     Operand<T, D, true, false, KC>(q_at, 0, warp % KC), c.tf32);
       }
       __syncthreads();
       // the queries' tile is free, what follows needs only dS and K: the next one is on its way meanwhile
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>().warps, D > (
       const Operand<T, D, true, false, QC> key_columns(k_at, 0, warp % QC);
       using Rounded = std::conditional_t<tile.own, Operand<T, rows, true, true>, Operand<T, keys, false, true>>;
       const Rounded dS(ds_at, tile.own ? 0 : warp / QC * 16 * QM, tile.own ? warp / QC * QM : 0);
-      multiply<T, keys / 16>(dq, shared, dS, key_columns, c.tf32);
+      multiply<T, keys / 16, true>(dq, shared, dS, key_columns, c.tf32);
 #pragma unroll
       for (int m = 0; m < QM; m++)
 #pragma unroll

@@ -19,7 +19,7 @@ template <bool tanh> GK_DEVICE float gelu_slope(float v) {
   if constexpr (tanh) {
     // p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
     const float e = gelu_exp(fabsf(v)), p = rcp_approx(1.f + e), q = e * p;
-    return (v < 0.f ? q : p) + v * p * q * (gelu_a + 3.f * gelu_b * v * v);
+    return (v < 0.f ? q : p) + v * p * q * (gelu_a + 3.f * gelu_b * fminf(v * v, 1e30f));  // 0 times inf is none
   } else {
     return normal_cdf(v) + v * ex2_approx(-0.5f * log2_e * v * v) * 0.39894228f;  // 1 / sqrt(2 pi)
   }

@@ -20,15 +20,16 @@ template <class... P, class... A>
 void launch(const Kernel<P...>& kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   std::tuple<P...> values(static_cast<P>(args)...);
-#ifdef GK_SIM
-  (void)stream;
-  auto call = [&] { std::apply(kernel.function, values); };
-  sim::launch(kernel.name, grid, block, shared, [](void* f) { (*static_cast<decltype(call)*>(f))(); }, &call);
-#else
-  std::apply([&](auto&... value) {
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
+  const auto start = [&](auto... pointer) {
+    void* pointers[] = {pointer...};
     launch_raw(kernel.name, reinterpret_cast<const void*>(kernel.function), grid, block, shared, stream, pointers);
-  }, values);
+  };
+#ifdef GK_SIM
+  auto body = [&] { std::apply(kernel.function, values); };
+  sim::Call call{kernel.name, [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body};
+  start(&call);
+#else
+  std::apply([&](auto&... value) { start(const_cast<void*>(static_cast<const void*>(&value))...); }, values);
 #endif
 }
 

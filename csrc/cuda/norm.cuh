@@ -63,30 +63,39 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : kept < 6 ? 6 : 
 #pragma unroll
   for (int j = 0; j < kept; j++) raw[j] = row.load(x, me + j * peers);
 
-  float mu = 0;
-  if constexpr (centred) {
-    float sum[1] = {};
-    each_chunk<kept>(row, raw, x, me, peers, [&](int64_t, const float (&v)[V]) {
+  float mu, variance, unit = 1;
+#pragma unroll 1
+  while (true) {
+    mu = 0;
+    if constexpr (centred) {
+      float sum[1] = {};
+      each_chunk<kept>(row, raw, x, me, peers, [&](int64_t, const float (&v)[V]) {
 #pragma unroll
-      for (int k = 0; k < V; k++) sum[0] += v[k];
-    });
-    row_sum<block>(sum);
-    mu = sum[0] / float(N);
-  }
-  float sums[2] = {};  // of the centred row, of its squares
-  each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
-#pragma unroll
-    for (int k = 0; k < V; k++) {
-      const float d = row.inside(chunk, k) ? v[k] - mu : 0.f;
-      if constexpr (centred) sums[0] += d;
-      sums[1] += d * d;
+        for (int k = 0; k < V; k++) sum[0] += v[k] * unit;
+      });
+      row_sum<block>(sum);
+      mu = sum[0] / float(N);
     }
-  });
-  if constexpr (centred) row_sum<block>(sums);
-  else row_sum<block>(*reinterpret_cast<float (*)[1]>(sums + 1));
-  const float off = sums[0] / float(N), variance = sums[1] / float(N) - off * off;
-  const float rs = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + eps);
-  mu += off;
+    float sums[2] = {};  // of the centred row, of its squares
+    each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
+#pragma unroll
+      for (int k = 0; k < V; k++) {
+        const float d = row.inside(chunk, k) ? v[k] * unit - mu : 0.f;
+        if constexpr (centred) sums[0] += d;
+        sums[1] += d * d;
+      }
+    });
+    if constexpr (centred) row_sum<block>(sums);
+    else row_sum<block>(*reinterpret_cast<float (*)[1]>(sums + 1));
+    const float off = sums[0] / float(N);
+    variance = sums[1] / float(N) - off * off;
+    mu += off;
+    // squares of elements from 1e19 on are infinite: once more, by an exact factor smaller
+    if (variance - variance == 0.f || unit < 1.f) break;
+    unit = 0x1p-80f;
+  }
+  const float rs = unit / sqrtf((variance < 0.f ? 0.f : variance) + eps * unit * unit);
+  mu /= unit;
   each_chunk<kept>(row, raw, x, me, peers, [&](int64_t chunk, const float (&v)[V]) {
     const int64_t column = row.column(chunk);
     if (column >= N) return;
@@ -142,14 +151,14 @@ __global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : norm_bwd_warps(
       }
     }
     row_sum<block>(sums);
-    const float shift = centred ? sums[0] / float(N) * rs : 0.f, slope = sums[1] / float(N) * rs * rs;
+    const float shift = centred ? sums[0] / float(N) : 0.f, slope = sums[1] / float(N) * rs;
 #pragma unroll
     for (int j = 0; j < kept; j++) {
       float v[V], d[V], out[V];
       unpack<T>(raw_x[j], v), unpack<T>(raw_dy[j], d);
       weighted(j, d, d);
 #pragma unroll
-      for (int k = 0; k < V; k++) out[k] = d[k] * rs - shift - (v[k] - mu) * slope;
+      for (int k = 0; k < V; k++) out[k] = (d[k] - shift - (v[k] - mu) * slope) * rs;  // rs^2 may be too small for a float
       row.store(dx + m * N, me + j * peers, out);
     }
   }

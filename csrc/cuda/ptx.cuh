@@ -42,11 +42,11 @@ GK_DEVICE void store_16(void* p, uint4 v) { sim::store(p, v); }
 GK_DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
 GK_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 #endif
-// global memory, with a word on caching ("Data Movement and Conversion: ld.global.nc", "st")
-// read by nobody else: past L1
+// global memory, with a word on caching ("Data Movement and Conversion: ld", "st")
+// read by nobody else: past L1. Not ld.global.nc, which is undefined where the same launch writes, as a gradient in place does.
 GK_DEVICE uint4 load_16_once(const void* p) {
   uint4 v;
-  GK_PTX(v = sim::load<uint4>(p), "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  GK_PTX(v = sim::load<uint4>(p), "ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }

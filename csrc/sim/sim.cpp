@@ -4,6 +4,7 @@
 // at the end of this file, which see every load and store of a kernel.
 #include "sim.h"
 
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -13,6 +14,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -132,6 +134,15 @@ const char* host_frame;
 uint64_t rng;
 std::map<std::string, Counters> counted;
 Counters* counters;
+// A kernel to the runtime: bytes that its launches have declared, and those of dynamic memory that it may have, by GPU.
+struct Function {
+  size_t declares = 0;
+  std::map<int64_t, size_t> most;
+  bool asked() const;
+  size_t limit() const;  // of a block, declared and dynamic
+};
+std::map<const void*, Function> functions;
+Function* launched;
 std::mutex one_launch;
 TSAN(void* tsan_host; char launch_token, end_token;)
 #if defined(__x86_64__)
@@ -487,8 +498,7 @@ size_t shared_limit() {  // by the CUDA programming guide's table of compute cap
   }
 }
 
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*function)(void*), void* args) {
-  std::lock_guard<std::mutex> lock(one_launch);
+static void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*function)(void*), void* args) {
   char frame;
   host_frame = &frame;
   kernel_name = name, place = {{}, block, grid}, body = function, body_args = args;
@@ -511,6 +521,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes
   if (!error.empty()) throw std::runtime_error(error);
 }
 
+bool Function::asked() const { return most.count(config.arch); }
+size_t Function::limit() const { return asked() ? shared_limit() : 48 << 10; }
+
 void trap() { stop("__trap()"); }
 
 void* static_shared(const void* key, size_t bytes) {
@@ -519,8 +532,11 @@ void* static_shared(const void* key, size_t bytes) {
   if (declarations == int(sizeof declared / sizeof *declared)) stop("more shared arrays than the model holds");
   const size_t offset = shared_bytes;
   shared_bytes = (shared_bytes + bytes + 15) / 16 * 16;
-  if (shared_bytes > shared_limit())
-    stop("the block needs ", shared_bytes, " bytes of shared memory, sm_", config.arch, " has ", shared_limit());
+  Function& f = *launched;
+  f.declares = std::max(f.declares, shared_bytes - (dynamic_bytes + 15) / 16 * 16);
+  if (shared_bytes > f.limit())
+    stop("the block needs ", shared_bytes, " bytes of shared memory, sm_", config.arch, " has ", f.limit(),
+         f.asked() ? "" : " unless asked for more");
   declared[declarations++] = {key, offset};
   return arena + offset;
 }
@@ -755,6 +771,48 @@ void cp_async_wait(int pending) {
 }
 
 }  // namespace gk::sim
+
+// ---- CUDA's runtime ----
+using namespace gk::sim;
+
+cudaError_t cudaGetDevice(int* device) { return *device = int(config.arch), cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = int(shared_limit()), cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
+                                                                               : "cudaErrorInvalidConfiguration";
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* its, const void* function) {
+  std::lock_guard<std::mutex> lock(one_launch);
+  return its->sharedSizeBytes = functions[function].declares, cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  {
+    std::lock_guard<std::mutex> lock(one_launch);
+    Function& f = functions[function];
+    if (value < 0 || value + f.declares > shared_limit()) return cudaErrorInvalidValue;
+    f.most[config.arch] = size_t(value);
+  }
+  std::this_thread::sleep_for(std::chrono::microseconds(200));  // before it launches another thread's turn may come
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+  std::lock_guard<std::mutex> lock(one_launch);
+  Function& f = functions[function];
+  if (!grid.x || grid.x > 0x7FFFFFFFu || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (uint64_t(block.x) * block.y * block.z > max_threads || block.z > 64) return cudaErrorInvalidConfiguration;
+  if (shared > (f.asked() ? f.most[config.arch] : 48 << 10) || shared + f.declares > f.limit()) return cudaErrorInvalidValue;
+  launched = &f;
+  const Call& call = *static_cast<const Call*>(args[0]);
+  launch(call.name, grid, block, shared, call.body, call.args);
+  return cudaSuccess;
+}
 
 // ---- C entry points, for ctypes ----
 #define GK_EXPORT extern "C" __attribute__((visibility("default")))

@@ -34,6 +34,22 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 typedef struct CUstream_st* cudaStream_t;
 
+// ---- the part of CUDA's runtime that launches: it refuses what a driver refuses; each architecture that is played is a GPU ----
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
+// what the kernel's launches so far have declared: the model knows no more before the first
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* its, const void* function);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value);
+// args: a gk::sim::Call. Throws std::runtime_error with a report for whatever the kernel itself does wrong.
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t stream);
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+const char* cudaGetErrorName(cudaError_t error);
+
 namespace gk::sim {
 
 // ---- threads ----
@@ -42,8 +58,12 @@ extern Thread* current;
 struct Place { dim3 index, extent, grid; };  // blockIdx, blockDim, gridDim
 extern Place place;
 
-// Runs body(args) once per thread. Throws std::runtime_error with a report for whatever a kernel does wrong.
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* args);
+// What cudaLaunchKernel takes for a kernel's arguments here: body(args) is one thread's run.
+struct Call {
+  const char* name;
+  void (*body)(void*);
+  void* args;
+};
 int arch();        // compute capability that is played, as 80
 int processors();  // streaming multiprocessors that are played: few, so that small tests loop
 size_t shared_limit();  // bytes of shared memory of a block of that architecture

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..info import print_table
-from .report import duration
+from .report import disturbance, duration
 from .run import load, need
 
 MEMORY_STEP = 1 << 20  # bytes; less is what an allocator rounds
@@ -109,6 +109,9 @@ def diff(a: str, b: str, threshold: float, alpha: float) -> int:
         values = [result["environment"].get(name) for result in results]
         if values[0] != values[1]:
             print(f"not the same {name}: {values[0]} and {values[1]}")
+    for path, result in zip((a, b), results, strict=True):
+        if (line := disturbance(result)).startswith("DISTURBED"):
+            print(f"{path}: {line}")
     names = [{key(row) for row in result["rows"]} for result in results]
     for path, only in ((a, names[0] - names[1]), (b, names[1] - names[0])):
         if only:

@@ -19,6 +19,7 @@ from ..dispatch import isa
 from ..triton.common import arch
 from ..triton.tuned import machine
 from ..version import __version__
+from .contention import others
 from .measure import cache_bytes, on_gpu
 
 PACKAGES = ("triton", "transformers", "numpy", "liger-kernel", "flash-attn", "xformers", "apex")
@@ -86,5 +87,6 @@ def environment() -> dict[str, Any]:
         "variables": " ".join(f"{name}={value}" for name, value in sorted(values.items())) or "none",
         "commit": commit(),
         "load": round(os.getloadavg()[0], 1),
+        "processors in use by others": others(),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
     }

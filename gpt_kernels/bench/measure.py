@@ -18,6 +18,9 @@ An op's worker holds its heap (memory.hold_heap): else one variant pays now and 
 given back to the system, and the next one for getting it again, beside calls of 2 ms. Above 32 MB, what the heap has no room
 for is mapped and unmapped at each call, as ever. Whole models run with the allocator as it is: a step after one of the same
 variant finds what that one left, after another's it may have to get a gigabyte from the system.
+
+A sample that other work on the machine disturbed is taken again, and a row that stayed disturbed says so (contention.py). On a
+GPU the host's time per call stands beside the device's: small calls cost what their host costs.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ import gpt_kernels
 from ..dispatch import ops
 from ..memory import hold_heap
 from ..triton.tuning import event_timer
-from . import peers
+from . import contention, peers
+from .contention import Samples
 
 # largest error over the largest value, beyond what eager itself errs; tests/ hold the kernels to much less
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -370,7 +374,7 @@ def interleaved(
     usual = min(200, max(5 if max(once.values()) > SLOW else 9, int(seconds * len(variants) / lap)))
     for name, variant in variants.items():
         rounds[name] = 1 if variant.brief and once[name] > SLOW else usual
-    samples: dict[str, list[float]] = {name: [] for name in (*beside, *variants)}
+    samples = {name: Samples() for name in (*beside, *variants)}
     stride = -(-usual // LIMIT_SAMPLES)
     # the first rounds touch memory that the system has not handed out before, which costs more than many an op
     unseen = 0 if lap > SLOW else 3
@@ -380,18 +384,25 @@ def interleaved(
         for n in range(-unseen, usual):
             if beside and n >= 0 and n % stride == 0:
                 for name, call in beside.items():
-                    samples[name].append(stopwatch(call))
+                    samples[name].take(functools.partial(stopwatch, call))
             for name, variant in variants.items():
                 if n < rounds[name]:
+                    again = functools.partial(once_more, variant.call, repeats[name], warm=rounds[name] > 1)
                     with variant.around():
-                        if rounds[name] > 1:
-                            variant.call()
-                        taken = stopwatch(variant.call, repeats[name])
-                    if n >= 0:
-                        samples[name].append(taken)
+                        if n < 0:
+                            again()
+                        else:
+                            samples[name].take(again)
     finally:
         gc.enable()
-    return samples
+    return dict(samples)
+
+
+def once_more(call: Callable, repeats: int, warm: bool) -> float:
+    """A sample on a CPU: seconds per call, after an untimed one if it is to be warm."""
+    if warm:
+        call()
+    return stopwatch(call, repeats)
 
 
 def interleaved_on_gpu(
@@ -424,14 +435,27 @@ def other_temperature(variants: dict[str, Variant], once: dict[str, float]) -> d
     quick = {name: v for name, v in variants.items() if once[name] <= SLOW}  # beyond it, no cache holds what a call needs
     if on_gpu():
         return {name: statistics.median(s) for name, s in interleaved_on_gpu(quick, 3, warm=True).items()}
-    samples: dict[str, list[float]] = {name: [] for name in quick}
+    cold = {name: Samples() for name in quick}
     other = torch.ones(min(2 * cache_bytes(), 1 << 30) // 4) if quick else None
     for _ in range(COLD_ROUNDS):
         for name, variant in quick.items():
             with variant.around():
-                other.add_(1.0)  # type: ignore[union-attr]
-                samples[name].append(stopwatch(variant.call))
-    return {name: statistics.median(s) for name, s in samples.items()}
+
+                def after_others(call=variant.call) -> float:
+                    other.add_(1.0)  # type: ignore[union-attr]
+                    return stopwatch(call)
+
+                cold[name].take(after_others)
+    return {name: statistics.median(s) for name, s in cold.items()}
+
+
+def host_seconds(call: Callable, about: float) -> float:
+    """What a call costs the host, a GPU's queue being empty: few calls, or it fills and the host waits for the device."""
+    repeats, taken = max(1, min(20, int(2e-3 / max(about, 1e-6)))), []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        taken.append(stopwatch(call, repeats))
+    return min(taken)
 
 
 class Limits:
@@ -473,6 +497,16 @@ def floors(trial: Trial, rates: dict[str, float]) -> dict[str, float]:
     return {"copy": trial.bytes / rates["copy"], "gemm": trial.flops / rates["gemm"]}
 
 
+def disturbance(samples: dict[str, list[float]], stolen: float) -> dict[str, Any]:
+    """What a row says of it: nothing where nothing was."""
+    watched = [s for s in samples.values() if isinstance(s, Samples)]
+    if not watched:  # a GPU's
+        return {}
+    worst = 1.0 if stolen > contention.ALLOWED else max(s.share for s in watched)
+    facts = {"disturbed": round(worst, 3), "stolen": round(stolen, 2), "repeated": sum(s.repeated for s in watched)}
+    return {name: value for name, value in facts.items() if value}
+
+
 def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> dict[str, Any]:
     """case: a Case or a models.ModelCase."""
     row: dict[str, Any] = {name: getattr(case, name) for name in ("op", "shape", "main", "length")}
@@ -502,7 +536,9 @@ def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> di
             figures.pop(name, None)
     tiny, least = trial.bytes < TINY, floors(trial, limits.rates)
     beside = {name: limits.calls[name] for name in least if not tiny and NEAR * least[name] >= max(least.values())}
+    ticks = contention.ticks()
     samples = interleaved(trial.variants, settings.seconds, about, beside)
+    row |= disturbance(samples, contention.stolen(ticks))
     rates = {name: [limits.work[name] / s for s in samples.pop(name)] for name in beside}
     median = {name: statistics.median(s) for name, s in samples.items()}
     other = other_temperature(trial.variants, median)
@@ -516,9 +552,11 @@ def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> di
             measured_too: other[name] / trial.units if name in other else None,
             "samples": thinned(per),
         }
-        if tiny:
+        if on_gpu():
             with variant.around():
-                figures[name]["launch"] = stopwatch(variant.call, 100) if on_gpu() else figures[name]["seconds"]
+                figures[name]["host"] = host_seconds(variant.call, about[name]) / trial.units
+        if tiny:
+            figures[name]["launch"] = figures[name]["host" if on_gpu() else "seconds"]
     row |= {"variants": figures, "bytes": trial.bytes, "flops": trial.flops, "tiny": tiny}
     row["limits"] = limits.rates | {name: statistics.median(r) for name, r in rates.items()}
     row["limits_spread"] = {name: half_interquartile(r) for name, r in rates.items()}  # of those sampled beside the variants

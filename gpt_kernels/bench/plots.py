@@ -42,6 +42,11 @@ STYLE: Any = {
 }  # fmt: skip
 
 
+def color(variant: str) -> str:
+    """Ink for a variant of another version."""
+    return COLORS.get(variant, INK)
+
+
 def seconds(row: dict, variant: str) -> float | None:
     return row["variants"].get(variant, {}).get("seconds")
 
@@ -73,7 +78,7 @@ def dots(rows: Sequence[dict], values: Callable[[dict], dict[str, float]], xlabe
     ax = figure.subplots()
     for y, (_, v) in enumerate(shown):
         for name, x in v.items():
-            ax.plot(x, y, "o", color=COLORS[name], label=label(name), markersize=8 if name == "ours" else 5)
+            ax.plot(x, y, "o", color=color(name), label=label(name), markersize=8 if name == "ours" else 5)
         ax.plot([min(v.values()), max(v.values())], [y, y], color=FAINT, linewidth=1, zorder=0)
     names = [f"{row['op']} {row['direction']}" for row, _ in shown]
     last = [row["shape"].split()[-1] for row, _ in shown]
@@ -136,7 +141,7 @@ def curves(result: dict, value: Callable[[dict, str], float | None], ylabel: str
         points = [(row["length"], y) for row in rows if (y := value(row, variant))]
         line: dict[str, Any] = {"linestyle": "-" if direction == "fwd" else "--", "marker": "o" if direction == "fwd" else "s"}
         name = f"{label(variant)} {direction}"
-        ax.plot(*zip(*points, strict=True), color=COLORS[variant], label=name, markersize=3.5, **line) if points else None
+        ax.plot(*zip(*points, strict=True), color=color(variant), label=name, markersize=3.5, **line) if points else None
     if not ax.lines:
         return None
     ax.set_xscale("log", base=2)
@@ -188,12 +193,12 @@ def roofline(result: dict) -> Figure | None:
             if t := seconds(row, variant):
                 ax.plot(
                     x, row["flops"] / t / 1e9, MARKERS[row["op"]], markersize=5, linestyle="none",
-                    markerfacecolor=COLORS[variant] if variant == "ours" else "none", markeredgecolor=COLORS[variant],
+                    markerfacecolor=color(variant) if variant == "ours" else "none", markeredgecolor=color(variant),
                 )  # fmt: skip
     for op in dict.fromkeys(row["op"] for row in rows):
         ax.plot([], [], MARKERS[op], color=INK, markersize=5, linestyle="none", label=op)
     for variant in ("ours", "eager"):
-        ax.plot([], [], "o", color=COLORS[variant], markersize=6, linestyle="none", label=variant)
+        ax.plot([], [], "o", color=color(variant), markersize=6, linestyle="none", label=variant)
     ax.set(xscale="log", yscale="log", xlabel=f"flops per byte that must move ({dtype})", ylabel="GFLOP/s")
     log_axis(ax.xaxis)
     log_axis(ax.yaxis)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import UserError
+from .contention import STAYED
 from .run import dumps, load, need, write_text
 
 VARIANTS = ("eager", "compile", "ours")  # columns of their own; others share one
@@ -39,7 +40,30 @@ def timing(row: dict, variant: str) -> str:
     if (seconds := figure(row, variant)) is None:
         return "-"
     spread = figure(row, variant, "spread")
-    return duration(seconds) + (f" ±{spread / seconds:.0%}" if spread is not None else "")
+    host = figure(row, variant, "host")
+    return (
+        duration(seconds)
+        + (f" ±{spread / seconds:.0%}" if spread is not None else "")
+        + (f", host {duration(host)}" if host else "")
+        + (" disturbed" if stayed_disturbed(row) else "")
+    )
+
+
+def stayed_disturbed(row: dict) -> bool:
+    return row.get("disturbed", 0.0) > STAYED
+
+
+def disturbance(result: dict) -> str:
+    """The first line of a report on a machine that had other work; "" on a quiet one."""
+    rows = [row for row in result["rows"] if not row["mismatch"]]
+    stayed = sum(map(stayed_disturbed, rows))
+    repeated = sum(row.get("repeated", 0) for row in rows)
+    if not stayed:
+        return f"{repeated} samples were taken again: other work on the machine disturbed them" if repeated else ""
+    return (
+        f"DISTURBED: in {stayed} of {len(rows)} rows other work on the machine kept more than {STAYED:.0%} of the samples"
+        f" waiting, also when they were taken again ({repeated} were): their times are too long. Measure on a quiet machine."
+    )
 
 
 def other_state(row: dict, variant: str) -> str:
@@ -141,6 +165,8 @@ def show(result: dict) -> None:
         table.add_column(head, justify="right" if head in (*VARIANTS, "ours cold", "ours warm", "vs better") else "left")
     for row in result["rows"]:
         table.add_row(*map(escape, cells(row)))
+    if line := disturbance(result):
+        console.print(line, markup=False, highlight=False)
     if result["rows"]:
         console.print(table)
     for line in [*growth_text(result["rows"]), *(f"no numbers for {line}" for line in left_out(result["rows"]))]:
@@ -159,7 +185,8 @@ def markdown_cell(row: dict | None) -> str:
         return row["mismatch"]
     seconds, spread = figure(row, "ours"), figure(row, "ours", "spread")
     noisy = f" ±{spread / seconds:.0%}" if seconds and spread and spread / seconds > 0.2 else ""
-    return f"{ratio(row)} ({duration(seconds or 0.0)}{noisy})"
+    host = f", host {duration(at)}" if (at := figure(row, "ours", "host")) else ""
+    return f"{ratio(row)} ({duration(seconds or 0.0)}{noisy}{host}{' disturbed' * stayed_disturbed(row)})"
 
 
 def markdown(rows: Sequence[dict]) -> str:
@@ -182,7 +209,7 @@ def markdown(rows: Sequence[dict]) -> str:
 
 COLUMNS = (
     "op", "shape", "dtype", "direction", "length", "variant", "seconds", "spread", "timed", "warm", "cold", "first", "launch",
-    "memory", "bytes", "flops", "GB/s", "GFLOP/s", "bound", "of_limit", "ours_faster", "served", "note",
+    "memory", "bytes", "flops", "GB/s", "GFLOP/s", "bound", "of_limit", "ours_faster", "served", "host", "disturbed", "note",
 )  # fmt: skip
 
 
@@ -227,7 +254,8 @@ def html(result: dict, figures: dict[str, str]) -> str:
     rows = result["rows"]
     by_target = {target: [r for r in rows if r["target"] == target] for target in dict.fromkeys(r["target"] for r in rows)}
     return template.render(
-        result=result, heads=heads(result), by_target=by_target, cells=cells, summary=summary(rows), limits=limits_text(result),
+        result=result, disturbance=disturbance(result), heads=heads(result),
+        by_target=by_target, cells=cells, summary=summary(rows), limits=limits_text(result),
         left_out=left_out(rows), growth=growth_text(rows), wrong=[row for row in rows if row["mismatch"]],
         figures=[(plots.TITLES[name], plots.themed(svg, name)) for name, svg in figures.items()],
     )  # fmt: skip
@@ -236,13 +264,13 @@ def html(result: dict, figures: dict[str, str]) -> str:
 # ---- files ----
 
 
-def write(result: dict, folder: pathlib.Path) -> None:
-    """Everything but the table; each file is whole or as it was."""
+def write(result: dict, folder: pathlib.Path) -> str:
+    """Everything but the table; each file is whole or as it was. Returns what was written, in words."""
     write_text(folder / "bench.json", dumps(result))
-    render(result, folder, ["bench.json"])
+    return render(result, folder, ["bench.json"])
 
 
-def render(result: dict, folder: pathlib.Path, written: list[str]) -> None:
+def render(result: dict, folder: pathlib.Path, written: list[str]) -> str:
     from . import plots
 
     write_text(folder / "bench.csv", csv_text(result["rows"]))
@@ -256,16 +284,17 @@ def render(result: dict, folder: pathlib.Path, written: list[str]) -> None:
             else:
                 path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
     write_text(folder / "report.html", html(result, svgs))
-    print(f"written: {', '.join([*written, 'bench.csv', 'report.html', f'{len(svgs)} plots'])} in {folder}", flush=True)
+    return f"written: {', '.join([*written, 'bench.csv', 'report.html', f'{len(svgs)} plots'])} in {folder}"
 
 
 def rewrite(result: str, out: str) -> None:
     """`bench report`: from a result's JSON."""
     need("rich", "matplotlib", "numpy", "jinja2")
     loaded = load(result)
-    show(loaded)
     try:
         pathlib.Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    render(loaded, pathlib.Path(out), [])
+    written = render(loaded, pathlib.Path(out), [])
+    show(loaded)
+    print(written)

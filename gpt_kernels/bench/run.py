@@ -35,6 +35,7 @@ TARGETS = {op: (op, "cases") for op in FAMILIES} | {
 }
 GROUPS = {"all": tuple(TARGETS), "ops": FAMILIES}
 SCHEMA = 1
+LARGEST = 64 << 20  # bytes of a result: a row has some thousand
 PACKAGES = ("rich", "matplotlib", "numpy", "jinja2", "transformers")
 
 
@@ -134,11 +135,9 @@ def command(settings: Settings) -> str:
 
 def scrub(text: str) -> str:
     """Without the folders of this machine: reports are there to be shown."""
-    folders = {
-        str(pathlib.Path(__file__).resolve().parents[2]): ".",
-        str(pathlib.Path.home()): "~",
-        tempfile.gettempdir(): "(tmp)",
-    }
+    folders = {str(pathlib.Path(__file__).resolve().parents[2]): ".", tempfile.gettempdir(): "(tmp)"}
+    if (home := cache.home()) is not None:
+        folders[str(home)] = "~"
     for folder, name in folders.items():
         text = text.replace(folder, name) if len(folder) > 1 else text
     return text
@@ -151,30 +150,52 @@ def bench(settings: Settings) -> int:
     targets = check(settings)
     from . import report
 
-    began, status = time.monotonic(), 0
+    began, status, failure = time.monotonic(), 0, None
+    out, partial = pathlib.Path(settings.out), pathlib.Path(settings.out, "bench.partial.json")
     result: dict[str, Any] = {"schema": SCHEMA, "command": typed, "environment": {}, "rows": [], "failed": {}}
+
+    def state() -> dict[str, Any]:
+        """The result as if it ended now."""
+        ended = {"interrupted": status == 130, "seconds": round(time.monotonic() - began, 1)}
+        return result | ended | {"limits": medians(result["rows"])}
+
+    def keep() -> None:
+        try:
+            write_text(partial, dumps(state() | {"interrupted": True}))
+        except OSError as error:  # said now, when there may be time to make room
+            print(f"\n{partial}: {error.strerror}", file=sys.stderr, flush=True)
+
     try:
         with tempfile.TemporaryDirectory(prefix="gpt_kernels-bench-", ignore_cleanup_errors=True) as folder:
-            collect(targets, settings, folder, result)
+            collect(targets, settings, folder, result, keep)
     except KeyboardInterrupt:
         status = 130
         print("\nstopped; the rows there are:", file=sys.stderr, flush=True)
+    except Exception as error:
+        if not result["rows"]:
+            raise
+        status, failure = 130, error
     # a second Ctrl-C must not cut the files in half
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        result |= {
-            "interrupted": status == 130,
-            "seconds": round(time.monotonic() - began, 1),
-            "limits": medians(result["rows"]),
-        }
-        report.show(result)
-        report.write(result, pathlib.Path(settings.out))
+        result = state()
+        try:
+            written = report.write(result, out)
+            partial.unlink(missing_ok=True)
+        finally:  # where the disk is full, this is all there is
+            report.show(result)
+        print(written, flush=True)
     finally:
         signal.signal(signal.SIGINT, previous)
+    if failure is not None:
+        raise failure
     return status or int(bool(result["failed"]) or any(row["mismatch"] for row in result["rows"]))
 
 
-def collect(targets: list[str], settings: Settings, folder: str, result: dict[str, Any]) -> None:
+def collect(
+    targets: list[str], settings: Settings, folder: str, result: dict[str, Any], keep: Callable[[], None]
+) -> None:  # fmt: skip
+    """Adds to the result, and calls keep() when a target is done: a machine that dies takes one target with it."""
     say = progress()
     for target in targets:
         job = {"run": target, "settings": dataclasses.asdict(settings)}
@@ -189,6 +210,7 @@ def collect(targets: list[str], settings: Settings, folder: str, result: dict[st
                         apart += [(event["row"], event["apart"])] if "apart" in event else []
                     else:
                         result["environment"] = result["environment"] or event["environment"]
+                        warn_of_others(event["environment"])
         except RunFailed as error:
             result["failed"][target] = scrub(str(error))
             print(error, file=sys.stderr, flush=True)
@@ -196,7 +218,19 @@ def collect(targets: list[str], settings: Settings, folder: str, result: dict[st
             for name in row.get("variants", {}):
                 say(f"{row['op']} {row['shape']} {row['dtype']} {row['direction']}, memory of {name}")
                 add_memory(row, name, job | {"case": number, "variant": name}, folder)
+        if result["rows"]:
+            keep()
     say("")
+
+
+def warn_of_others(environment: dict[str, Any]) -> None:
+    """At the start of a target, when there is time to stop it."""
+    busy, cores, threads = (environment.get(name) for name in ("processors in use by others", "cores", "threads"))
+    if busy and cores and threads and "gpu" not in environment and threads > cores - busy + 0.3:
+        print(
+            f"\nother work uses {busy} of {cores} processors, {threads} threads are to be timed: the times will be too long",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def add_memory(row: dict[str, Any], name: str, job: dict[str, Any], folder: str) -> None:
@@ -246,17 +280,94 @@ def dumps(result: dict[str, Any]) -> str:
 def load(path: str | os.PathLike) -> dict[str, Any]:
     """A result's JSON. Raises UserError for anything else."""
     try:
-        result = json.loads(pathlib.Path(path).read_text())
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UserError(f"{path}: more than {LARGEST >> 20} MiB, not a result of python -m gpt_kernels bench")
+        result = json.loads(data)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: no JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: no JSON of ours: nested too deeply") from None
     if not isinstance(result, dict) or not {"schema", "rows", "environment", "limits"} <= result.keys():
         raise UserError(f"{path}: not a result of python -m gpt_kernels bench")
     if result["schema"] != SCHEMA:
-        raise UserError(f"{path}: its schema is {result['schema']!r}, expected {SCHEMA}")
+        raise UserError(f"{path}: its schema is {result['schema']!r:.80}, expected {SCHEMA}")
+    try:
+        validate(result)
+    except ValueError as error:
+        raise UserError(f"{path}: not a result of python -m gpt_kernels bench: {error}") from None
     return result
 
 
+def number(value: Any) -> bool:
+    """Finite, and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e300
+
+
+def positive(value: Any) -> bool:
+    return number(value) and value > 0
+
+
+def mapping(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+def kind(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+def or_none(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def one_of(*values: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in values
+
+
+TEXT = kind(str)
+# what a report reads: fields that must be there, those that may
+RESULT = {"command": TEXT, "environment": mapping(kind(str, int, float, type(None))), "rows": kind(list),
+          "failed": mapping(TEXT), "interrupted": kind(bool), "seconds": number, "limits": mapping(positive)}  # fmt: skip
+ROW = {"target": one_of(*TARGETS), "op": one_of(*FAMILIES, "gpt", "decode"), "shape": TEXT, "dtype": TEXT, "direction": TEXT,
+       "main": kind(bool), "length": or_none(lambda v: positive(v) and isinstance(v, int)), "served": TEXT,
+       "mismatch": or_none(TEXT), "absent": mapping(TEXT)}  # fmt: skip
+MEASURED = {"timed": one_of("warm", "cold"), "variants": mapping(kind(dict)), "bytes": positive, "flops": number,
+            "tiny": kind(bool), "limits": mapping(positive), "bound": one_of("copy", "gemm"), "of_limit": positive,
+            "ratio": or_none(positive)}  # fmt: skip
+VARIANT = {"seconds": positive, "spread": number, "memory": or_none(number),
+           "samples": lambda v: isinstance(v, list) and all(map(positive, v))}  # fmt: skip
+ROW_MAY = {"disturbed": number, "stolen": number, "repeated": number}
+MAY = {"host": positive, "warm": or_none(positive), "cold": or_none(positive), "first": number, "launch": positive}
+
+
+def validate(result: dict[str, Any]) -> None:
+    """Raises ValueError naming the first field that is missing or is not what bench writes."""
+
+    def check(what: Any, where: str, must: dict, may: dict | None = None) -> None:
+        if not isinstance(what, dict):
+            raise ValueError(f"{where} is {what!r:.80}")
+        for name, test in {**must, **(may or {})}.items():
+            if name not in what and name in must:
+                raise ValueError(f"{where} has no {name}")
+            if name in what and not test(what[name]):
+                raise ValueError(f"{where}: {name} is {what[name]!r:.80}")
+
+    check(result, "it", RESULT)
+    for i, row in enumerate(result["rows"]):
+        check(row, f"row {i}", ROW, ROW_MAY)
+        if row["mismatch"] is not None:
+            row["variants"] = {}
+            continue
+        check(row, f"row {i}", MEASURED)
+        for limits, names in ((row["limits"], ("copy", "gemm")), (result["limits"], ("copy", f"gemm {row['dtype']}"))):
+            check(limits, f"the limits of row {i}", dict.fromkeys(names, positive))
+        check(row["variants"], f"row {i}", {"ours": kind(dict)})
+        for name, figures in row["variants"].items():
+            check(figures, f"row {i}, {name}", VARIANT, MAY)
+
+
 def write_text(path: pathlib.Path, text: str | bytes) -> None:
-    cache.write_atomically(path, text if isinstance(text, bytes) else text.encode(), mode=0o644)
+    cache.write_atomically(path, text if isinstance(text, bytes) else text.encode(errors="replace"), mode=0o644)

@@ -1,25 +1,30 @@
 """Hugging Face's GPT-2 (transformers 5): attention, MLP and language-model loss on our kernels.
 
-Each replacement does what the class it stands over does for every argument; what it has no kernel for it hands back to
-that class's own forward, for that call:
+What there is no kernel for is done by the class's own forward, or for attention by the function that it would call, for that
+call (see patch.py):
 
-- attention: attention weights that were asked for, cross-attention, reorder_and_upcast_attn, paged caches,
-  implementations other than "sdpa" and "eager", and additive masks that hide every key from some query (left padding
-  under "eager", which then takes the mean of all values; under torch.compile, every additive mask, as its values cannot
-  be looked at). Where "eager" returns the weights unasked, None stands in their place.
-- MLP: c_fc with hooks or of another class (LoRA, quantised), activations other than the GELUs.
+- attention: attention weights that were asked for, or that a forward hook under "eager" would see; cross-attention;
+  reorder_and_upcast_attn; implementations other than "sdpa" and "eager", and functions that were registered in their place;
+  arguments that the function has of its own (paged caches, position_bias, is_causal ...); keys and values of another dtype
+  than the queries; masks of another rank or dtype; and additive masks that hide every key from some query (left padding
+  under "eager", which then takes the mean of all values; under torch.compile, every additive mask, as its values cannot be
+  looked at). Where "eager" returns the weights unasked, None stands in their place.
+- MLP: c_fc or act with hooks, hooks on all modules, c_fc of another class (LoRA, quantised), activations other than GELUs.
+- loss: other loss functions, float64 logits (whose loss is float32 there), labels that are not int64.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import activations
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _active_collector
@@ -27,12 +32,38 @@ from transformers.utils.output_capturing import _active_collector
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import gelu
-from ..patch import _KEPT, register
+from ..patch import _KEPT, dense, droppable, register, unhooked
 
 _KEPT[Conv1D] = "matrix product: torch's"
 
 
+def _left_by_autocast(x: Tensor) -> bool:
+    """Does autocast leave x's dtype alone?"""
+    if not torch._C._is_any_autocast_enabled():
+        return True
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
+
+
 # ---- attention ----
+
+# the functions that the kernel stands in for, and the keyword arguments that mean something to them
+_INTERFACES = {"sdpa": sdpa_attention_forward, "eager": modeling_gpt2.eager_attention_forward}
+_READ = frozenset(
+    (
+        "module",
+        "query",
+        "key",
+        "value",
+        "dropout",
+        "scaling",
+        "is_causal",
+        "position_bias",
+        "cache",
+        "softcap",
+        "output_attentions",
+    )
+)
 
 
 def _keep_attention(module: Any) -> str | None:
@@ -41,31 +72,63 @@ def _keep_attention(module: Any) -> str | None:
     if module.head_dim > MAX_HEAD_DIM:
         return f"head dim {module.head_dim} is above {MAX_HEAD_DIM}"
     implementation = module.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in _INTERFACES:
         return f"attention implementation {implementation!r}"
     if implementation == "eager" and module.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
     return None
 
 
-def _hands_back(module, past_key_values, attention_mask, encoder_hidden_states, kwargs) -> bool:
+def _serves_attention(
+    module: Any, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
+    encoder_attention_mask=None, output_attentions=False, **kwargs,
+) -> bool:  # fmt: skip
+    return (
+        encoder_hidden_states is None
+        and not isinstance(past_key_values, EncoderDecoderCache)
+        and not (module.reorder_and_upcast_attn and module.config._attn_implementation == "eager")
+    )
+
+
+def _kernel_serves(module: Any, interface, q: Tensor, k: Tensor, v: Tensor, mask: Any, p: Any, kwargs: dict) -> bool:
+    """Does the kernel do what interface(module, q, k, v, mask, dropout=p, scaling=module.scaling, **kwargs) does?"""
     implementation = module.config._attn_implementation
-    if implementation not in ("sdpa", "eager") or encoder_hidden_states is not None:
-        return True
-    if isinstance(past_key_values, EncoderDecoderCache):
-        return True
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
-            return True
-        hidden = torch.finfo(attention_mask.dtype).min / 2
-        if attention_mask.shape[-1] and bool((attention_mask.amax(-1) < hidden).any()):
-            return True
-    if attention_mask is not None and attention_mask.dim() != 4:
-        return True
+    if interface is not _INTERFACES.get(implementation) or not _READ.isdisjoint(kwargs):
+        return False
+    # torch's own kernels for a CPU answer NaN to a scale of 0 or less
+    if type(module.scaling) not in (float, int) or not module.scaling > 0 or not droppable(p):
+        return False
+    if "num_key_value_groups" in module.__dict__:
+        return False
+    # caches may hold another dtype, batch or nothing
+    if not dense(q, k, v) or q.shape[-1] > MAX_HEAD_DIM or not q.numel() or not k.numel():
+        return False
+    (B, H, _, D), Tk = q.shape, k.shape[2]
+    if k.shape != (B, H, Tk, D) or v.shape != k.shape or not _left_by_autocast(q):
+        return False
     if implementation == "eager":
+        # who hooks it may want the weights
         wanted = _active_collector.get()
-        return module.reorder_and_upcast_attn or (wanted is not None and "attentions" in wanted)
-    return any(kwargs.get(name) is not None for name in ("position_bias", "cache", "is_causal"))
+        if (wanted is not None and "attentions" in wanted) or not unhooked(module):
+            return False
+    elif mask is None and type(module.is_causal) is not bool:
+        return False
+    return mask is None or _mask_serves(mask, q, Tk, implementation)
+
+
+def _mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
+    if type(mask) is not Tensor and type(mask) is not nn.Parameter or mask.ndim != 4 or mask.layout is not torch.strided:
+        return False
+    if any(m not in (1, n) for m, n in zip(mask.shape, (*q.shape[:3], Tk), strict=True)):
+        return False
+    if mask.dtype == torch.bool:
+        # "eager" would add it
+        return implementation == "sdpa"
+    if mask.dtype != q.dtype and not (implementation == "eager" and mask.dtype == torch.float32 and q.dtype.itemsize == 2):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return not bool((mask.amax(-1) < torch.finfo(mask.dtype).min / 2).any())
 
 
 @register(
@@ -74,54 +137,56 @@ def _hands_back(module, past_key_values, attention_mask, encoder_hidden_states, 
     "flash attention, q, k and v by stride",
     unless=_keep_attention,
     fuses=("attn_dropout",),
+    serves=_serves_attention,
 )
 class Attention:
     def forward(
         self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
         encoder_attention_mask=None, output_attentions=False, **kwargs,
     ):  # fmt: skip
-        if _hands_back(self, past_key_values, attention_mask, encoder_hidden_states, kwargs):
-            return super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
-                output_attentions, **kwargs,
-            )  # fmt: skip
-        B, T, C = hidden_states.shape
-        qkv = self.c_attn(hidden_states).view(B, T, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), by stride
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
+        keys, values = k, v  # (B, H, T, D), by stride
         if past_key_values is not None:
             keys, values = past_key_values.update(k, v, self.layer_idx)
             # a cache that was empty holds copies of k and v: these spare the backward pass through the copy
-            if type(past_key_values) is not DynamicCache or keys.shape[2] != T:
-                k, v = keys, values
-        # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is hidden
-        causal = attention_mask is None and T > 1 and self.config._attn_implementation == "sdpa"
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.to(q.dtype)
-        p = self.attn_dropout.p if self.training else 0.0
-        o, _ = attention(q, k, v, attention_mask, scale=self.scaling, dropout_p=p, window_right=0 if causal else -1)
-        o = o.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(o)), None
+            if type(past_key_values) is DynamicCache and keys.shape == k.shape and keys.dtype == k.dtype:
+                keys, values = k, v
+        implementation = self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_gpt2.eager_attention_forward)
+        p, weights = self.attn_dropout.p if self.training else 0.0, None
+        if _kernel_serves(self, interface, q, keys, values, attention_mask, p, kwargs):
+            # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is
+            # hidden
+            causal = attention_mask is None and q.shape[2] > 1 and implementation == "sdpa" and self.is_causal
+            right = 0 if causal else -1
+            o, _ = attention(q, keys, values, attention_mask, scale=self.scaling, dropout_p=p, window_right=right)
+            o = o.transpose(1, 2)
+        else:
+            o, weights = interface(self, q, keys, values, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        o = o.reshape(*o.shape[:-2], -1).contiguous()
+        return self.resid_dropout(self.c_proj(o)), weights
 
 
 # ---- MLP ----
 
 
-def _approximate(act: nn.Module) -> str | None:
+def _approximate(act: Any) -> str | None:
     """Which GELU `act` is: "tanh", "none" (erf), or None for something else."""
-    if isinstance(act, (activations.NewGELUActivation, activations.GELUTanh)):
+    if type(act) is activations.NewGELUActivation:
         return "tanh"
-    return "none" if isinstance(act, activations.GELUActivation) else None
-
-
-def _plain(module: nn.Module) -> bool:
-    """Does calling it run its class's forward and nothing else?"""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    # these two call what stands in their `act`: torch's function, or a method of theirs in Python
+    if type(act) is activations.GELUActivation:
+        own = act.act is nn.functional.gelu or getattr(act.act, "__func__", None) is activations.GELUActivation._gelu_python
+        return "none" if own else None
+    if type(act) is activations.GELUTanh:
+        if isinstance(f := act.act, functools.partial):
+            own = f.func is nn.functional.gelu and not f.args and f.keywords == {"approximate": "tanh"}
+        else:
+            own = getattr(f, "__func__", None) is activations.GELUTanh._gelu_tanh_python
+        return "tanh" if own else None
+    return None
 
 
 def _keep_mlp(module: Any) -> str | None:
@@ -129,17 +194,33 @@ def _keep_mlp(module: Any) -> str | None:
         return f"c_fc is a {type(module.c_fc).__name__}"
     if _approximate(module.act) is None:
         return f"activation {type(module.act).__name__} has no kernel"
-    if not (_plain(module.c_fc) and _plain(module.act)):
+    if not (unhooked(module.c_fc) and unhooked(module.act)):
         return "c_fc or act has hooks"
     return None
 
 
-@register(modeling_gpt2.GPT2MLP, ("gelu",), "bias and GELU in one pass", unless=_keep_mlp, fuses=("act",))
+def _serves_mlp(module: Any, hidden_states) -> bool:
+    c_fc, act = module.c_fc, module.act
+    return (
+        type(c_fc) is Conv1D
+        and _approximate(act) is not None
+        and unhooked(c_fc)
+        and unhooked(act)
+        and c_fc.bias is not None
+        and dense(hidden_states, c_fc.weight, c_fc.bias)
+        and hidden_states.is_contiguous()
+        and hidden_states.ndim > 0
+        and hidden_states.numel() > 0
+        and (hidden_states.dtype.itemsize != 2 or _left_by_autocast(hidden_states))
+        and c_fc.bias.is_contiguous()
+        and c_fc.bias.shape == c_fc.weight.shape[1:] == (c_fc.nf,)
+    )
+
+
+@register(modeling_gpt2.GPT2MLP, ("gelu",), "bias and GELU in one pass", unless=_keep_mlp, fuses=("act",), serves=_serves_mlp)
 class MLP:
     def forward(self, hidden_states):
         c_fc = self.c_fc
-        if type(c_fc) is not Conv1D or not (_plain(c_fc) and _plain(self.act)):
-            return super().forward(hidden_states)
         hidden_states = gelu(hidden_states @ c_fc.weight, c_fc.bias, _approximate(self.act))
         return self.dropout(self.c_proj(hidden_states))
 
@@ -147,16 +228,39 @@ class MLP:
 # ---- loss ----
 
 
+def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -> bool:
+    return (
+        type(ignore_index) is int
+        and type(vocab_size) is int
+        and type(target) is Tensor
+        and target.dtype == torch.int64
+        and dense(logits)
+        # float32 is what transformers takes them through
+        and logits.dtype != torch.float64
+        and logits.is_contiguous()
+        and logits.numel() == vocab_size * target.numel() > 0
+    )
+
+
 def causal_lm_loss(
     logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
 ):  # fmt: skip
-    """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are."""
+    """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are.
+
+    logits: (..., V); labels, shift_labels: (...) int64. Returns () in float32. What there is no kernel for, float64 logits
+    among it, goes to ForCausalLMLoss itself.
+    """
+    if not _loss_serves(logits, labels if shift_labels is None else shift_labels, vocab_size, ignore_index):
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.reshape(-1).to(logits.device)
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+    target = shift_labels.view(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss: Any = cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+    # transformers' loss is that of logits in float32
+    loss: Any = cross_entropy(
+        logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction, dtype=torch.float32
+    )
     if num_items_in_batch is None:
         return loss
     if torch.is_tensor(num_items_in_batch):
@@ -165,8 +269,10 @@ def causal_lm_loss(
 
 
 def _wants_causal_lm_loss(model: PreTrainedModel) -> bool:
-    own = getattr(model, "_loss_function", None)  # set by hand
-    return (own or LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss)) is ForCausalLMLoss
+    # as PreTrainedModel.loss_function finds it, without its warning, at which the compiler stops
+    if hasattr(model, "_loss_function"):
+        return model._loss_function is ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None), LOSS_MAPPING["ForCausalLM"]) is ForCausalLMLoss
 
 
 def _keep_loss(model: Any) -> str | None:

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, stat_dtype, wants_grad
+from .calls import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    in_any_autocast,
+)
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 MAX_HEAD_DIM = 256
@@ -45,6 +53,11 @@ def _for_query_heads(t: Tensor, H: int) -> Tensor:
     return t.repeat_interleave(H // Hk, 1)
 
 
+def _places(s, causal_offset):
+    """Of each row the column that its diagonal is at, (Tq, 1), and the columns, (Tk,)."""
+    return torch.arange(s.shape[2], device=s.device)[:, None] + causal_offset, torch.arange(s.shape[3], device=s.device)
+
+
 def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right):
     """All score steps, (B, H, Tq, Tk), and the capped scores before bias and masks (for the derivative of softcap)."""
     acc = stat_dtype(q.dtype)
@@ -52,8 +65,7 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     capped = s
-    diagonal = torch.arange(s.shape[2], device=s.device)[:, None] + causal_offset  # (Tq, 1)
-    column = torch.arange(s.shape[3], device=s.device)  # (Tk,)
+    diagonal, column = _places(s, causal_offset)
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(acc).expand(s.shape[:2])[:, :, None, None]
         s = s - slopes * (diagonal - column).abs()
@@ -67,8 +79,10 @@ def _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left
 
 
 def _probabilities(s):
+    """(p, lse) of scores."""
     blind = (s == float("-inf")).all(-1, keepdim=True)
-    return s.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    p, lse = softmax_lse(s.masked_fill(blind, 0.0))  # NaN times zero would be NaN in the derivative of this
+    return p.masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], float("-inf"))
 
 
 def _empty_as(t: Tensor, shape) -> Tensor:
@@ -79,31 +93,46 @@ def _empty_as(t: Tensor, shape) -> Tensor:
     return t.new_empty(B, H, T, D)
 
 
-def reference_fwd(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
+def _attend(q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right):
     s, _ = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
-    p = _probabilities(s) * dropout_factor(rng_state, dropout_p, s)
-    o = p @ _for_query_heads(v.to(s.dtype), q.shape[1])
+    p, lse = _probabilities(s)
+    o = (p * dropout_factor(rng_state, dropout_p, s)) @ _for_query_heads(v.to(s.dtype), q.shape[1])
+    return o.to(q.dtype), lse
+
+
+def reference_fwd(q, *args):
+    o, lse = _attend(q, *args)
     return _empty_as(q, o.shape).copy_(o), lse.contiguous()
 
 
-def reference_bwd(
-    do, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right,
-    need_dbias,
+def _gradients(
+    do, q, k, v, o, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right,
 ):  # fmt: skip
+    """dq, dk, dv, and of the scores before the masks, (B, H, Tq, Tk)."""
     s, capped = _scores(q, k, bias, alibi_slopes, scale, softcap, causal_offset, window_left, window_right)
-    p, keep = _probabilities(s), dropout_factor(rng_state, dropout_p, s)
+    p, keep = _probabilities(s)[0], dropout_factor(rng_state, dropout_p, s)
     group = q.shape[1] // k.shape[1]
     dof, delta = do.to(s.dtype), (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     dv = (p * keep).mT @ dof
     dp = dof @ _for_query_heads(v.to(s.dtype), q.shape[1]).mT
-    ds = p * (dp * keep - delta)
-    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
+    ds = dmasked = p * (dp * keep - delta)
     if softcap > 0:
         ds = ds * (1 - (capped / softcap) ** 2)
     ds = ds * scale
     dq, dk = ds @ _for_query_heads(k.to(s.dtype), q.shape[1]), ds.mT @ q.to(s.dtype)
-    dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    dk, dv = (t.reshape(*k.shape[:2], group, *t.shape[2:]).sum(2) for t in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmasked
+
+
+def _slopes_gradient(ds, slopes, causal_offset):
+    diagonal, column = _places(ds, causal_offset)
+    return -(ds * (diagonal - column).abs()).sum((2, 3)).sum_to_size(slopes.shape).to(slopes.dtype)
+
+
+def reference_bwd(do, q, k, v, o, lse, bias, *args):
+    *args, need_dbias = args
+    dq, dk, dv, ds = _gradients(do, q, k, v, o, bias, *args)
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
     dq, dk, dv = (_empty_as(t, t.shape).copy_(g) for t, g in ((q, dq), (k, dk), (v, dv)))
     return dq, dk, dv, dbias
 
@@ -133,24 +162,41 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, _):
         q, k, v, o, lse, *rest = ctx.saved_tensors
+        need_dbias, need_dslopes = ctx.needs_input_grad[3:5]
+        if need_dslopes or rederived(do):
+            dq, dk, dv, ds = _gradients(do, q, k, v, o, *rest, *ctx.options)
+            bias, slopes, _ = rest
+            dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else None
+            dslopes = _slopes_gradient(ds, slopes, ctx.options[3]) if need_dslopes else None
+            return dq, dk, dv, dbias, dslopes, *(None,) * 7
         do = do if do.stride(-1) == 1 else do.contiguous()
-        need_dbias = ctx.needs_input_grad[3]
         dq, dk, dv, dbias = bwd(do, q, k, v, o, lse, *rest, *ctx.options, need_dbias)
         return dq, dk, dv, dbias if need_dbias else None, *(None,) * 8
 
 
-def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale, softcap=0.0, dropout_p=0.0,
+def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale=None, softcap=0.0, dropout_p=0.0,
               causal_offset=0, window_left=-1, window_right=-1) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The core op with autograd: (o, lse). Arguments as in this module's docstring; `rng_state` is int64 (seed, offset)."""
+    """The core op with autograd: (o, lse). Arguments as in this module's docstring; `rng_state` is int64 (seed, offset).
+
+    scale defaults to 1 / sqrt(D). Under autocast q, k, v and a floating bias are cast as those of torch's attention.
+    """
+    if in_any_autocast():
+        q, k, v, bias = cast(autocast_dtype("attention", q), q, k, v, bias)
+    if not q.shape[-1]:  # every score is 0: what a column of zeros gives
+        q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
+    elif scale is None:
+        scale = q.shape[-1] ** -0.5
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(q.device)
     args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
             causal_offset, window_left, window_right)  # fmt: skip
-    return _Attention.apply(*args) if wants_grad(q, k, v, bias) else fwd(*args)
+    derivative = derivative_of(q, k, v, bias, alibi_slopes)
+    if derivative == TRANSFORMED:
+        return _attend(*args)
+    return _Attention.apply(*args) if derivative else fwd(*args)
 
 
 # ---- the two public faces ----
@@ -163,7 +209,8 @@ def flash_attn_func(
 ):  # fmt: skip
     """Attention with the signature and meaning of flash-attn 2's flash_attn_func.
 
-    q: (B, Sq, H, D); k, v: (B, Sk, Hk, D), H a multiple of Hk; taken by stride. Causal and window are aligned to the
+    q: (B, Sq, H, D); k, v: (B, Sk, Hk, D), H a multiple of Hk; taken by stride, in float32 and float64, too, and under
+    autocast cast to its dtype. Causal and window are aligned to the
     bottom-right corner. softmax_scale defaults to 1 / sqrt(D). alibi_slopes: (H,) or (B, H) float32. Every result is
     deterministic, whatever `deterministic` says. Returns o (B, Sq, H, D); with return_attn_probs (o, lse (B, H, Sq),
     probabilities (B, H, Sq, Sk), negative where dropped), which materialises the probabilities and is for testing.
@@ -172,7 +219,7 @@ def flash_attn_func(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     offset = k.shape[2] - q.shape[2]
     rng_state = draw_rng_state(q.device) if dropout_p > 0 else None
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = (q.shape[-1] or 1) ** -0.5 if softmax_scale is None else softmax_scale
     left, right = window_size[0], 0 if causal else window_size[1]
     o, lse = attention(q, k, v, None, alibi_slopes, rng_state, scale=scale, softcap=softcap, dropout_p=dropout_p,
                        causal_offset=offset, window_left=left, window_right=right)  # fmt: skip
@@ -181,7 +228,7 @@ def flash_attn_func(
         return o
     with torch.no_grad():
         s, _ = _scores(q, k, None, alibi_slopes, scale, softcap, offset, left, right)
-        p = _probabilities(s)
+        p, _ = _probabilities(s)
         if rng_state is not None:
             p = torch.where(philox_uint16(rng_state, *s.shape) < dropout_threshold(dropout_p), -p, p)
         return o, lse, p
@@ -203,28 +250,85 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, dropout_p=0.0, softmax_scale
                            return_attn_probs)  # fmt: skip
 
 
+def _expanded(t: Tensor, lead: torch.Size, H: int) -> Tensor:
+    """(..., h, T, D) or (T, D) as (B, H or h, T, D), B the product of lead; heads are repeated to H."""
+    h = t.shape[-3] if t.dim() > 2 else 1
+    if h != H:
+        t = t.expand(*t.shape[:-3], H, *t.shape[-2:]) if h == 1 else t.repeat_interleave(H // h, -3)
+    return t.expand(*lead, H, *t.shape[-2:]).reshape(lead.numel(), H, *t.shape[-2:])
+
+
+def _as_core(q, k, v, mask, enable_gqa):
+    """torch's shapes as the core's: q, k, v (B, heads, T, D), mask (B|1, H|1, Tq|1, Tk|1) or None, and the result's shape."""
+    op, rank = "scaled_dot_product_attention", max(q.dim(), k.dim(), v.dim())
+    if min(q.dim(), k.dim(), v.dim()) < 2:
+        raise RuntimeError(f"{op}: query, key and value must have at least 2 dimensions, got {q.dim()}, {k.dim()}, {v.dim()}")
+    if enable_gqa and min(q.dim(), k.dim(), v.dim()) < 3:
+        raise IndexError(f"{op}: enable_gqa needs heads, that is 3 dimensions, got {q.dim()}, {k.dim()}, {v.dim()}")
+    Hq, Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (q, k, v))
+    H = Hq if enable_gqa else next((h for h in (Hq, Hk, Hv) if h != 1), 1)
+    if enable_gqa:
+        fit = Hk == Hv == H or (Hk and Hv and H % Hk == 0 and H % Hv == 0)
+    else:
+        fit = all(h in (1, H) for h in (Hq, Hk, Hv))
+    if not fit:
+        hint = "" if enable_gqa else "; pass enable_gqa=True"
+        raise RuntimeError(f"{op}: query has {Hq} heads, key {Hk} and value {Hv}, which do not fit{hint}")
+    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    shape = (*lead, *((H,) if rank > 2 else ()), q.shape[-2], v.shape[-1])
+    if mask is not None:
+        if mask.dim() > rank:
+            raise RuntimeError(f"{op}: attn_mask must broadcast to {(*shape[:-1], k.shape[-2])}, got {tuple(mask.shape)}")
+        if q.dtype == torch.float64 and mask.dtype == torch.float32:
+            mask = mask.double()
+        mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+        one, inner = mask.shape[:-3].numel() == 1, mask.shape[-3:]
+        if len(lead) > 1 and not one:
+            mask = mask.expand(*lead, *inner)
+        if mask.dim() > 4:
+            mask = mask.reshape(1 if one else lead.numel(), *inner)
+    queries = _expanded(q, lead, H)
+    if queries.numel() > q.numel():
+        queries = queries.contiguous()  # the result is laid out like it
+    # key heads for groups of query heads are the core's own
+    return queries, *(_expanded(t, lead, Hk if Hk == Hv and Hk else H) for t in (k, v)), mask, shape
+
+
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention with the signature and meaning of torch.nn.functional.scaled_dot_product_attention.
 
-    q: (B, H, Sq, D), k: (B, Hk, Sk, D), v: (B, Hk, Sk, Dv) or all without H; H != Hk only with enable_gqa. attn_mask:
-    boolean (True = visible) or additive, broadcastable to (B, H, Sq, Sk), gradient included; not together with
-    is_causal, which is aligned top-left. Returns o (B, H, Sq, Dv). Unlike torch, a row with no visible key is 0, not NaN.
+    query: (..., H, Sq, D), key: (..., Hk, Sk, D), value: (..., Hk, Sk, Dv) or all without H; dimensions before Sq that are 1
+    or missing are broadcast, other H != Hk only with enable_gqa. attn_mask: boolean (True = visible) or additive, in query's
+    dtype or in float32, broadcastable to (..., H, Sq, Sk), gradient included. is_causal is aligned top-left, and both apply
+    where both are given, as in torch's CPU kernel. Returns o (..., H, Sq, Dv), laid out like query. A row with no visible key
+    is 0, as in torch since 2.5. Under autocast everything is cast to its dtype. Raises RuntimeError for shapes, dtypes and
+    devices that do not fit, for head dims above 256, and for dropout_p outside [0, 1].
     """
-    if attn_mask is not None and is_causal:
-        raise ValueError("scaled_dot_product_attention: attn_mask and is_causal exclude each other")
-    if q.dim() == 3:
-        mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
-        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise ValueError(f"scaled_dot_product_attention: k has {k.shape[1]} heads, q has {q.shape[1]}; pass enable_gqa=True")
-    if attn_mask is not None:
-        attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attention(q, k, v, attn_mask, scale=scale, dropout_p=dropout_p, window_right=0 if is_causal else -1)[0]
+    if has_torch_function_variadic(query, key, value, attn_mask):
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    op = "scaled_dot_product_attention"
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    check_tensors(op, attn_mask=attn_mask)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if in_any_autocast():
+        query, key, value, attn_mask = cast(autocast_dtype("attention", query), query, key, value, attn_mask)
+    q, k, v, mask, shape = query, key, value, attn_mask, None
+    usual = q.dim() == 4 and q.shape[:2] == k.shape[:-2] == v.shape[:-2]
+    if not usual or (mask is not None and (mask.dim() != 4 or q.dtype == torch.float64)):
+        q, k, v, mask, shape = _as_core(query, key, value, attn_mask, enable_gqa)
+    if dropout_p == 1.0:  # nothing is kept, and nothing but 0 has a gradient
+        v, dropout_p = v * 0, 0.0
+    o, _ = attention(q, k, v, mask, scale=scale, dropout_p=dropout_p, window_right=0 if is_causal else -1)
+    return o if shape is None or o.shape == shape else o.reshape(shape)
 
 
 def attention_cost(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, backward: bool = False) -> tuple[int, int]:

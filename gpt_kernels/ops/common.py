@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.autograd import forward_ad
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,22 +18,47 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Is there anything to differentiate? Without it an op skips autograd.Function, which costs microseconds."""
+def unit_of(x: Tensor) -> Tensor:
+    """(M, 1) for rows (M, N): 1, or an exact factor with which the squares of a row of huge elements stay finite."""
+    most, factor = (1e150, 2.0**-600) if x.dtype == torch.float64 else (1e18, 2.0**-80)
+    return torch.where(x.abs().sum(1, keepdim=True) > most, factor, 1.0).to(x.dtype)
+
+
+def softmax_lse(z: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax and logsumexp over the last dimension; not torch's, whose forward derivatives have no reverse one."""
+    top = z.detach().amax(-1, keepdim=True) if z.shape[-1] else z.new_zeros((*z.shape[:-1], 1))
+    e = (z - top).exp()
+    total = e.sum(-1, keepdim=True)
+    return e / total, (top + total.log())[..., 0]
+
+
+REVERSE, TRANSFORMED = 1, 2
+
+
+def derivative_of(*tensors: Tensor | None) -> int:
+    """How is a call with these tensors differentiated?
+
+    0: not at all; the kernel runs without autograd.Function, which costs microseconds. REVERSE: by autograd. TRANSFORMED: by
+    torch.func (grad, vmap, jvp ...), or a tensor carries a tangent. The op then runs its reference: plain PyTorch has every
+    derivative, a kernel the first alone, and torch drops its tangents.
+    """
+    if transforms_active() or (forward_ad._current_level >= 0 and _with_tangent(tensors)):
+        return TRANSFORMED
     if torch.is_grad_enabled():
         for t in tensors:  # not any(...), whose generator costs as much as the rest of a tiny call
             if t is not None and t.requires_grad:
-                return True
-    return False
+                return REVERSE
+    return 0
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """torch.autograd.function.once_differentiable, at its price (4 us) only where a second derivative may be asked for, that is
-    under create_graph=True."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+def rederived(dy: Tensor) -> bool:
+    """Is a backward pass differentiated in its turn (create_graph), or transformed?
 
-    @functools.wraps(backward)
-    def call(ctx, *grads):
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+    It then runs the reference's formulas too, on inputs and outputs as they were saved, and with statistics computed anew: the
+    saved ones have lost how they depend on the input.
+    """
+    return torch.is_grad_enabled() or transforms_active() or (forward_ad._current_level >= 0 and _with_tangent((dy,)))
 
-    return call
+
+def _with_tangent(tensors) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .calls import check_tensors, handle_torch_function, has_torch_function_variadic, laid_out, memory_order, one_input
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 from .philox import draw_rng_state, dropout_factor
 
 
@@ -33,28 +34,63 @@ class _Dropout(torch.autograd.Function):
         return fwd(x, residual, rng_state, dropout_p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (rng_state,) = ctx.saved_tensors
-        dx = fwd(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
+        run = reference_fwd if rederived(dy) else fwd
+        dx = run(dy.contiguous(), None, rng_state, ctx.dropout_p) if ctx.needs_input_grad[0] else None
         return dx, dy if ctx.needs_input_grad[1] else None, None, None
 
 
 def dropout(
-    x: Tensor, p: float = 0.5, training: bool = True, residual: Tensor | None = None, rng_state: Tensor | None = None
+    x: Tensor = None,  # type: ignore[assignment]
+    p: float = 0.5,
+    training: bool = True,
+    residual: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    input: Tensor | None = None,
 ) -> Tensor:
-    """Dropout as torch.nn.functional.dropout(x, p, training), plus `residual` if given, in one pass.
+    """Dropout as torch.nn.functional.dropout(x, p, training, inplace), plus `residual` if given, in one pass.
 
-    x, residual: (..., N). p is rounded to a multiple of 1 / 65536 and must be below 1. rng_state: int64 (seed, offset),
-    drawn from torch's generator if not given; equal states give equal masks. Returns a tensor like x, or x itself
-    (plus residual) where there is nothing to drop. Raises RuntimeError for p outside [0, 1) and for a residual of
-    another shape or dtype.
+    x (also by torch's name, `input`), residual: (..., N), any strides. p is rounded to a multiple of 1 / 65536. rng_state:
+    int64 (seed, offset), drawn from torch's generator if not given; equal states give equal masks. Returns a tensor like x,
+    in its strides as torch's, or x itself (plus residual) where there is nothing to drop. inplace (or a bool in residual's
+    place, where torch has it): written into x, which is returned. Raises ValueError for p outside [0, 1], RuntimeError for a
+    residual of another shape or dtype.
     """
-    if not training or p == 0.0:
+    unusual = type(x) is not Tensor or input is not None or (residual is not None and not isinstance(residual, Tensor))
+    if unusual or has_torch_function_variadic(x, residual):
+        if has_torch_function_variadic(x, residual, input):
+            return handle_torch_function(
+                dropout, (x, residual, input), x, p, training, residual, rng_state, inplace=inplace, input=input
+            )
+        x = one_input("dropout", x, input)
+        if isinstance(residual, bool):
+            inplace, residual = residual, None
+        check_tensors("dropout", residual=residual)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout: p must be between 0 and 1, got {p}")
+    if inplace:
+        y = dropout(x, p, training, residual, rng_state)
+        return y if y is x else x.copy_(y)
+    n = x.numel()
+    if not training or p == 0.0 or not n:
         return x if residual is None else x + residual
+    if p == 1.0:  # not zeros: what is not finite becomes NaN, as in torch
+        return x * 0 if residual is None else x * 0 + residual
+    if n == 1 and not x.dim():
+        residual = residual if residual is None else residual.reshape(1)
+        return dropout(x.reshape(1), p, training, residual, rng_state).reshape(())
+    if not x.is_contiguous():
+        # the mask goes by places, not by memory
+        return laid_out(dropout(x.contiguous(), p, training, residual, rng_state), memory_order(x))
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
-    if wants_grad(x, residual):
+    derivative = derivative_of(x, residual)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, residual, rng_state, float(p))
+    if derivative:
         return _Dropout.apply(x, residual, rng_state, float(p))
     return fwd(x, residual, rng_state, float(p))
 

@@ -13,9 +13,23 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
-from .common import once_differentiable, rows_of, stat_dtype, wants_grad
+from .calls import (
+    all_contiguous,
+    check_tensors,
+    contiguous,
+    handle_torch_function,
+    has_torch_function_variadic,
+    is_grad_enabled,
+    laid_out,
+    memory_order,
+    one_input,
+    restored,
+    transforms_active,
+)
+from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
 
 def _biased(x, bias):
@@ -32,7 +46,8 @@ def reference_bwd(dy, x, bias, tanh):
     v = _biased(x, bias)
     if tanh:
         s = torch.sigmoid(math.sqrt(8 / math.pi) * (v + 0.044715 * v**3))
-        slope = s + v * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * v**2)
+        square = (v**2).clamp(max=1e30)  # s (1 - s) is 0 there, and times inf it were NaN
+        slope = s + v * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * square)
     else:
         slope = torch.special.ndtr(v) + v * torch.exp(-0.5 * v**2) / math.sqrt(2 * math.pi)
     dx = dy.to(v.dtype) * slope
@@ -52,26 +67,59 @@ class _GELU(torch.autograd.Function):
         return fwd(x, bias, tanh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dx, dbias = bwd(dy.contiguous(), x, bias, ctx.tanh)
+        dx, dbias = (reference_bwd if rederived(dy) else bwd)(dy.contiguous(), x, bias, ctx.tanh)
         return dx, None if bias is None else dbias, None
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def _general(x, bias, approximate, input):
+    """gelu in every form of call."""
+    if has_torch_function_variadic(x, bias, input):
+        return handle_torch_function(gelu, (x, bias, input), x, bias, approximate, input=input)
+    x = one_input("gelu", x, input)
+    check_tensors("gelu", bias=bias)
+    if approximate not in ("tanh", "none"):
+        kind = RuntimeError if isinstance(approximate, str) else TypeError
+        raise kind(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    if not x.is_contiguous():
+        order = memory_order(x)
+        if bias is None:
+            return _general(x.permute(order).contiguous(), None, approximate, None).permute(restored(order))
+        return laid_out(_general(x.contiguous(), bias, approximate, None), order)
+    (bias,), tanh = contiguous(bias), approximate == "tanh"
+    derivative = derivative_of(x, bias)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, bias, tanh)
+    return _GELU.apply(x, bias, tanh) if derivative else fwd(x, bias, tanh)
+
+
+def gelu(
+    x: Tensor = None,  # type: ignore[assignment]
+    bias: Tensor | None = None,
+    approximate: str = "tanh",
+    *,
+    input: Tensor | None = None,
+) -> Tensor:
     """GELU of x + bias, as torch.nn.functional.gelu(x + bias, approximate=approximate).
 
-    x: (..., N), any strides (made contiguous). bias: (N,). approximate: "tanh" or "none". Returns y like x, contiguous.
-    Raises ValueError for another `approximate`; the CPU kernel raises RuntimeError for a bias of another length, dtype or
-    device.
+    x (also by torch's name, `input`): (..., N), any strides. bias: (N,). approximate: "tanh", the default here, or "none",
+    which is torch's. Returns y like x, in its strides as torch's. Raises RuntimeError for another `approximate`, and for a
+    bias of another length, dtype or device.
     """
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
-    x, tanh = x.contiguous(), approximate == "tanh"
-    if wants_grad(x, bias):
-        return _GELU.apply(x, bias, tanh)
-    return fwd(x, bias, tanh)
+    if (type(x) is not Tensor or (bias is not None and not isinstance(bias, Tensor)) or has_torch_function_variadic(x, bias)
+            or input is not None or transforms_active() or forward_ad._current_level >= 0 or not x.is_contiguous()
+            or (approximate != "tanh" and approximate != "none")):  # fmt: skip
+        return _general(x, bias, approximate, input)
+    tanh = approximate == "tanh"
+    try:
+        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _GELU.apply(x, bias, tanh)
+        return fwd(x, bias, tanh)
+    except RuntimeError:
+        if all_contiguous(bias):
+            raise
+        return _general(x, bias, approximate, input)
 
 
 def gelu_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:

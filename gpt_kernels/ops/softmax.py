@@ -12,9 +12,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dispatch import define
-from .common import once_differentiable, stat_dtype, wants_grad
+from .calls import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    handle_torch_function,
+    has_torch_function_variadic,
+    in_any_autocast,
+    is_grad_enabled,
+    one_input,
+    transforms_active,
+)
+from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype
 
 
 def reference_fwd(x, mask, scale, causal):
@@ -24,8 +36,9 @@ def reference_fwd(x, mask, scale, causal):
     if causal:
         T, S = x.shape[-2:]
         z = z.masked_fill(torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1), -torch.inf)
-    top = z.amax(-1, keepdim=True) if x.shape[-1] else z
-    y = torch.where(top == -torch.inf, 0.0, torch.softmax(z, -1))
+    # hidden rows are filled before softmax too: of NaN times zero, which is NaN, a gradient would be made
+    hidden = (z == -torch.inf).all(-1, keepdim=True)
+    y = softmax_lse(z.masked_fill(hidden, 0.0))[0].masked_fill(hidden, 0.0)
     return y.to(x.dtype).contiguous()
 
 
@@ -49,32 +62,84 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        dy = dy.contiguous()
+        dy, backward = (dy, reference_bwd) if rederived(dy) else (dy.contiguous(), bwd)
         if ctx.mask is None:
-            return bwd(dy, y, ctx.scale, ctx.causal), None, None, None
+            return backward(dy, y, ctx.scale, ctx.causal), None, None, None
         # dz serves both: dx = scale dz, and the mask's gradient is dz summed over the dimensions that it was broadcast over
         shape, dtype = ctx.mask
-        dz = bwd(dy, y, 1.0, ctx.causal)
+        dz = backward(dy, y, 1.0, ctx.causal)
         return dz * ctx.scale, dz.to(dtype).sum_to_size(shape), None, None
 
 
-def softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """softmax(scale * x + mask) over the last dimension; torch.softmax(x, -1) without options.
-
-    x: (..., S), any strides (made contiguous). mask: broadcastable to x, never expanded in memory; bool (True = keep) or
-    added, and then differentiable. causal: row t of the last two dimensions (T, S) keeps columns 0 ... t + S - T. Rows with
-    nothing visible give zeros. Returns y like x, contiguous. The CPU kernel raises RuntimeError for a mask that does not
-    broadcast or has another dtype or device, for a scale that is not finite, and for causal with fewer than 2 dimensions.
-    """
+def _general(x, mask, scale, causal, dim, dtype, input):
+    """softmax in every form of call."""
+    if has_torch_function_variadic(x, mask, input):
+        return handle_torch_function(softmax, (x, mask, input), x, mask, scale, causal, dim=dim, dtype=dtype, input=input)
+    x = one_input("softmax", x, input)
+    if isinstance(mask, int) and not isinstance(mask, bool):  # torch has dim and dtype in these places
+        dim, mask = mask, None
+        if isinstance(scale, torch.dtype):
+            dtype, scale = scale, 1.0
+    check_tensors("softmax", mask=mask)
+    if not isinstance(dim, int):
+        raise TypeError(f"softmax: dim must be an int, got {dim!r}")
+    if dtype is not None:
+        x = x.to(dtype)
+    else:
+        x, mask = cast(autocast_dtype("softmax", x), x, mask)
+    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
+        raise IndexError(f"softmax: dim {dim} is out of range for x of {x.dim()} dimensions")
+    if not x.dim():
+        return _general(x.reshape(1), mask, scale, causal, -1, x.dtype, None).reshape(())
+    if dim not in (-1, x.dim() - 1):
+        if mask is not None or causal:
+            raise RuntimeError(f"softmax: mask and causal go with the last dimension, got dim {dim} for x {tuple(x.shape)}")
+        return _general(x.movedim(dim, -1), None, scale, False, -1, x.dtype, None).movedim(-1, dim).contiguous()
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another
-    if wants_grad(x, mask):
-        return _Softmax.apply(x, mask, scale, causal)
-    return fwd(x, mask, scale, causal)
+    derivative = derivative_of(x, mask)
+    if derivative == TRANSFORMED:
+        return reference_fwd(x, mask, scale, causal)
+    return _Softmax.apply(x, mask, scale, causal) if derivative else fwd(x, mask, scale, causal)
+
+
+def softmax(
+    x: Tensor = None,  # type: ignore[assignment]
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    *,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    input: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * x + mask) over the last dimension; without options torch.softmax(x, -1), which may be written so.
+
+    x (also by torch's name, `input`): (..., S), any strides. mask: broadcastable to x, never expanded in memory; bool (True =
+    keep) or added, and then differentiable. causal: row t of the last two dimensions (T, S) keeps columns 0 ... t + S - T.
+    Rows with nothing visible, or of -inf alone, give zeros. dim (also as second argument): another dimension, without mask
+    and causal. dtype: x is cast to it first. Under autocast on a GPU the result is float32, as torch's. Returns y like x,
+    contiguous. Raises IndexError for dim; RuntimeError for a mask that does not broadcast or has another dtype or device, for
+    a scale that is not finite, and for causal with fewer than 2 dimensions.
+    """
+    if (type(x) is not Tensor or (mask is not None and type(mask) is not Tensor) or dim != -1 or dtype is not None
+            or input is not None or has_torch_function_variadic(x, mask) or transforms_active()
+            or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+        return _general(x, mask, scale, causal, dim, dtype, input)
+    x = x.contiguous()
+    if mask is not None and mask.dim() and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    try:
+        if is_grad_enabled() and (x.requires_grad or (mask is not None and mask.requires_grad)):
+            return _Softmax.apply(x, mask, scale, causal)
+        return fwd(x, mask, scale, causal)
+    except RuntimeError:
+        if x.dim():
+            raise
+        return _general(x, mask, scale, causal, dim, dtype, input)
 
 
 def softmax_cost(x: Tensor, backward: bool = False) -> tuple[int, int]:

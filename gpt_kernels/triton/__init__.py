@@ -7,12 +7,15 @@ imported before an op's first call.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import pathlib
 import re
 from collections.abc import Callable
+
+import torch
 
 from .. import dispatch
 
@@ -60,14 +63,36 @@ def absence() -> str | None:
     return None
 
 
+class Declined(RuntimeError):
+    """The GPU is one that this launcher has no kernel for."""
+
+
+_declined: dict[str, str] = {}  # op -> why a call went to the reference
+
+
+def declined(op: str) -> str | None:
+    """Why the reference serves the op's calls on the current GPU; None where Triton's kernel does."""
+    if op in _declined or INTERPRETED or not torch.cuda.is_available():
+        return _declined.get(op)
+    from . import common
+
+    return common.unserved(op, common.target(torch.device("cuda", torch.cuda.current_device())))
+
+
 def _launcher(op: str) -> Callable:
-    """The op's launcher, imported at its first call."""
+    """The op's launcher, imported at its first call; the reference where it declines, unless use_backend asked for it."""
     found: list[Callable] = []
 
     def call(*args):
         if not found:
             found.append(getattr(importlib.import_module(f"{__name__}.{OPS[op]}"), op))
-        return found[0](*args)
+        try:
+            return found[0](*args)
+        except Declined as reason:
+            if dispatch.pushed(op) == "triton":
+                raise RuntimeError(f"{op}: the Triton kernels cannot serve it: {reason}") from reason
+            _declined[op] = str(reason)
+        return dispatch._ops[op].reference(*args)
 
     return call
 
@@ -81,4 +106,5 @@ def register() -> None:
         else:
             # where the library has the op in CUDA C++, that is what the slot keeps
             default = not INTERPRETED and "cuda" not in dispatch._ops[op].kernels
-            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default=default)(_launcher(op))
+            why = functools.partial(declined, op)
+            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default, why)(_launcher(op))

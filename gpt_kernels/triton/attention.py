@@ -10,6 +10,7 @@ A head dimension that is no power of two is two products, of D0 and D1 columns (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,14 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.attention import MAX_HEAD_DIM, _empty_as
-from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch
+from . import Declined
+from .common import arch, cdiv, check_device, check_dtype, check_float, dtype_name, fail, launch, target, unserved
 from .philox import check_dropout, philox_kept
-from .tuning import Parameters, Tunable
+from .tuning import Parameters, Tunable, measuring, text
 
-TMA_ARCHS = ("sm_90", "sm_100")
+TMA_ARCHS = ("sm_90", "sm_100")  # families whose kernels read by tensor descriptors
 LOG2E = 1.0 / math.log(2.0)
 
 
@@ -40,6 +43,7 @@ class Steps(NamedTuple):
     bias: Tensor | None
     bias_strides: tuple  # batch, head, row, column
     additive: tl.constexpr  # the bias is of floats
+    natural: tl.constexpr  # the exponent's unit is the score's, not base 2's: exponent_of
     first: int | None  # row i sees columns i + first ... i + last
     last: int | None
     rng_state: Tensor | None
@@ -112,6 +116,18 @@ def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence loses
+    what a tile adds, in proportion to the root of its length. 16 bits: the tensor cores add, and the result is rounded anyway."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # max_num_imprecise_acc speaks of 8 bits; here it keeps the compiler from making one sum of the two
+        total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def slope_of(steps, b, h):
     slope = 0.0
     if steps.slopes is not None:
@@ -131,6 +147,9 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
     if steps.softcap is not None:
         capped = 1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * 1.4426950408889634 / steps.softcap)))  # tanh, right at +-inf too
         s = steps.softcap * capped
+    if steps.scale is not None and steps.natural:
+        # keeps the compiler from rounding s - base but once: where one score outweighs all others, it is lse to the last bit
+        s = tl.maximum(s, -3.3e38, propagate_nan=tl.PropagateNan.ALL)
     if steps.slopes is not None:
         s = s - slope * tl.abs(row + steps.diagonal - column).to(tl.float32)
     if steps.bias is not None:
@@ -150,14 +169,14 @@ def score_steps(s, row, column, b, h, slope, steps, Tq, Tk, MASKED: tl.constexpr
 @triton.jit
 def exponent_of(score, steps):
     """The unit in which exp_of subtracts: base 2's, but a score's beside a float bias, whose lowest float times rate would be
-    infinite."""
-    return score if steps.additive else score * steps.rate
+    infinite, and in float32, where lse times rate would be rounded otherwise than the scores are."""
+    return score if steps.natural else score * steps.rate
 
 
 @triton.jit
 def exp_of(s, base, steps):
     """exp(score - base), base from exponent_of."""
-    if steps.additive:
+    if steps.natural:
         p = tl.exp2((s - base) * steps.rate)
     else:
         p = tl.exp2(s * steps.rate - base)
@@ -230,7 +249,7 @@ def fwd_stage(
         base = m_new
         if MASKED or steps.bias is not None:
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        alpha = tl.exp2((m_i - base) * steps.rate if steps.additive else m_i - base)
+        alpha = tl.exp2((m_i - base) * steps.rate if steps.natural else m_i - base)
         m_i = m_new
         o0 = o0 * alpha[:, None]
         p = exp_of(s, base[:, None], steps)
@@ -239,9 +258,9 @@ def fwd_stage(
             p = tl.where(kept(i0, j, head, steps, BLOCK_M, BLOCK_N, False), p, 0.0)
         p = p.to(q0.dtype)
         v0, v1 = load_parts(v, v_strides, b, hk, j, Tk, Dv, V0, V1, BLOCK_N, MASKED, TMA)
-        o0 = tl.dot(p, v0, o0, input_precision=PRECISION)
+        o0 = add_product(o0, p, v0, PRECISION)
         if V1:
-            o1 = tl.dot(p, v1, o1 * alpha[:, None], input_precision=PRECISION)
+            o1 = add_product(o1 * alpha[:, None], p, v1, PRECISION)
     return o0, o1, l_i, m_i
 
 
@@ -272,7 +291,7 @@ def attention_fwd_kernel(
         )  # fmt: skip
 
     row = i0 + tl.arange(0, BLOCK_M)
-    log_sum = (m_i if steps.additive else m_i * 0.6931471805599453) + tl.log(l_i)
+    log_sum = (m_i if steps.natural else m_i * 0.6931471805599453) + tl.log(l_i)
     tl.store(lse + head.to(tl.int64) * Tq + row, log_sum, row < Tq)  # -inf for a row that saw nothing
     inverse = tl.where(l_i == 0.0, 0.0, steps.keep_scale / l_i)[:, None]
     store_parts(o, o_strides, b, h, i0, Tq, o0 * inverse, o1 * inverse, Dv, V0, V1)
@@ -294,7 +313,7 @@ def check_heads(op: str, name: str, t: Tensor, like: Tensor) -> None:
     check_dtype(op, name, t, like.dtype)
     if t.dim() != 4:
         fail(op, f"{name} must be 4-dimensional (batch, heads, tokens, head_dim), got shape {tuple(t.shape)}")
-    if t.stride(3) != 1 and t.shape[3] > 1:
+    if t.stride(3) != 1 and t.shape[3] > 1 and t.numel():
         fail(op, f"{name} must be contiguous in its last dimension, its stride there is {t.stride(3)}")
     if t.shape[3] > MAX_HEAD_DIM:
         fail(op, f"{name} has head_dim {t.shape[3]}, the limit is {MAX_HEAD_DIM}")
@@ -336,6 +355,8 @@ class Call:
 def check_call(
     op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left, window_right
 ) -> Call:
+    if reason := unserved(op, target(q.device)):
+        raise Declined(reason)
     check_float(op, "q", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_heads(op, name, t, q)
@@ -365,7 +386,8 @@ def check_call(
 
     # the mask commutes with a positive scale, and the maximum too: with no step between, the scale waits for the exponent
     additive = bias is not None and bias.dtype != torch.bool
-    plain = scale > 1e-30 and softcap == 0 and alibi_slopes is None and not additive
+    natural = additive or q.dtype == torch.float32
+    plain = scale > 1e-30 and softcap == 0 and alibi_slopes is None and not natural
     # a limit that hides nothing is none; one that hides everything needs no more than the end
     first, last = causal_offset - window_left, causal_offset + window_right
     steps = Steps(
@@ -378,6 +400,7 @@ def check_call(
         bias=bias,
         bias_strides=bias_strides,
         additive=tl.constexpr(additive),
+        natural=tl.constexpr(natural),
         first=min(first, Tk) if window_left >= 0 and first + Tq - 1 > 0 else None,
         last=max(last, -Tq) if window_right >= 0 and last < Tk - 1 else None,
         rng_state=rng_state if threshold else None,
@@ -385,9 +408,14 @@ def check_call(
         keep_scale=keep_scale,
     )
     (D0, D1), (V0, V1) = parts(D), parts(Dv)
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # allow_tf32 sets it too
-    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION=precision)
+    widths = dict(D=D, Dv=Dv, D0=D0, D1=D1, V0=V0, V1=V1, PRECISION=precision(target(q.device), q.dtype))
     return Call(B, H, Hk, Tq, Tk, steps, widths)
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """Of products: "tf32" where torch asks for it, and float32 and the architecture have it; elsewhere Triton refuses it."""
+    wanted = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it too
+    return "tf32" if wanted and (arch.startswith("sm_") or arch == "gfx942") else "ieee"
 
 
 def section(heads: int, *streamed: Tensor) -> int:
@@ -428,7 +456,8 @@ Table = dict[str, dict[int, list[tuple[int, ...]]]]
 def tile_key(call: Call, *tensors: Tensor) -> dict[str, Any]:
     """What the tiles depend on."""
     q, v = tensors[0], tensors[-1]
-    steps = call.steps.scale is not None or call.steps.bias is not None or call.steps.rng_state is not None
+    s = call.steps
+    steps = any(step is not None for step in (s.softcap, s.slopes, s.bias, s.rng_state)) or not (s.scale is None or s.natural.value)
     return dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype, steps=steps, aligned=all(wide(t) for t in tensors))
 
 
@@ -457,7 +486,28 @@ FWD: Table = {
     "sm_120": {96: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(128, 64, 8, 2), (64, 32, 4, 2)], 256: [(64, 32, 4, 2)]},
     "gfx942": {64: [(128, 64, 4, 1)], 128: [(128, 32, 4, 1)], 256: [(64, 32, 4, 1)]},
 }
-FWD |= {"sm_89": FWD["sm_86"], "gfx90a": FWD["gfx942"]}
+FWD |= {"sm_89": FWD["sm_86"]} | dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), FWD["gfx942"])
+
+
+def fitted(tunable: Tunable, device: torch.device, key: dict[str, Any], attempt: Callable[[Parameters], None]) -> Parameters:
+    """attempt(parameters) with the tunable's, or with the largest smaller tile that the GPU has the memory for, if that is
+    not known yet; the parameters that it was."""
+    p = tunable(arch(device), **key)
+    while True:
+        try:
+            attempt(p)
+            return p
+        except OutOfResources as error:
+            if measuring():  # a candidate that does not fit is none
+                raise
+            wider = max("BLOCK_M", "BLOCK_N", key=lambda name: p[name])
+            if p["num_stages"] > 1:
+                p = p | {"num_stages": p["num_stages"] - 1}
+            elif p[wider] > 16:
+                p = p | {wider: p[wider] // 2}
+            else:
+                raise Declined(f"{tunable.name} with {text(key)} does not fit on {target(device)}: {error}") from error
+            tunable.settle(arch(device), p, **key)
 
 
 def neighbours(p: Parameters) -> list[Parameters]:
@@ -500,11 +550,15 @@ def attention_fwd(
                       window_left, window_right)  # fmt: skip
     o = _empty_as(q, (call.B, call.H, call.Tq, v.shape[3]))
     lse = q.new_empty(call.B, call.H, call.Tq, dtype=torch.float32)
-    p = ATTENTION_FWD(arch(q.device), Tq=min(call.Tq, 128), **tile_key(call, q, k, v))
-    blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
-    tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
-    launch(
-        attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v), call.steps,
-        call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
-    )  # fmt: skip
+
+    def attempt(p: Parameters) -> None:
+        blocks, heads = cdiv(call.Tq, p["BLOCK_M"]), call.B * call.H
+        tma, inputs = descriptors(arch(q.device), call, q=(q, p["BLOCK_M"]), k=(k, p["BLOCK_N"]), v=(v, p["BLOCK_N"]))
+        launch(
+            attention_fwd_kernel, (blocks * heads,), q, o, lse, *inputs, strides(o), strides(q), strides(k), strides(v),
+            call.steps, call.H, call.H // max(call.Hk, 1), call.Tq, call.Tk, blocks, heads, section(heads, k, v),
+            **call.widths, TMA=tma, **p,
+        )  # fmt: skip
+
+    fitted(ATTENTION_FWD, q.device, dict(Tq=min(call.Tq, 128), **tile_key(call, q, k, v)), attempt)
     return o, lse

@@ -15,11 +15,13 @@ from torch import Tensor
 from ..ops.attention import _empty_as
 from .attention import (
     Table,
+    add_product,
     check_call,
     check_heads,
     chosen,
     descriptors,
     exp_of,
+    fitted,
     kept,
     load_parts,
     made_up,
@@ -34,7 +36,7 @@ from .attention import (
     tile_key,
     tile_of,
 )  # fmt: skip
-from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch
+from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch, wave_of
 from .tuning import Parameters, Tunable
 
 ROWS = 128  # lse and delta are padded to a multiple of it: tiles of up to ROWS rows load them without a mask
@@ -57,7 +59,7 @@ def attention_bwd_delta_kernel(
     row = i0 + tl.arange(0, BLOCK_M)
     x = tl.load(lse + head.to(tl.int64) * Tq + row, row < Tq, float("-inf"))
     at = head.to(tl.int64) * padded + row
-    if not steps.additive:
+    if not steps.natural:
         x = x * 1.4426950408889634  # exp_of's unit
     tl.store(base + at, tl.where(x == float("-inf"), float("inf"), x))
     tl.store(delta + at, total)
@@ -111,12 +113,12 @@ def dkv_stage(
             steps, Tq, Tk, MASKED, False, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         p, ds = p.to(do0.dtype), ds.to(q0.dtype)
-        dv0 = tl.dot(p, do0, dv0, input_precision=PRECISION)
-        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+        dv0 = add_product(dv0, p, do0, PRECISION)
+        dk0 = add_product(dk0, ds, q0, PRECISION)
         if V1:
-            dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
+            dv1 = add_product(dv1, p, do1, PRECISION)
         if D1:
-            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+            dk1 = add_product(dk1, ds, q1, PRECISION)
     return dk0, dk1, dv0, dv1
 
 
@@ -169,9 +171,9 @@ def dq_stage(
             Tk, MASKED, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         ds = ds.to(k0.dtype)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        dq0 = add_product(dq0, ds, k0, PRECISION)
         if D1:
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            dq1 = add_product(dq1, ds, k1, PRECISION)
     return dq0, dq1
 
 
@@ -284,8 +286,9 @@ DQ: Table = {
     "sm_120": {64: [(64, 64, 4, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)], 256: [(32, 32, 4, 1)]},
     "gfx942": {128: [(64, 32, 4, 1)], 256: [(32, 32, 4, 1)]},
 }
-DKV |= {"sm_89": DKV["sm_86"], "gfx90a": DKV["gfx942"]}
-DQ |= {"sm_86": DQ["sm_80"], "sm_89": DQ["sm_80"], "sm_100": DQ["sm_90"], "gfx90a": DQ["gfx942"]}
+DKV |= {"sm_89": DKV["sm_86"]} | dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), DKV["gfx942"])
+DQ |= dict.fromkeys(("sm_86", "sm_89"), DQ["sm_80"]) | {"sm_100": DQ["sm_90"]}
+DQ |= dict.fromkeys(("gfx90a", "gfx1100", "gfx1201"), DQ["gfx942"])
 
 
 def _tunable(name: str, table: Table) -> Tunable:
@@ -334,7 +337,7 @@ def attention_bwd(
     padded, group = cdiv(Tq, ROWS) * ROWS, H // max(Hk, 1)
     base, delta = q.new_empty(2, B * H, padded, dtype=torch.float32)
     threads = 256 if v.shape[3] <= 128 else 512
-    warps = threads // (64 if arch(q.device).startswith("gfx") else 32)
+    warps = threads // wave_of(arch(q.device))
     launch(
         attention_bwd_delta_kernel, (padded // ROWS * B * H,), q, base, delta, lse, do, o, strides(do), strides(o), steps, H,
         Tq, padded, **{name: call.widths[name] for name in ("Dv", "V0", "V1")}, BLOCK_M=ROWS, num_warps=warps,
@@ -346,20 +349,26 @@ def attention_bwd(
         return descriptors(arch(q.device), call, do=(do, rows), q=(q, rows), k=(k, columns), v=(v, columns))
 
     key = tile_key(call, q, do, k, v)
-    p = ATTENTION_BWD_DKV(arch(q.device), **key)
-    tma, inputs = tiles(p)
-    blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
-    launch(
-        attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv), *all_strides,
-        steps, scale, Hk, Tq, Tk, padded, blocks, heads, section(heads, q, do), GROUP=group, **call.widths, TMA=tma, **p,
-    )  # fmt: skip
-    p = ATTENTION_BWD_DQ(arch(q.device), **key)
-    tma, inputs = tiles(p)
-    blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
-    launch(
-        attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
-        H, group, Tq, Tk, padded, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
-    )  # fmt: skip
+
+    def dkv(p: Parameters) -> None:
+        tma, inputs = tiles(p)
+        blocks, heads = cdiv(Tk, p["BLOCK_N"]), B * Hk
+        launch(
+            attention_bwd_dkv_kernel, (blocks * heads,), q, dk, dv, *inputs, base, delta, strides(dk), strides(dv),
+            *all_strides, steps, scale, Hk, Tq, Tk, padded, blocks, heads, section(heads, q, do), GROUP=group, **call.widths,
+            TMA=tma, **p,
+        )  # fmt: skip
+
+    def dq_(p: Parameters) -> None:
+        tma, inputs = tiles(p)
+        blocks, heads = cdiv(Tq, p["BLOCK_M"]), B * H
+        launch(
+            attention_bwd_dq_kernel, (blocks * heads,), q, dq, *inputs, base, delta, strides(dq), *all_strides, steps, scale,
+            H, group, Tq, Tk, padded, blocks, heads, section(heads, k, v), **call.widths, TMA=tma, **p,
+        )  # fmt: skip
+
+    fitted(ATTENTION_BWD_DKV, q.device, key, dkv)
+    p = fitted(ATTENTION_BWD_DQ, q.device, key, dq_)
     if bias is None or not need_dbias:
         return dq, dk, dv, q.new_empty(0)
 

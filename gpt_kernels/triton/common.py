@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,13 +12,72 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import INTERPRETED
+from . import INTERPRETED, Declined
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# processors of each architecture that we know, for the machine code read where there is no GPU
-PROCESSORS = {
-    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx90a": 104, "gfx942": 304
-}  # fmt: skip
+
+
+# ---- architectures ----
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture for which launch parameters were chosen; others are taken for the nearest one."""
+
+    processors: int  # of one of its GPUs, for the machine code read where there is none
+    shared: int  # KB of shared memory that a program may have
+    wave: int = 32  # lanes that run together
+
+
+FAMILIES = {
+    "sm_80": Family(108, 163),
+    "sm_86": Family(84, 99),
+    "sm_89": Family(128, 99),
+    "sm_90": Family(132, 227),
+    "sm_100": Family(148, 227),
+    "sm_120": Family(170, 99),
+    "gfx90a": Family(104, 64, wave=64),
+    "gfx942": Family(304, 64, wave=64),
+    "gfx1100": Family(48, 64),
+    "gfx1201": Family(32, 64),
+}
+
+
+def family(arch: str, shared: int | None = None) -> str | None:
+    """The one of FAMILIES that serves architecture `arch`, whose GPU gives a program `shared` KB of shared memory; None where
+    Triton compiles for none of its kind.
+
+    The newest of the generation that is not newer, sm_100 for sm_103 and sm_110; of a generation that is newer than all,
+    the newest. Where the GPU has less shared memory than that one asks for, sm_86, which asks for the least.
+    """
+    if arch in FAMILIES:
+        name = arch
+    elif found := re.fullmatch(r"sm_(\d+)\d[af]?", arch):
+        generation = int(found[1])
+        name = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(generation, "sm_120" if generation > 11 else "sm_86")
+    elif found := re.fullmatch(r"gfx(\d+)([0-9a-f]{2})", arch):
+        generation, member = int(found[1]), int(found[2], 16)
+        if generation > 9:
+            name = "gfx1201" if generation > 11 else "gfx1100"
+        elif generation == 9 and member >= 0x40:
+            name = "gfx942"
+        elif arch in ("gfx908", "gfx90a"):
+            name = "gfx90a"
+        else:
+            return None
+    else:
+        return None
+    small = shared is not None and shared < FAMILIES[name].shared and name.startswith("sm_")
+    return "sm_86" if small else name
+
+
+def unserved(op: str, arch: str) -> str | None:
+    """Why the reference serves `op` on architecture `arch`; None where our kernels do."""
+    if family(arch) is None:
+        return f"{arch}: Triton compiles for no architecture of its kind"
+    if op.startswith("attention") and re.fullmatch(r"sm_[1-7]\d|gfx10..", arch):
+        return f"{arch} has no matrix instructions that the attention kernels could use; sm_80, gfx908 and gfx1100 do"
+    return None
 
 
 # ---- checks: op, argument, value, limit ----
@@ -88,7 +148,7 @@ _arch_override: list[str] = []
 
 
 @functools.cache
-def _arch_of(index: int) -> str:
+def _target_of(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
@@ -96,21 +156,44 @@ def _arch_of(index: int) -> str:
 
 
 @functools.cache
+def _arch_of(index: int) -> str | None:
+    properties, target = torch.cuda.get_device_properties(index), _target_of(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)  # where torch tells
+    return family(target, shared and shared // 1024)
+
+
+@functools.cache
 def _processors_of(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def arch(device: torch.device) -> str:
-    """ "sm_80", "gfx942", ... of a device; sm_80 under the interpreter; use_arch overrides."""
+def target(device: torch.device) -> str:
+    """The architecture that is compiled for: "sm_103", "gfx950", ...; sm_80 under the interpreter; use_arch overrides."""
     if _arch_override:
         return _arch_override[-1]
-    return _arch_of(device.index) if device.type == "cuda" else "sm_80"
+    return _target_of(device.index) if device.type == "cuda" else "sm_80"
+
+
+def arch(device: torch.device) -> str:
+    """The one of FAMILIES whose launch parameters serve the device. Raises Declined where none does."""
+    if _arch_override:
+        return str(family(_arch_override[-1]))
+    if device.type != "cuda":
+        return "sm_80"
+    found = _arch_of(device.index)
+    if found is None:
+        raise Declined(unserved("", target(device)))
+    return found
+
+
+def wave_of(arch: str) -> int:
+    return FAMILIES[arch].wave
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device. Few under the interpreter, so that small tests loop over rows."""
     if _recording is not None:
-        return PROCESSORS[arch(device)]
+        return FAMILIES[arch(device)].processors
     return _processors_of(device.index) if device.type == "cuda" else 3
 
 
@@ -122,8 +205,8 @@ def overridden() -> bool:
 @contextlib.contextmanager
 def use_arch(name: str) -> Iterator[None]:
     """Choose launch parameters as on architecture `name` inside the block: for tests and compilation without a GPU."""
-    if name not in PROCESSORS:
-        raise ValueError(f"use_arch: unknown architecture {name!r}, expected one of {', '.join(PROCESSORS)}")
+    if family(name) is None:
+        raise ValueError(f"use_arch: unknown architecture {name!r}, expected one like {', '.join(FAMILIES)}")
     _arch_override.append(name)
     try:
         yield
@@ -167,9 +250,15 @@ def launch(kernel: Any, grid: Sequence[int], like: Tensor, *args, **parameters) 
     grid = tuple(grid)
     if 0 in grid:
         return
+    parameters["enable_fp_fusion"] = True  # multiply-adds, also where that is not Triton's default
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, parameters))
-    elif INTERPRETED or like.device.index == torch.cuda.current_device():
+    elif INTERPRETED:
+        from .interpreter import mend_bfloat16
+
+        mend_bfloat16()
+        kernel[grid](*args, **parameters)
+    elif like.device.index == torch.cuda.current_device():
         kernel[grid](*args, **parameters)
     else:
         with torch.cuda.device(like.device):

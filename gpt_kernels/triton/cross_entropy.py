@@ -32,7 +32,18 @@ from .aligned import (
     vector,
     window,
 )
-from .common import arch, cdiv, check_contiguous, check_device, check_dtype, check_float, check_same_shape, fail, launch
+from .common import (
+    arch,
+    cdiv,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_float,
+    check_same_shape,
+    fail,
+    launch,
+    wave_of,
+)
 from .tuning import Parameters, Tunable
 
 # ---- a row's mathematics; formulas: ops/cross_entropy.py ----
@@ -334,7 +345,7 @@ SHORT = 4096  # the longest row that stays in registers
 
 def _default(arch: str, V: int, dtype: torch.dtype, plain: bool) -> Parameters:
     """BLOCK_M == 0: a long row, in chunks; as in softmax.py. plain: neither smoothing nor a cap, which take registers."""
-    wave = 64 if arch.startswith("gfx") else 32
+    wave = wave_of(arch)
     if V > SHORT:
         warps = (512 if plain else 256) // wave
         return {"BLOCK_M": 0, "BLOCK_N": warps * wave * 16 // dtype.itemsize, "STAGES": 4, "num_warps": warps}

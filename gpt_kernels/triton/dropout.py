@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.common import rows_of
-from .common import arch, cdiv, check_like, check_rows, launch
+from .common import arch, cdiv, check_like, check_rows, launch, wave_of
 from .elementwise import columns, load, store, tile, vector
 from .philox import check_dropout, philox_uint16
 from .tuning import Parameters, Tunable
@@ -39,7 +39,7 @@ def dropout_fwd_kernel(
 
 
 def _default(arch: str, N: int, dtype) -> Parameters:
-    elements = 4 * (64 if arch.startswith("gfx") else 32) * 8  # a Philox call's per thread: fewer would change hands
+    elements = 4 * wave_of(arch) * 8  # a Philox call's per thread: fewer would change hands
     block_n = columns(N, elements)
     return {"BLOCK_M": elements // block_n, "BLOCK_N": block_n, "num_warps": 4}
 

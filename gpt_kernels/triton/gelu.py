@@ -63,7 +63,7 @@ def gelu_slope(v, TANH: tl.constexpr):
         e = tanh_exp(tl.abs(v))
         p = 1.0 / (1.0 + e)
         q = e * p
-        return tl.where(v < 0, q, p) + v * p * q * (A + 3.0 * B * v * v)
+        return tl.where(v < 0, q, p) + v * p * q * (A + 3.0 * B * tl.minimum(v * v, 1e30))  # 0 times inf is none
     else:
         g = gauss(v)
         return normal_cdf(v, g) + v * g * NORMAL

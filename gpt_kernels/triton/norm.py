@@ -35,9 +35,12 @@ from .common import (
     fail,
     launch,
     processors,
+    wave_of,
 )
 from .partial_sums import MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
+
+SHRUNK = tl.constexpr(2.0**-80)
 
 # ---- rows ----
 
@@ -88,7 +91,19 @@ def sum_pair(a, b):
 
 
 @triton.jit
-def statistics(near, rest, squares, eps, N: tl.constexpr):
+def shrunk_square(v):
+    """For a row whose squares are infinite, as those of elements from 1e19 on are."""
+    v = v * SHRUNK
+    return v * v
+
+
+@triton.jit
+def rstd_of(var, shrunk_var, eps):
+    return tl.where(var < float("inf"), tl.math.rsqrt(tl.where(var < 0, 0.0, var) + eps), SHRUNK * tl.math.rsqrt(shrunk_var))
+
+
+@triton.jit
+def statistics(near, rest, squares, shrunk, eps, N: tl.constexpr):
     """(mean, rstd) of rows from the sums of x - near and of its squares: what `near` is off by goes to both.
 
     So a mean far from 0 is right to the last bit, and the variance loses no digits.
@@ -96,12 +111,14 @@ def statistics(near, rest, squares, eps, N: tl.constexpr):
     off, var = sum_pair(rest, squares)
     off = tl.div_rn(off, N * 1.0)
     var = tl.div_rn(var, N * 1.0) - off * off
-    return near + off, tl.math.rsqrt(tl.where(var < 0, 0.0, var) + eps)
+    shrunk_var = tl.sum(shrunk, 1, keep_dims=True) * (1.0 / N) - shrunk_square(off)
+    return near + off, rstd_of(var, shrunk_var, eps)
 
 
 @triton.jit
-def rms_statistics(squares, eps, N: tl.constexpr):
-    return 0.0, tl.math.rsqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), N * 1.0) + eps)
+def rms_statistics(squares, shrunk, eps, N: tl.constexpr):
+    squares, shrunk = sum_pair(squares, shrunk)
+    return 0.0, rstd_of(tl.div_rn(squares, N * 1.0), shrunk * (1.0 / N), eps)
 
 
 @triton.jit
@@ -124,6 +141,7 @@ def norm_fwd_kernel(
     live = row < M
     xs = load_row(x + row * N, live, N, CHUNK, CHUNKS)
     total, squares = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
+    shrunk = tl.zeros([BLOCK_M, CHUNK], tl.float32)
     if mean is not None:
         for i in tl.static_range(CHUNKS):
             total += xs[i].to(tl.float32)
@@ -133,13 +151,15 @@ def norm_fwd_kernel(
             v = centred(xs[i], near, i * CHUNK, N, CHUNK)
             rest += v
             squares += v * v
-        mu, scale = statistics(near, rest, squares, eps, N)
+            shrunk += shrunk_square(v)
+        mu, scale = statistics(near, rest, squares, shrunk, eps, N)
         tl.store(mean + row, mu, live)
     else:
         for i in tl.static_range(CHUNKS):
             v = xs[i].to(tl.float32)
             squares += v * v
-        mu, scale = rms_statistics(squares, eps, N)
+            shrunk += shrunk_square(v)
+        mu, scale = rms_statistics(squares, shrunk, eps, N)
     tl.store(rstd + row, scale, live)
     for i in tl.static_range(CHUNKS):
         store_chunk(y + row * N, live, i * CHUNK, scaled(xs[i], mu, scale, weight, bias, lane, i * CHUNK, N, CHUNK), N, CHUNK)
@@ -154,6 +174,7 @@ def norm_fwd_long_kernel(
     live = row < M
     at = x + row * N
     rest, squares = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
+    shrunk = tl.zeros([BLOCK_M, CHUNK], tl.float32)
     if mean is not None:
         # the first chunk's mean is near enough: (near - mean)^2 <= N / CHUNK var, because its columns are part of var
         near = tl.sum(load_chunk(at, live, 0, N, CHUNK).to(tl.float32), 1, keep_dims=True) * (1.0 / CHUNK)
@@ -161,13 +182,15 @@ def norm_fwd_long_kernel(
             v = centred(load_chunk(at, live, start, N, CHUNK), near, start, N, CHUNK)
             rest += v
             squares += v * v
-        mu, scale = statistics(near, rest, squares, eps, N)
+            shrunk += shrunk_square(v)
+        mu, scale = statistics(near, rest, squares, shrunk, eps, N)
         tl.store(mean + row, mu, live)
     else:
         for start in range(0, N, CHUNK):
             v = load_chunk(at, live, start, N, CHUNK).to(tl.float32)
             squares += v * v
-        mu, scale = rms_statistics(squares, eps, N)
+            shrunk += shrunk_square(v)
+        mu, scale = rms_statistics(squares, shrunk, eps, N)
     tl.store(rstd + row, scale, live)
     for start in range(0, N, CHUNK):
         v = load_chunk(at, live, start, N, CHUNK)
@@ -326,7 +349,7 @@ def norm_bwd_long_kernel(
 
 def _lanes(arch: str, dtype) -> int:
     """Columns that a warp covers with 16 bytes per lane."""
-    return (64 if arch.startswith("gfx") else 32) * 16 // dtype.itemsize
+    return wave_of(arch) * 16 // dtype.itemsize
 
 
 def _row(N: int, lanes: int, chunks: int, num_warps: int) -> Parameters:

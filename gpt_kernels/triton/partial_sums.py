@@ -29,12 +29,9 @@ def add_slots(out, at, stride, slots, N, SPAN: tl.constexpr):
 
 @triton.jit
 def last_to_arrive(arrivals, expected):
-    """Is this the last of `expected` programs to come here? Then all they wrote is visible, and the counter is 0 again."""
+    """Is this the last of `expected` programs to come here? Then all they wrote is visible. The counter was 0."""
     tl.debug_barrier()  # the whole program has written, not only the thread that counts
-    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(arrivals, 0)
-    return last
+    return tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
 
 
 @triton.jit
@@ -50,19 +47,10 @@ def add_groups(partials, arrivals, slot, slots, stride, N, SPAN: tl.constexpr):
     return last, step, groups
 
 
-_arrivals: dict[tuple[int, int], Tensor] = {}
-
-
 def arrivals_for(like: Tensor, sums: int = 1) -> Tensor:
-    """COUNTERS for each of `sums` sums: zeros, which every launch leaves as zeros.
+    """COUNTERS for each of `sums` sums of one launch.
 
-    So one tensor per device and stream serves all launches, which follow each other there, and no launch waits for a memset.
-    A launch captured into a CUDA graph may be replayed on any stream: it has its own, zeroed in the graph.
+    Made anew for every call, although that is a memset more: what a call keeps may be memory of the pool of a CUDA graph,
+    which belongs to others as soon as the call is over, and two launches that share counters must not overlap.
     """
-    count = sums * COUNTERS.value
-    if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros(count, dtype=torch.int32)
-    key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
-    if key not in _arrivals or _arrivals[key].numel() < count:
-        _arrivals[key] = like.new_zeros(count, dtype=torch.int32)
-    return _arrivals[key]
+    return like.new_zeros(sums * COUNTERS.value, dtype=torch.int32)

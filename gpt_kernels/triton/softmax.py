@@ -33,7 +33,7 @@ from .aligned import (
     vector,
     window,
 )
-from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch
+from .common import arch, cdiv, check_device, check_like, check_rows, dtype_name, fail, launch, wave_of
 from .tuning import Parameters, Tunable
 
 
@@ -224,7 +224,7 @@ def _table(short: int) -> tuple[Callable[..., Parameters], Callable[..., list[Pa
     """
 
     def default(arch: str, N: int, dtype: torch.dtype) -> Parameters:
-        wave = 64 if arch.startswith("gfx") else 32
+        wave = wave_of(arch)
         if N > short:
             warps = 512 // wave
             return {"BLOCK_M": 0, "BLOCK_N": warps * wave * 16 // dtype.itemsize, "STAGES": 4, "num_warps": warps}

@@ -28,9 +28,9 @@ def tune(op: str | None, dtype: str | None, sizes: str) -> int:
     if not torch.cuda.is_available():
         raise UserError("torch sees no GPU, and a CPU's times say nothing about one")
     current = torch.device("cuda", torch.cuda.current_device())
+    if reason := common.unserved("attention", common.target(current)):
+        raise UserError(f"{torch.cuda.get_device_name(current)}: {reason}")
     arch = common.arch(current)
-    if arch not in common.PROCESSORS:
-        raise UserError(f"{torch.cuda.get_device_name(current)} is {arch}, tables exist for {', '.join(common.PROCESSORS)}")
     device = gpu(arch)
     assert device is not None
     chosen_sizes = SIZES.values() if sizes == "all" else [SIZES[sizes]]

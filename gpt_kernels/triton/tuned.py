@@ -66,12 +66,15 @@ class Tuned:
         self.machine = machine
         slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
         self.name = f"tuned-{slug}-{hashlib.sha256(text(machine).encode()).hexdigest()[:16]}.json"
-        self.path = cache.directory() / self.name
+        self.path: pathlib.Path | None = None  # None: no place for it, and nothing to refuse
         self.refused: str | None = None  # why the file is not used
         self._choices: dict[tuple[str, str], dict[str, Any]] = {}  # (tunable, its key) -> entry
         self._lock = threading.RLock()
         try:
+            self.path = cache.directory() / self.name
             self._read()
+        except cache.NoHome:
+            pass
         except Exception as error:  # whatever is in that file, the defaults serve
             self._refuse(str(error) or type(error).__name__)
 
@@ -134,6 +137,8 @@ class Tuned:
         """For info()."""
         if self.refused is not None:
             return f"{self.path}, refused: {self.refused}"
+        if self.path is None:
+            return "none: no home directory is known"
         return f"{self.path}, {len(self)} choices" if self else "none for this GPU, driver and versions: defaults"
 
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import statistics
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -48,6 +49,11 @@ def _hooked(hook: Callable[[Tunable, dict[str, Any]], Parameters | None]) -> Ite
         yield
     finally:
         _hooks.remove(hook)
+
+
+def measuring() -> bool:
+    """Parameters are being tried or asked for, inside measure(), override() or asked()."""
+    return bool(_hooks)
 
 
 @dataclass(eq=False)
@@ -110,6 +116,11 @@ class Tunable:
             warnings.warn(f"{what}: not stored: {error}", RuntimeWarning, stacklevel=4)
         return result.best
 
+    def settle(self, arch: str, parameters: Parameters, **key) -> None:
+        """Answer with these for this key from now on."""
+        if not common.overridden():
+            self._chosen[(arch, *key.values())] = parameters
+
     def offers(self, arch: str, **key) -> list[Parameters]:
         """The default, then the other candidates, each once."""
         offered = [self.default(arch, **key), *self.candidates(arch, **key)]
@@ -135,7 +146,7 @@ def gpu(arch: str) -> torch.device | None:
     if INTERPRETED or common.overridden() or not torch.cuda.is_available():
         return None
     current = torch.cuda.current_device()
-    fitting = [i for i in (current, *range(torch.cuda.device_count())) if common.arch(torch.device("cuda", i)) == arch]
+    fitting = [i for i in (current, *range(torch.cuda.device_count())) if common._arch_of(i) == arch]
     return torch.device("cuda", fitting[0]) if fitting else None
 
 
@@ -202,22 +213,37 @@ def measure(tunable: Tunable, arch: str, key: dict[str, Any], device: torch.devi
     return Result(offers[best], medians[0], medians[best], failed)
 
 
+def _host(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+SPINNING = 2e-3  # seconds of a call's host time: beyond it a queue may fill, and a call is what its host makes of it
+CYCLES = 2e9  # a GPU's clock at most: slower ones spin longer
+
+
 def event_timer(device: torch.device, warm: bool = False) -> Timer:
-    """Median over calls on a cold L2, or each after another one, by CUDA events; about 20 ms of GPU time per round."""
+    """Median over calls on a cold L2, or each after another one, by CUDA events; about 20 ms of GPU time per round.
+
+    Before each call the GPU spins for twice its host time: launched late, its kernels would wait for Python between the events.
+    """
     cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    # written before each call: the call finds nothing of its inputs in cache, and the CPU is ahead when it begins
+    # written before each call: the call finds nothing of its inputs in cache
     flush = torch.empty(max(4 * cache_bytes, 256 << 20), dtype=torch.int8, device=device)
 
-    def milliseconds(call: Callable[[], Any], calls: int) -> list[float]:
+    def milliseconds(call: Callable[[], Any], calls: int, spin: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in "be"] for _ in range(calls)]
         for begin, end in events:
             flush.zero_()
             if warm:
                 call()
+            if spin:
+                torch.cuda._sleep(spin)
             begin.record()
             call()
             end.record()
@@ -225,7 +251,9 @@ def event_timer(device: torch.device, warm: bool = False) -> Timer:
         return [begin.elapsed_time(end) for begin, end in events]
 
     def timer(call: Callable[[], Any]) -> float:
-        once = min(milliseconds(call, 2))
-        return statistics.median(milliseconds(call, min(50, max(7, int(20 / max(once, 1e-3))))))
+        host = min(_host(call) for _ in range(2))
+        spin = int(2 * host * CYCLES) if host < SPINNING else 0
+        once = min(milliseconds(call, 2, spin))
+        return statistics.median(milliseconds(call, min(50, max(7, int(20 / max(once, 1e-3)))), spin))
 
     return timer

@@ -1,7 +1,11 @@
 """How kernels are launched on a GPU: captured in a graph, on another stream, on another device, many times over."""
 
+import concurrent.futures
 import copy
 import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_op = pytest.mark.parametrize("name", dispatch.ops())
 BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or "triton"
+ROOT = pathlib.Path(__file__).parents[2]
 TIMES = int(os.environ.get("GPT_KERNELS_RACE_LOOPS", "250"))
 LARGE, TINY = Sizes(4, 512, 768, 12), Sizes(1, 16, 16, 1, vocab=40)  # TINY: for the interpreter
 
@@ -57,6 +62,70 @@ def test_graph_capture_and_replay(cuda, name, dtype):
             t.mul_(0.5)
         graph.replay()
         assert same(out, results(name, args)), f"{what}: replay with other values"
+
+
+CAPTURED_FIRST = """
+import sys
+sys.path[:0] = [".", "tests"]
+import torch
+from kernel_calls import every_call, op, tensors, with_kernel
+import gpt_kernels
+backend, name = sys.argv[1:]
+made = [a for _, n, a in with_kernel(backend, every_call(torch.bfloat16, "cuda")) if n == name][:1]
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with gpt_kernels.use_backend(backend):
+    for args in made:
+        if name == "cross_entropy_bwd_out":
+            args = (*args[:-1], torch.zeros_like(args[-1]))
+        with torch.cuda.graph(graph):
+            out = tensors(op(name)(*args)) or [args[-1]]
+        graph.replay()
+        torch.cuda.synchronize()
+        captured = [t.clone() for t in out]
+        expected = tensors(op(name)(*args)) or [args[-1]]
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(captured, expected, strict=True)), name
+"""
+
+
+@every_op
+def test_captured_without_a_warm_up(cuda, name):
+    """The first call of its kernel in the process is the one that is captured: nothing may be loaded or asked for in a way that
+    a capture forbids. every_call() has run forwards of other ops by then, which do not load this one's."""
+    done = subprocess.run([sys.executable, "-c", CAPTURED_FIRST, BACKEND, name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_threads_with_different_sizes(cuda):
+    """One kernel asked for different amounts of shared memory at once: no thread takes back what the other asked for."""
+    rows = {n: torch.randn(3, n, device=cuda).bfloat16() for n in (9000, 24400, 40000, 60000)}
+    expected = {n: gpt_kernels.softmax(x) for n, x in rows.items()}
+
+    def work(n):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            ok = all(torch.equal(gpt_kernels.softmax(rows[n]), expected[n]) for _ in range(200))
+            torch.cuda.current_stream().synchronize()
+        return ok
+
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, rows))
+
+
+@every_dtype
+def test_columns_swept(cuda, dtype):
+    """Rows of 6 to 25 thousand columns: every way a kernel takes by their length, and where shared memory runs out."""
+    for n in (*range(6000, 25600, 509), *range(24186, 24576, 97), *range(12122, 12288, 41)):
+        x = torch.randn(3, n, device=cuda).to(dtype).requires_grad_()
+        target, dy = torch.randint(n, (3,), device=cuda), torch.randn(3, n, device=cuda).to(dtype)
+        for ours, eager in (
+            (gpt_kernels.softmax, lambda x: torch.softmax(x, -1)),
+            (lambda x, n=n: gpt_kernels.layer_norm(x), lambda x, n=n: torch.nn.functional.layer_norm(x, (n,))),
+        ):
+            for got, want in zip(*(((y := f(x)), *torch.autograd.grad(y, x, dy)) for f in (ours, eager)), strict=True):
+                torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+        got = gpt_kernels.cross_entropy(x, target, dtype=torch.float32)
+        torch.testing.assert_close(got, torch.nn.functional.cross_entropy(x.float(), target), rtol=1e-3, atol=1e-3)
 
 
 @every_dtype
@@ -141,11 +210,12 @@ def train(model, ids, steps=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
         _, loss = model(ids, targets=ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())  # a replay of the graph writes over it
     return losses
 
 

@@ -143,6 +143,12 @@ __global__ void wrong(float* p, int what) {
   }
 }
 
+// a kernel for each test: what was asked for stays
+template <int which> __global__ void declares(float* p) {
+  GK_SHARED(float, words, [64]);
+  words[threadIdx.x % 64] = 1, p[threadIdx.x] = 1;
+}
+
 }  // namespace gk
 
 static std::string report;
@@ -167,3 +173,23 @@ GK_TEST(test_named(int* out, int rounds, int warps), producer_consumer, 1, 32 * 
 GK_TEST(test_last(int* out, int* partial, uint32_t* arrived, int blocks, int ordered), last_block_sums, blocks, 64, out, partial, arrived, ordered)
 GK_TEST(test_banks(float* out, int stride), banks, 1, 32, out, stride)
 GK_TEST(test_wrong(float* p, int what), wrong, 1, 64, p, what)
+
+// A launch of any size of a kernel that declares 256 bytes, through the launcher or, where `which` is 0, as the runtime meets one
+// that never asked.
+extern "C" __attribute__((visibility("default"))) const char* test_size(int which, unsigned x, unsigned y, unsigned z,
+                                                                        unsigned threads, size_t shared) {
+  static float memory[1024], *const out = memory;
+  const dim3 grid(x, y, z);
+  return reporting([&] {
+    switch (which) {
+      case 1: return gk::launch(GK_KERNEL(gk::declares<1>), grid, threads, shared, nullptr, out);
+      case 2: return gk::launch(GK_KERNEL(gk::declares<2>), grid, threads, shared, nullptr, out);
+      case 3: return gk::launch(GK_KERNEL(gk::declares<3>), grid, threads, shared, nullptr, out);
+      case 4: return gk::launch(GK_KERNEL(gk::declares<4>), grid, threads, shared, nullptr, out);
+    }
+    gk::sim::Call call{"declares<0>", [](void*) { gk::declares<0>(out); }, nullptr};
+    void* args[] = {&call};
+    const cudaError_t error = cudaLaunchKernel((const void*)&gk::declares<0>, grid, threads, args, shared, nullptr);
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));
+  });
+}

@@ -1,0 +1,469 @@
+"""Every derivative that torch can ask for, of every op, against the same function written with torch's own ops in float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.autograd.functional as functional
+import torch.nn.functional as F
+from grids import DTYPES
+from torch.autograd import forward_ad
+
+import gpt_kernels
+from gpt_kernels import dispatch
+from gpt_kernels.ops.attention import attention
+from gpt_kernels.ops.philox import dropout_factor
+
+pytestmark = pytest.mark.skipif(torch.float64 not in DTYPES, reason="this backend has no float64")
+
+OPS = dispatch.ops()  # at import: other tests may define their own
+RNG = torch.tensor([5, 7])
+
+
+# ---- the ops, ours and in torch's own words ----
+
+
+def plain_softmax(z):
+    """Not torch.softmax: torch cannot take the reverse derivative of its forward derivative."""
+    e = torch.exp(z - z.detach().amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+def masked_softmax(x, mask=None, scale=1.0, causal=False):
+    z = x * scale
+    if mask is not None:
+        z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask
+    if causal:
+        T, S = x.shape[-2:]
+        z = z.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
+    return plain_softmax(z)
+
+
+def plain_attention(q, k, v, bias=None, slopes=None, *, scale, softcap=0.0, p=0.0, offset=0, left=None, right=None, mask=None):
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = q @ k.mT * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    distance = torch.arange(s.shape[2])[:, None] + offset - torch.arange(s.shape[3])
+    if slopes is not None:
+        s = s - slopes.expand(s.shape[:2])[:, :, None, None] * distance.abs()
+    if bias is not None:
+        s = s + bias
+    for hidden in (left is not None and distance > left, right is not None and distance < -right, mask is not None and ~mask):
+        s = s if hidden is False else s.masked_fill(hidden, -torch.inf)
+    blind = (s == -torch.inf).all(-1, keepdim=True)
+    prob = plain_softmax(s.masked_fill(blind, 0)).masked_fill(blind, 0)
+    return prob * dropout_factor(RNG, p, s) @ v
+
+
+def plain_cross_entropy(x, target, smoothing=0.0, z=0.0, cap=0.0, reduction="mean"):
+    x = cap * torch.tanh(x / cap) if cap else x
+    kept = target != -100
+    top = x.detach().amax(-1)
+    lse = top + (x - top[:, None]).exp().sum(-1).log()
+    likely = (1 - smoothing) * x.gather(-1, (target * kept)[:, None])[:, 0] + smoothing * x.mean(-1)
+    loss = (lse - likely + z * lse.square()) * kept
+    return loss if reduction == "none" else loss.sum() / (kept.sum() if reduction == "mean" else 1)
+
+
+TARGET = torch.tensor([3, -100, 0])
+KEEP = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+HEADS = ((1, 2, 3, 2), (1, 1, 4, 2), (1, 1, 4, 1))  # of q, k, v: (B, H, T, D)
+SQUARE = ((2, 1, 3, 2),) * 3
+TOKENS = ((1, 3, 2, 2),) * 3  # (B, T, H, D)
+SWAP = functools.partial(torch.transpose, dim0=1, dim1=2)
+
+
+def plain_layer_norm(x, weight=1.0, bias=0.0, eps=1e-5):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
+
+
+def plain_dropout(x, residual=0.0):
+    return x * dropout_factor(RNG, 0.4, torch.empty(1, 1, *x.shape, dtype=x.dtype))[0, 0] + residual
+
+
+def plain_rms_norm(x, weight=1.0, eps=1e-6):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def case(op, name, ours, theirs, *shapes):
+    return pytest.param(op, ours, theirs, shapes, id=f"{op} {name}".strip())
+
+
+CASES = [
+    case("layer_norm", "", gpt_kernels.layer_norm, plain_layer_norm, (3, 4)),
+    case("layer_norm", "affine", gpt_kernels.layer_norm, plain_layer_norm, (2, 3, 4), (4,), (4,)),
+    case("layer_norm", "bias", lambda x, b: gpt_kernels.layer_norm(x, None, b, 0.1),
+         lambda x, b: plain_layer_norm(x, 1.0, b, 0.1), (3, 4), (4,)),
+    case("rms_norm", "", gpt_kernels.rms_norm, plain_rms_norm, (3, 4)),
+    case("rms_norm", "weight", lambda x, w: gpt_kernels.rms_norm(x, w, 0.1), lambda x, w: plain_rms_norm(x, w, 0.1),
+         (2, 3, 4), (4,)),
+    case("gelu", "tanh", gpt_kernels.gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), (3, 4), (4,)),
+    case("gelu", "erf", lambda x: gpt_kernels.gelu(x, None, "none"), F.gelu, (3, 4)),
+    case("dropout", "", lambda x: gpt_kernels.dropout(x, 0.4, rng_state=RNG),
+         plain_dropout, (3, 4)),
+    case("dropout", "residual", lambda x, r: gpt_kernels.dropout(x, 0.4, residual=r, rng_state=RNG),
+         plain_dropout, (3, 4), (3, 4)),
+    case("softmax", "", gpt_kernels.softmax, masked_softmax, (3, 4)),
+    case("softmax", "bias, causal", lambda x, m: gpt_kernels.softmax(x, m, 0.7, True),
+         lambda x, m: masked_softmax(x, m, 0.7, True), (2, 3, 4), (3, 4)),
+    case("softmax", "mask", lambda x: gpt_kernels.softmax(x, KEEP[::2], 0.7),
+         lambda x: masked_softmax(x, KEEP[::2], 0.7), (2, 4)),
+    case("softmax", "hidden row", lambda x: gpt_kernels.softmax(x, KEEP),
+         lambda x: torch.cat((masked_softmax(x, KEEP)[:1], x[1:2] * 0, masked_softmax(x, KEEP)[2:])).nan_to_num(), (3, 4)),
+    case("cross_entropy", "", lambda x: gpt_kernels.cross_entropy(x, TARGET), lambda x: plain_cross_entropy(x, TARGET), (3, 4)),
+    case("cross_entropy", "sum", lambda x: gpt_kernels.cross_entropy(x, TARGET, -100, "sum", 0.1, 0.2, 2.0),
+         lambda x: plain_cross_entropy(x, TARGET, 0.1, 0.2, 2.0, "sum"), (3, 4)),
+    case("cross_entropy", "none", lambda x: gpt_kernels.cross_entropy(x, TARGET, -100, "none", 0.1, 0.2, 2.0),
+         lambda x: plain_cross_entropy(x, TARGET, 0.1, 0.2, 2.0, "none"), (3, 4)),
+    case("cross_entropy", "in place", lambda x: gpt_kernels.cross_entropy(x * 1, TARGET, inplace_backward=True),
+         lambda x: plain_cross_entropy(x, TARGET), (3, 4)),
+    case("cross_entropy", "z_loss", lambda x: gpt_kernels.cross_entropy(x, TARGET, lse_square_scale=0.2, return_z_loss=True)[0],
+         lambda x: plain_cross_entropy(x, TARGET, z=0.2), (3, 4)),
+    case("attention", "", lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, is_causal=True),
+         lambda q, k, v: plain_attention(q, k, v, scale=2**-0.5, right=0), *SQUARE),
+    case("attention", "grouped heads, bias",
+         lambda q, k, v, b: gpt_kernels.scaled_dot_product_attention(q, k, v, b, enable_gqa=True),
+         lambda q, k, v, b: plain_attention(q, k, v, b, scale=2**-0.5), *HEADS, (1, 2, 1, 4)),
+    case("attention", "mask",
+         lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, KEEP, scale=0.3, enable_gqa=True),
+         lambda q, k, v: plain_attention(q, k, v, scale=0.3, mask=KEEP), *HEADS),
+    case("attention", "dropout",
+         lambda q, k, v: attention(q, k, v, None, None, RNG, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
+         lambda q, k, v: plain_attention(q, k, v, scale=0.5, softcap=2.0, p=0.3), *HEADS),
+    case("attention", "tokens before heads, alibi",
+         lambda q, k, v, slopes: gpt_kernels.flash_attn_func(
+             q, k, v, window_size=(1, 1), softcap=2.0, alibi_slopes=slopes, softmax_scale=0.4),
+         lambda q, k, v, slopes: SWAP(plain_attention(
+             SWAP(q), SWAP(k), SWAP(v), None, slopes, scale=0.4, softcap=2.0, left=1, right=1)), *TOKENS, (2,)),
+    case("attention", "packed", lambda qkv: gpt_kernels.flash_attn_qkvpacked_func(qkv, causal=True),
+         lambda qkv: SWAP(plain_attention(*(SWAP(t) for t in qkv.unbind(2)), scale=0.5, right=0)), (1, 2, 3, 1, 4)),
+    case("attention", "one tensor for three", lambda x: gpt_kernels.scaled_dot_product_attention(x, x, x),
+         lambda x: plain_attention(x, x, x, scale=0.5), (1, 1, 3, 4)),
+]  # fmt: skip
+
+
+def test_every_op_is_here():
+    families = {name.removesuffix("_out").removesuffix("_fwd").removesuffix("_bwd") for name in OPS}
+    assert {c.values[0] for c in CASES} == families
+
+
+# ---- the derivatives: each takes a function of tensors, and tensors, and gives tensors ----
+
+
+def scalar(f):
+    """Of which every derivative depends on x, through f and past it."""
+    return lambda *x: sum(
+        (y.square() * torch.arange(1, y.numel() + 1).view(y.shape)).sum() for y in (f(*x), *(t + 1 for t in x))
+    )
+
+
+def like(x, i=0):
+    return tuple(torch.cos(torch.arange(t.numel(), dtype=t.dtype) * 3 + i).view(t.shape) for t in x)
+
+
+def asked(x):
+    return tuple(t.clone().requires_grad_() for t in x)
+
+
+def dot(a, b):
+    return sum((s * t).sum() for s, t in zip(a, b, strict=True))
+
+
+def of_each(x):
+    return tuple(range(len(x)))
+
+
+def first(f, x):
+    x = asked(x)
+    return torch.autograd.grad(scalar(f)(*x), x)
+
+
+def second(f, x):
+    x = asked(x)
+    g = torch.autograd.grad(scalar(f)(*x), x, create_graph=True)
+    return *g, *torch.autograd.grad(dot(g, like(x)), x)
+
+
+def second_backward(f, x):
+    x = asked(x)
+    scalar(f)(*x).backward(create_graph=True)
+    g = tuple(t.grad.clone() for t in x)
+    dot(g, like(x)).backward()
+    return tuple(t.grad.detach() for t in x)
+
+
+def second_of_each_alone(f, x):
+    """The others are constants: no gradient is asked of them."""
+    results = []
+    for i, t in enumerate(asked(x)):
+        given = (*x[:i], t, *x[i + 1 :])
+        (g,) = torch.autograd.grad(scalar(f)(*given), t, create_graph=True)
+        results += torch.autograd.grad(g.square().sum(), t)
+    return results
+
+
+def third(f, x):
+    x = asked(x)
+    g = torch.autograd.grad(scalar(f)(*x), x, create_graph=True)
+    h = torch.autograd.grad(dot(g, like(x)), x, create_graph=True)
+    return torch.autograd.grad(dot(h, like(x, 1)), x)
+
+
+def first_after_second(f, x):
+    """The graph is used again after create_graph."""
+    x = asked(x)
+    y = scalar(f)(*x)
+    g = torch.autograd.grad(y, x, create_graph=True)
+    h = torch.autograd.grad(dot(g, like(x)), x, retain_graph=True)
+    return *h, *torch.autograd.grad(y, x)
+
+
+def of_the_output_gradient(f, x):
+    x = asked(x)
+    y = f(*x)
+    (dy,) = asked(like([y]))
+    g = torch.autograd.grad(y, x, dy, create_graph=True)
+    return torch.autograd.grad(dot(g, like(x)), (dy, *x), materialize_grads=True)
+
+
+def batched_gradients(f, x):
+    x = asked(x)
+    y = f(*x)
+    return torch.autograd.grad(y, x, torch.stack([*like([y]), *like([y], 1)]), is_grads_batched=True)
+
+
+def batched_gradients_twice(f, x):
+    x = asked(x)
+    y = f(*x).square()
+    dy = torch.stack([*like([y]), *like([y], 1)]).detach()
+    g = torch.autograd.grad(y, x, dy, is_grads_batched=True, create_graph=True)
+    return torch.autograd.grad(sum(t.square().sum() for t in g), x, materialize_grads=True)
+
+
+def checkpointed(f, x):
+    x = asked(x)
+    y = torch.utils.checkpoint.checkpoint(f, *x, use_reentrant=False)
+    g = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(dot(g, like(x)), x)
+
+
+def saved_elsewhere(f, x):
+    x = asked(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        g = torch.autograd.grad(f(*x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dot(g, like(x)), x)
+
+
+def tangents(f, x):
+    with forward_ad.dual_level():
+        y = f(*map(forward_ad.make_dual, x, like(x)))
+        return tuple(forward_ad.unpack_dual(y))
+
+
+def tangents_without_grad(f, x):
+    with torch.no_grad():
+        return tangents(f, x)
+
+
+def tangent_of_each_alone(f, x):
+    """Beside tensors that want a gradient."""
+    results = []
+    for i, t in enumerate(x):
+        given = list(asked(x))
+        with forward_ad.dual_level():
+            given[i] = forward_ad.make_dual(t, *like([t]))
+            results.append(forward_ad.unpack_dual(f(*given)).tangent)
+    return results
+
+
+def forward_over_reverse(f, x):
+    x = asked(x)
+    with forward_ad.dual_level():
+        given = tuple(map(forward_ad.make_dual, x, like(x)))
+        g = torch.autograd.grad(scalar(f)(*given), given, create_graph=True)
+        return tuple(forward_ad.unpack_dual(t).tangent for t in g)
+
+
+def reverse_over_forward(f, x):
+    x = asked(x)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, x, like(x))).square()).tangent
+        return torch.autograd.grad(tangent.square().sum(), x, materialize_grads=True)
+
+
+def tangent_of_the_output_gradient(f, x):
+    """The graph was made before there was a tangent."""
+    x = asked(x)
+    y = f(*x)
+    with forward_ad.dual_level():
+        g = torch.autograd.grad(y, x, forward_ad.make_dual(*like([y]), *like([y], 1)))
+        return tuple(t for each in g for t in forward_ad.unpack_dual(each))
+
+
+def func_grad(f, x):
+    return torch.func.grad(scalar(f), of_each(x))(*x)
+
+
+def func_vjp(f, x):
+    y, pull = torch.func.vjp(f, *x)
+    return y, *pull(*like([y])), *torch.func.vmap(pull)(torch.stack([*like([y]), *like([y], 1)]))
+
+
+def func_vjp_of_vjp(f, x):
+    y = f(*x)
+    g, pull = torch.func.vjp(lambda *x: torch.func.vjp(f, *x)[1](*like([y])), *x)
+    return *g, *pull(like(x))
+
+
+def func_jvp(f, x):
+    return torch.func.jvp(f, x, like(x))
+
+
+def func_linearize(f, x):
+    y, push = torch.func.linearize(f, *x)
+    return y, push(*like(x))
+
+
+def func_grad_of_jvp(f, x):
+    return torch.func.grad(lambda *x: torch.func.jvp(scalar(f), x, like(x))[1], of_each(x))(*x)
+
+
+def func_jvp_of_grad(f, x):
+    return sum(torch.func.jvp(torch.func.grad(scalar(f), of_each(x)), x, like(x)), ())
+
+
+def func_jvp_of_jvp(f, x):
+    return torch.func.jvp(lambda *x: torch.func.jvp(f, x, like(x))[1], x, like(x, 1))
+
+
+def func_jacobian(transform, f, x):
+    return transform(f, of_each(x))(*x)
+
+
+def func_hessian(f, x):
+    return sum(torch.func.hessian(scalar(f), of_each(x))(*x), ())
+
+
+def batch(x, n=2):
+    return tuple(torch.stack([t, *like([t]), *like([t], 1)][:n]) for t in x)
+
+
+def vmap(f, x):
+    return (torch.func.vmap(f)(*batch(x)),)
+
+
+def vmap_of_each_alone(f, x):
+    dims = [tuple(-1 if i == j else None for j in of_each(x)) for i in of_each(x)]
+    return [
+        torch.func.vmap(f, in_dims=d)(
+            *(b.movedim(0, -1) if e is not None else t for t, b, e in zip(x, batch(x), d, strict=True))
+        )
+        for d in dims
+    ]
+
+
+def vmap_of_vmap(f, x):
+    nested = tuple(torch.stack((b, b.flip(0))) for b in batch(x))
+    return (torch.func.vmap(torch.func.vmap(f), chunk_size=1)(*nested),)
+
+
+def vmap_inside_autograd(f, x):
+    given = asked(batch(x))
+    g = torch.autograd.grad(scalar(torch.func.vmap(f))(*given), given, create_graph=True)
+    return *g, *torch.autograd.grad(dot(g, like(given)), given)
+
+
+def vmap_of_grad(f, x):
+    return torch.func.vmap(torch.func.grad(scalar(f), of_each(x)))(*batch(x))
+
+
+def grad_of_vmap(f, x):
+    return torch.func.grad(scalar(torch.func.vmap(f)), of_each(x))(*batch(x))
+
+
+def vmap_of_jvp(f, x):
+    return torch.func.vmap(lambda *x: torch.func.jvp(f, x, like(x)))(*batch(x))
+
+
+def jvp_of_vmap(f, x):
+    x = batch(x)
+    return torch.func.jvp(torch.func.vmap(f), x, like(x))
+
+
+def vmap_of_hvp(f, x):
+    return torch.func.vmap(lambda *x: torch.func.vjp(torch.func.grad(scalar(f), of_each(x)), *x)[1](like(x)))(*batch(x))
+
+
+def functionalized(f, x):
+    return torch.func.functionalize(torch.func.grad(scalar(f), of_each(x)))(*x)
+
+
+def classic(name, *more, **options):
+    """torch.autograd.functional.`name`, of a scalar or, with `more`, of tensors."""
+
+    def call(f, x):
+        vectors = tuple(v(f, x) for v in more)
+        of = scalar(f) if name in ("hvp", "vhp", "hessian") else f
+        return flat(getattr(functional, name)(of, x, *vectors, **options))
+
+    return call
+
+
+def flat(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for each in result for t in flat(each)]
+
+
+DERIVATIVES = [
+    first, second, second_backward, second_of_each_alone, third, first_after_second, of_the_output_gradient, batched_gradients,
+    batched_gradients_twice, checkpointed, saved_elsewhere, tangents, tangents_without_grad, tangent_of_each_alone,
+    forward_over_reverse, reverse_over_forward, tangent_of_the_output_gradient, func_grad, func_vjp, func_vjp_of_vjp, func_jvp,
+    func_grad_of_jvp, func_jvp_of_grad, func_jvp_of_jvp, func_hessian, vmap, vmap_of_each_alone, vmap_of_vmap,
+    vmap_inside_autograd, vmap_of_grad, grad_of_vmap, vmap_of_jvp, jvp_of_vmap, vmap_of_hvp, functionalized,
+]  # fmt: skip
+DERIVATIVES = {f.__name__: f for f in DERIVATIVES} | {
+    "jacrev": functools.partial(func_jacobian, torch.func.jacrev),
+    "jacfwd": functools.partial(func_jacobian, torch.func.jacfwd),
+    "functional.hvp": classic("hvp", lambda f, x: like(x)),
+    "functional.vhp": classic("vhp", lambda f, x: like(x), strict=True),
+    "functional.vjp": classic("vjp", lambda f, x: like([f(*x)])[0], create_graph=True),
+    "functional.jvp": classic("jvp", lambda f, x: like(x)),
+    "functional.jacobian": classic("jacobian"),
+    "functional.jacobian vectorized": classic("jacobian", vectorize=True),
+    "functional.jacobian forward": classic("jacobian", vectorize=True, strategy="forward-mode"),
+    "functional.hessian": classic("hessian", create_graph=True),
+    "functional.hessian vectorized": classic("hessian", vectorize=True),
+    "functional.hessian forward": classic("hessian", vectorize=True, outer_jacobian_strategy="forward-mode"),
+}
+
+
+def slow(c):
+    return pytest.param(*c.values, id=c.id, marks=pytest.mark.slow)
+
+
+def assert_equal(actual, expected, what=""):
+    for i, (a, e) in enumerate(zip(flat(actual), flat(expected), strict=True)):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9, msg=lambda text, i=i: f"{what} result {i}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("op, ours, theirs, shapes", CASES)
+def test_against_torch(op, ours, theirs, shapes):
+    x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    wrong = []
+    for name, derivative in DERIVATIVES.items():
+        expected = derivative(theirs, x)
+        try:
+            assert_equal(derivative(ours, x), expected)
+        except Exception as error:
+            wrong.append(f"{name}: {type(error).__name__}: {error}")
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("op, ours, theirs, shapes", [c if c.id == "cross_entropy" else slow(c) for c in CASES])
+def test_linearize(op, ours, theirs, shapes):
+    """torch.func.linearize traces what it is given."""
+    x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    assert_equal(func_linearize(ours, x), func_linearize(theirs, x))
