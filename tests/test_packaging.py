@@ -1,8 +1,8 @@
 """Installing in clean environments: with and without a compiler, by wheel, by sdist, in isolation, under another torch.
 
 Each environment is a fresh venv that borrows the heavy packages of the running one by symbolic links. The wheel is also tried
-under every other torch that we promise, one after the other (several GB each are downloaded, and removed); GPT_KERNELS_TEST_TORCH
-names those to try instead: "2.10 2.15.0".
+under every other torch that we promise (several GB each are downloaded, and removed); GPT_KERNELS_TEST_TORCH names those to try
+instead: "2.10 2.15.0".
 """
 
 import json

@@ -72,8 +72,6 @@ def cuda_python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def installed(source, cuda_python, tmp_path_factory):  # noqa: F811
     """(that Python, the package built with it: C++ and CUDA for one architecture, importable by this PYTHONPATH)"""
-    if not shutil.which("nvcc"):
-        pytest.skip("no nvcc")
     place = shutil.copytree(source, tmp_path_factory.mktemp("build") / "tree")
     build = {"GPT_KERNELS_BUILD": "cuda", "GPT_KERNELS_CUDA_ARCHS": "80", "GPT_KERNELS_WERROR": "1"}
     run(cuda_python, "setup.py", "-q", "build_ext", "--inplace", cwd=place, **build)
@@ -81,6 +79,7 @@ def installed(source, cuda_python, tmp_path_factory):  # noqa: F811
 
 
 @needs_compiler
+@needs_nvcc
 def test_works_with_a_cuda_torch_and_no_gpu(installed):
     """C++ serves the CPU, CUDA C++ the GPU that is not there, and info says so."""
     python, path = installed
@@ -92,20 +91,19 @@ def test_works_with_a_cuda_torch_and_no_gpu(installed):
         assert where["CPU"].startswith("cpu"), op
         assert where["CUDA"].startswith("cuda (compiled kernel"), op
     said = run(python, "-m", "gpt_kernels", "info", cwd=path)
-    assert "instruction set" in said and "sm_80" in said and re.search(r"(no|none|sees no) ?.*GPU", said, re.I)
+    assert "none seen by torch" in said and "built for sm_80, compute_80; no device" in said
 
 
 @needs_compiler
-@pytest.mark.parametrize("symbol", ["aoti_torch_get_current_cuda_stream"])
-def test_the_streams_symbol_is_bound(installed, symbol):
+@needs_nvcc
+def test_the_symbol_of_the_stream_is_bound(installed, tmp_path):
     """It is in libtorch_cuda, which Python loads for itself alone: the library must name one that brings it."""
     python, path = installed
-    code = f"import sys, torch; sys.path.insert(0, {path!r}); import gpt_kernels; print(gpt_kernels.info()['gpu'])"
-    said = run(python, "-c", code, LD_DEBUG="bindings", LD_BIND_NOW="1")
-    bound = re.findall(rf"binding file (\S+) \[\d+\] to (\S+) \[\d+\]: normal symbol `{symbol}'", said)
-    assert [
-        provider.rpartition("/")[2] for user, provider in bound if user.endswith("_cuda.so") and "torch" not in user[-15:]
-    ] == ["libtorch_cuda.so"]
+    symbol, code = "aoti_torch_get_current_cuda_stream", f"import sys; sys.path.insert(0, {path!r}); import gpt_kernels"
+    run(python, "-c", code, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=tmp_path / "bound")
+    lines = [line for file in tmp_path.iterdir() for line in file.open(errors="replace") if f"`{symbol}'" in line]
+    bound = [re.search(r"binding file (\S+) \[\d+\] to (\S+) ", line).groups() for line in lines]
+    assert {pathlib.Path(to).name for of, to in bound if of.endswith("gpt_kernels/_cuda.so")} == {"libtorch_cuda.so"}
 
 
 # ---- every torch that we promise ----
@@ -135,7 +133,9 @@ def headers(tmp_path_factory):
 def test_headers_of_every_torch_compile_the_sources(headers, minor, tmp_path):
     """Looked at, not translated to machine code: a name, a type or an overload that is not there is seen so."""
     include = headers(minor)
-    compilers = [shutil.which(c) for c in ("g++", "g++-11", "clang++", "aarch64-linux-gnu-g++")]
+    # other compilers, where they are, need be asked once; a processor of ARM's has `base` alone
+    others = ("g++-11", "clang++", "aarch64-linux-gnu-g++") if minor == PINNED.rpartition(".")[0] else ()
+    compilers = [shutil.which(c) for c in ("g++", *others)]
     jobs = [
         [c, "-std=c++17", "-fsyntax-only", TARGET, "-isystem", include, path]
         for c in filter(None, compilers)
