@@ -207,6 +207,7 @@ class Row:
     error: str = ""
     regions: tuple[sass.Region, ...] = ()
     lacks: tuple[str, ...] = ()  # what else was asked of it, in words
+    states: str = ""  # what the figures do not tell
 
     @property
     def id(self) -> str:
@@ -377,7 +378,7 @@ def show(row: Row, baseline: dict) -> dict[str, str]:
             "no overlap": _figure(hot.no_overlap),
             "model": _figure(hot.model),
         }
-    cells["notes"] = row.changes(baseline) if comparable(baseline) else ""
+    cells["notes"] = "; ".join(filter(None, (row.changes(baseline) if comparable(baseline) else "", row.states)))
     return cells
 
 

@@ -111,6 +111,14 @@ def names(kernels: list[sass.Kernel]) -> list[str]:
     return [re.sub(r"^void |gk::|\(.*", "", re.sub(r"\(gk::\w+\)", "", name)) for name in said.splitlines()]
 
 
+def dq_stream(gpu: sass.GPU, name: str, ctas: int) -> str:
+    """Of attention's backward pass, whose model counts no L2: each block of keys reads and writes its threads' own float32
+    sums of dq, all T x D of them. Up to which T do the sums of all blocks that are on the GPU at once stay in its L2?"""
+    D = int(re.search(r"<\w+, (\d+)", name)[1])
+    tokens = gpu.l2_mb * 2**20 // (gpu.sms * max(1, ctas) * 4 * D)
+    return f"dq's sums: {8 * D} T bytes per block of keys, in L2 up to T = {tokens}"
+
+
 def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
     try:
         kernels = sass.read(compile_source(FOLDER / f"{case.name}.cu", case.arch))
@@ -131,5 +139,6 @@ def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
         if facts.wide < least:
             lacks.append(f"moves {facts.wide:.0%} of its bytes 16 at a time, expected {least:.0%}")
         regions = tuple(sass.region(kernel, code, threads // 32, max(1, ctas), 1.0) for code in hot) if figures else ()
-        found.append(Row(case, whose, name, facts, regions=regions, lacks=tuple(lacks)))
+        states = dq_stream(kernel.gpu, name, ctas) if name.startswith("attention_bwd<") else ""
+        found.append(Row(case, whose, name, facts, regions=regions, lacks=tuple(lacks), states=states))
     return found

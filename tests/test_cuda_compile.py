@@ -70,6 +70,12 @@ def test_faults_are_seen(tmp_path, monkeypatch):
     assert "does not compile" in row.faults()[0] and "unused" in row.faults()[0]
 
 
+def test_the_model_states_what_dq_streams():
+    """8 T D bytes per block of keys; on an H100 a block of threads a processor has its sums in L2 to T = 1551 at head dim 64."""
+    said = static_cuda.dq_stream(static_cuda.sass.GPUS[90], "attention_bwd<bf16, 64, true>", 1)
+    assert said == "dq's sums: 512 T bytes per block of keys, in L2 up to T = 1551"
+
+
 def test_no_ptx_outside_its_header():
     for path in sorted(static_cuda.FOLDER.iterdir()):
         text = path.read_text()
