@@ -188,7 +188,7 @@ def test_the_whole_of_it(tmp_path):
 
 def test_a_real_interrupt_leaves_no_process_and_whole_files(tmp_path):
     bench = process(tmp_path / "out", "sweep")
-    assert "attention" in bench.stderr.readline()
+    assert any("attention" in bench.stderr.readline() for _ in range(2)), "after a word about a busy machine, perhaps"
     children = subprocess.run(["ps", "--ppid", str(bench.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
     assert children
     bench.send_signal(signal.SIGTERM)

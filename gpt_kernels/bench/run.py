@@ -209,8 +209,9 @@ def collect(
                         result["rows"].append(event["row"])
                         apart += [(event["row"], event["apart"])] if "apart" in event else []
                     else:
+                        if not result["environment"]:
+                            warn_of_others(event["environment"])
                         result["environment"] = result["environment"] or event["environment"]
-                        warn_of_others(event["environment"])
         except RunFailed as error:
             result["failed"][target] = scrub(str(error))
             print(error, file=sys.stderr, flush=True)
@@ -224,11 +225,11 @@ def collect(
 
 
 def warn_of_others(environment: dict[str, Any]) -> None:
-    """At the start of a target, when there is time to stop it."""
+    """At the start, when there is time to stop it."""
     busy, cores, threads = (environment.get(name) for name in ("processors in use by others", "cores", "threads"))
     if busy and cores and threads and "gpu" not in environment and threads > cores - busy + 0.3:
         print(
-            f"\nother work uses {busy} of {cores} processors, {threads} threads are to be timed: the times will be too long",
+            f"other work uses {busy} of {cores} processors, {threads} threads are to be timed: the times will be too long",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
