@@ -1,4 +1,4 @@
-"""Every op, forward and backward, over the magnitudes that a dtype can hold: each input in turn, from subnormals to the largest.
+"""Every op, forward and backward, over the magnitudes of a dtype: each input in turn, from subnormals to the largest.
 
 Where plain PyTorch in the same dtype has a number, ours is as close to float64's result as tolerance.py's multiple of its error
 or a few last places of the largest result, with no floor beside that: results of 1e-30 are held to 1e-30. Where it has NaN or

@@ -115,7 +115,7 @@ def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def add_product(total, a, b, PRECISION: tl.constexpr):
     """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence
-    loses what a tile adds, in proportion to the root of its length. 16 bits: the tensor cores add, and the result is rounded."""
+    loses what a tile adds, in proportion to the root of its length. 16 bits: the result is rounded anyway."""
     if a.dtype == tl.float32 and PRECISION == "ieee":
         # max_num_imprecise_acc speaks of 8 bits; here it keeps the compiler from making one sum of the two
         total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
