@@ -557,7 +557,7 @@ def test_bad_input_of_the_faces():
 
 @pytest.fixture
 def multiply_adds(monkeypatch):
-    """The interpreter's products of float32 in the order of the GPU's: one multiply-add after another, from the accumulator on."""
+    """The interpreter's products of float32 in the GPU's order: one multiply-add after another, from the accumulator on."""
     if BACKEND != "triton" or not INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -592,7 +592,8 @@ def causal_gradients(fn, T, D, group=1, dtype=None):
 def test_long_float32_gradients_are_as_exact_as_torchs(T, group):
     """One running sum over all queries errs in proportion to the root of their number, which no floor may hide."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        truth, flash = (causal_gradients(F.scaled_dot_product_attention, T, 64, group, dtype) for dtype in (torch.float64, None))
+        torchs = F.scaled_dot_product_attention
+        truth, flash = (causal_gradients(torchs, T, 64, group, dtype) for dtype in (torch.float64, None))
     ours = causal_gradients(gpt_kernels.scaled_dot_product_attention, T, 64, group)
     for name, a, e in zip(("dq", "dk", "dv"), normwise(ours, truth), normwise(flash, truth), strict=True):
         assert a <= 2 * e, f"{name}: {a:.2e}, torch's flash kernel {e:.2e}"
@@ -616,12 +617,15 @@ def test_gradient_of_scores_of_some_hundred(queries, D, multiply_adds):
     q, k, v = torch.randn(1, 2, queries, D) * 300, torch.randn(1, 2, 70, D), torch.randn(1, 2, 70, D)
     bias, dy = torch.randn(1, 1, queries, 70), torch.randn(1, 2, queries, D)
     for mask in (None, bias):
+
+        def dv_of(attend, dtype=None, mask=mask):
+            def call(q, k, v):
+                return attend(q, k, v, None if mask is None else mask.to(q))
+
+            return forward_backward(call, (q, k, v), dy, dtype)[3].double()
+
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            flash, truth = (
-                forward_backward(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q)), (q, k, v), dy, t)[3]
-                for t in (None, torch.float64)
-            )
-        ours = forward_backward(lambda *a: gpt_kernels.scaled_dot_product_attention(*a, mask), (q, k, v), dy)[3]
-        error, allowed = (ours.double() - truth).abs().max(), 3 * (flash.double() - truth).abs().max()
+            flash, truth = (dv_of(F.scaled_dot_product_attention, dtype) for dtype in (None, torch.float64))
+        error, allowed = (dv_of(gpt_kernels.scaled_dot_product_attention) - truth).abs().max(), 3 * (flash - truth).abs().max()
         allowed += 2 * torch.finfo(torch.float32).eps * truth.abs().max()
         assert error <= allowed, f"{'no' if mask is None else 'a'} mask: dv off by {error:.2e}, allowed {allowed:.2e}"

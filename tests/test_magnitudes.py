@@ -1,8 +1,8 @@
-"""Every op, forward and backward, over the magnitudes that a dtype can hold: each input in turn from the subnormals to the largest.
+"""Every op, forward and backward, over the magnitudes of a dtype: each input in turn, from subnormals to the largest.
 
-Where plain PyTorch in the same dtype has a number, ours is as close to float64's result as tolerance.py's multiple of its error,
+Where plain PyTorch in the same dtype has a number, ours is as close to float64's result as tolerance.py's multiple of its error
 or a few last places of the largest result, with no floor beside that: results of 1e-30 are held to 1e-30. Where it has NaN or
-inf, ours has the same or the right one.
+inf, ours is right, or NaN or inf: never another number.
 """
 
 import itertools
@@ -105,7 +105,8 @@ def check(actual, truth, eager, what: str, floor: float = 0.0, far: bool = False
     bad = ~(right | lost & ~a.isfinite())
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())
-        raise AssertionError(f"{what} at {at}: got {a[at]:.9g}, truth {truth[at]:.9g}, eager {e[at]:.9g} (its error {error:.3g})")
+        got = f"got {a[at]:.9g}, truth {truth[at]:.9g}, eager {e[at]:.9g}"
+        raise AssertionError(f"{what} at {at}: {got} (its error {error:.3g})")
 
 
 def floor_of(name: str, i: int, given: list) -> float:

@@ -221,8 +221,8 @@ GK_DEVICE void multiply_step(float (&acc)[M][N][4], const unsigned char* shared,
       mma_m16n8k16<T>(acc[m][n], left[m], right[0]), mma_m16n8k16<T>(acc[m][n + 1], left[m], right[1]);
   }
 }
-// acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate). `apart`:
-// a product of true float32 is a sum of its own before it is added, so many columns at a time as there are registers for: one
+// acc += A B over `depth` blocks of 16; tf32: of float32 rounded to nearest, on the tensor cores (which would truncate).
+// `apart`: a product of true float32 is a sum of its own before it is added, so many columns at a time as there are registers for: one
 // running sum over all the tiles of a long sequence loses what a tile adds, in proportion to the root of its length.
 template <class T, int depth, bool apart = false, int M, int N, class A, class B>
 GK_DEVICE void multiply(float (&acc)[M][N][4], const unsigned char* shared, const A& a, const B& b,

@@ -13,7 +13,13 @@ query head h reads key head h // (H / Hk). float32, bfloat16, float16, float64. 
 statistics' dtype. Causal is window_right = 0; `offset` aligns row i with column i + offset: 0 puts the diagonal top-left
 (torch), Tk - Tq bottom-right (flash-attn). A row that sees no key has o = 0 and lse = -inf. lse is one number: in a row
 whose every score is near the lowest float (a bias that hides all keys without being -inf) it loses log Tk, and the
-kernels' gradient with it; a boolean mask has no such row.
+kernels' gradient with it; a boolean mask has no such row. A product q k^T beyond the statistics' dtype is infinite
+before it is scaled: -inf hides the key, +inf gives NaN.
+
+Forward and backward have the same bits of a score, since exp(s - lse) magnifies what they differ by: on the CPU and in CUDA C++
+by the order of the sums, in Triton as far as the compiler keeps it, that is in float32; of the tensor cores' products, 16 bits
+and TF32, the hardware decides, within the rounding of p to that type. delta = rowsum(do o) is a sum in another order than
+dp = do v^T: where a row is saturated, dq and dk keep a rounding of dp, as in every kernel of this kind.
 
 Dropout is Philox (ops/philox.py), plane batch * H + head, row i, column j: the mask is a function of `rng_state` alone
 and the same, bit for bit, in forward and backward and on every backend.

@@ -117,8 +117,8 @@ def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(total, a, b, PRECISION: tl.constexpr):
-    """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence loses
-    what a tile adds, in proportion to the root of its length. 16 bits: the tensor cores add, and the result is rounded anyway."""
+    """total + a b. float32: the product is a sum of its own first, as one running sum over all the tiles of a long sequence
+    loses what a tile adds, in proportion to the root of its length. 16 bits: the result is rounded anyway."""
     if a.dtype == tl.float32 and PRECISION == "ieee":
         # max_num_imprecise_acc speaks of 8 bits; here it keeps the compiler from making one sum of the two
         total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
@@ -457,7 +457,8 @@ def tile_key(call: Call, *tensors: Tensor) -> dict[str, Any]:
     """What the tiles depend on."""
     q, v = tensors[0], tensors[-1]
     s = call.steps
-    steps = any(step is not None for step in (s.softcap, s.slopes, s.bias, s.rng_state)) or not (s.scale is None or s.natural.value)
+    scaled = s.scale is not None and not s.natural.value
+    steps = scaled or any(step is not None for step in (s.softcap, s.slopes, s.bias, s.rng_state))
     return dict(D=max(q.shape[3], v.shape[3]), dtype=q.dtype, steps=steps, aligned=all(wide(t) for t in tensors))
 
 
