@@ -125,6 +125,7 @@ def use_backend(backend: str, *only: str) -> Iterator[None]:
 
     Slots belong to the process, not to a thread. Raises ValueError for an unknown backend or op, RuntimeError when
     the backend has no kernel for an op that was asked for, or no device: nothing is served by another backend in silence.
+    Derivatives other than the first in reverse are the reference's on every backend (ops/__init__.py).
     """
     if backend not in BACKENDS:
         raise ValueError(f"use_backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")

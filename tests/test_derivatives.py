@@ -467,3 +467,137 @@ def test_linearize(op, ours, theirs, shapes):
     """torch.func.linearize traces what it is given."""
     x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
     assert_equal(func_linearize(ours, x), func_linearize(theirs, x))
+
+
+# ---- what a call draws, hides or gives beside its result ----
+
+
+def drawn_attention(x):
+    return gpt_kernels.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], dropout_p=0.5)
+
+
+@pytest.mark.parametrize("call", [lambda x: gpt_kernels.dropout(x, 0.5), drawn_attention], ids=["dropout", "attention"])
+def test_masks_drawn_under_vmap(call):
+    """As torch's dropout: refused, the same mask for all, or one for each; the derivative has the mask of its forward."""
+    x = torch.ones(3, 8, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(call)(x)
+    same, different = (torch.vmap(call, randomness=how)(x) for how in ("same", "different"))
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert not torch.equal(different[0], different[1]) and not torch.equal(different[1], different[2])
+    # linear along ones: the scores of equal rows are equal, whatever their size
+    y, tangent = torch.vmap(lambda x: torch.func.jvp(call, (x,), (x,)), randomness="different")(x)
+    assert_equal(tangent, y)
+    y, slope = torch.vmap(functools.partial(grad_along, call), randomness="different")(x)
+    assert_equal(slope, y)
+
+
+def grad_along(call, x):
+    y, pull = torch.func.vjp(lambda size: call(x * size).sum(), x.new_ones(()))
+    return y, pull(torch.ones_like(y))[0]
+
+
+def test_states_under_vmap():
+    """rng_state may be batched: each sample's mask is that of its state."""
+    x, states = torch.randn(2, 3, 4).double(), torch.tensor([[5, 7], [1, 2]])
+    batched = torch.vmap(lambda x, rng: gpt_kernels.dropout(x, 0.4, rng_state=rng))(x, states)
+    assert_equal(batched, torch.stack([gpt_kernels.dropout(t, 0.4, rng_state=rng) for t, rng in zip(x, states, strict=True)]))
+
+
+def test_a_bad_target_is_named_under_vmap():
+    x, target = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    with pytest.raises(RuntimeError, match="cross_entropy_fwd: target 4 of row 4 is out of range"):
+        torch.vmap(torch.func.grad(gpt_kernels.cross_entropy), in_dims=(0, 0))(x, target)
+    with pytest.raises(RuntimeError, match="cross_entropy_fwd: target 7 of row 1 is out of range"):
+        torch.func.grad(gpt_kernels.cross_entropy)(x[0], torch.tensor([0, 7, 1]))
+
+
+SOME = ("first", "second", "forward_over_reverse", "reverse_over_forward", "func_grad", "func_jvp_of_grad", "func_hessian")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rows_that_do_not_count(name):
+    """Whatever is in an ignored row; a row of -inf is a hidden one. No NaN comes of either."""
+    derivative, rows = DERIVATIVES[name], (torch.randn(2, 4, dtype=torch.float64),)
+    ignored = torch.tensor([torch.inf, -torch.inf, torch.nan, 0], dtype=torch.float64)
+    results = [
+        derivative(
+            lambda x, row=row: gpt_kernels.cross_entropy(torch.stack((x[0], row, x[1])), TARGET, logit_softcap=3.0), rows
+        )
+        for row in (ignored, torch.zeros(4, dtype=torch.float64))
+    ]
+    assert_equal(*results, "cross_entropy")
+    bias = torch.zeros(3, 4, dtype=torch.float64).masked_fill(~KEEP, -torch.inf)
+    q, k = torch.randn(1, 1, 3, 2, dtype=torch.float64), torch.randn(1, 1, 4, 2, dtype=torch.float64)
+    for of in (
+        lambda mask: derivative(lambda x: gpt_kernels.softmax(x, mask), (torch.ones_like(bias),)),
+        lambda mask: derivative(lambda q, k: gpt_kernels.scaled_dot_product_attention(q, k, k, mask), (q, k)),
+    ):
+        assert_equal(of(bias), of(KEEP), "hidden row")
+
+
+def test_what_carries_no_gradient_says_so():
+    q = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    o, *beside = gpt_kernels.flash_attn_func(q, q, q, return_attn_probs=True)
+    loss, z_loss = gpt_kernels.cross_entropy(q[0, :, 0], TARGET, lse_square_scale=0.1, return_z_loss=True)
+    assert o.requires_grad and loss.requires_grad and not any(t.requires_grad for t in (*beside, z_loss))
+    # a transform has no such sign: there lse and probabilities are differentiated
+    for i, plain in ((1, lambda s: s.logsumexp(-1)), (2, lambda s: s.softmax(-1))):
+        ours = torch.func.grad(lambda q, i=i: gpt_kernels.flash_attn_func(q, q, q, return_attn_probs=True)[i].square().sum())
+        theirs = torch.func.grad(lambda q, plain=plain: plain(SWAP(q) @ SWAP(q).mT * 0.5).square().sum())
+        assert_equal(ours(q.detach()), theirs(q.detach()))
+
+
+@pytest.mark.parametrize("op, ours, theirs, shapes", [c for c in CASES if c.id in ("cross_entropy", "attention")])
+def test_compiled(op, ours, theirs, shapes):
+    """Transforms inside a compiled function are right, a second derivative of one is refused by torch."""
+    x = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(func_jvp_of_grad, ours), fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(x), func_jvp_of_grad(theirs, x))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    assert_equal(tangents(compiled, x), tangents(theirs, x))
+    with pytest.raises(RuntimeError, match="double backward"):
+        second(compiled, x)
+
+
+# ---- a patched model ----
+
+
+def model_loss(model, ids):
+    given = {"input_ids": ids, "labels": ids, "use_cache": False}
+    return lambda params: torch.func.functional_call(model, params, kwargs=given).loss
+
+
+def model_derivatives(model, ids):
+    params = dict(model.named_parameters())
+    given = {name: p.detach() for name, p in params.items()}
+    v = {name: torch.cos(torch.arange(p.numel()).view(p.shape)).to(p.dtype) for name, p in given.items()}
+    loss = model_loss(model, ids)
+    g = torch.autograd.grad(loss(params), [*params.values()], create_graph=True)
+    yield "grad of grad", torch.autograd.grad(dot(g, v.values()), [*params.values()])
+    yield "func.grad", torch.func.grad(loss)(given).values()
+    yield "func.jvp of grad", torch.func.jvp(torch.func.grad(loss), (given,), (v,))[1].values()
+    of_one = lambda params, one: model_loss(model, one[None])(params)  # noqa: E731
+    yield "gradients of each sample", torch.vmap(torch.func.grad(of_one), (None, 0))(given, ids).values()
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(p, v[name]) for name, p in given.items()}
+        yield "tangent", [forward_ad.unpack_dual(loss(dual)).tangent]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_patched_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0,
+        bos_token_id=0, eos_token_id=0, attn_implementation="eager", loss_type="ForCausalLMLoss",
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).double()
+    ids = torch.randint(50, (2, 12))
+    expected = {name: [*result] for name, result in model_derivatives(model, ids)}
+    gpt_kernels.patch(model)
+    for name, result in model_derivatives(model, ids):
+        for a, e in zip(result, expected[name], strict=True):
+            # transformers' loss is of logits in float32
+            assert (a - e).norm() <= 2e-6 * e.norm() + 1e-7, f"{name}: off by {(a - e).norm() / e.norm():.1e}"
