@@ -320,16 +320,16 @@ def scaled_dot_product_attention(
             scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
     op = "scaled_dot_product_attention"
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
-    check_tensors(op, attn_mask=attn_mask)
+    if not type(query) is type(key) is type(value) is Tensor:
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if attn_mask is not None:
+        check_tensors(op, attn_mask=attn_mask)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
-    if in_any_autocast():
-        query, key, value, attn_mask = cast(autocast_dtype("attention", query), query, key, value, attn_mask)
     q, k, v, mask, shape = query, key, value, attn_mask, None
-    usual = q.dim() == 4 and q.shape[:2] == k.shape[:-2] == v.shape[:-2]
+    usual = q.dim() == 4 and (q.shape == k.shape == v.shape or q.shape[:2] == k.shape[:-2] == v.shape[:-2])
     if not usual or (mask is not None and (mask.dim() != 4 or q.dtype == torch.float64)):
         q, k, v, mask, shape = _as_core(query, key, value, attn_mask, enable_gqa)
     if dropout_p == 1.0:  # nothing is kept, and nothing but 0 has a gradient
