@@ -65,6 +65,15 @@ def test_a_training_step_on_hopper(pretended):
         assert again < 0.75 * launched, f"{name}: {again:.1f} us replayed, {launched:.1f} us launched"
 
 
+def test_what_is_a_kind(pretended):
+    seen = pretended("sm_80", "kinds")
+    assert seen[:14] == [
+        [what, n, 0] for what, n in
+        [("first", 1), ("same", 1), ("option", 2), ("bias", 3), ("shape", 4), ("alignment", 5), ("dtype", 6)] for _ in range(2)
+    ]  # fmt: skip
+    assert seen[14:19] == [["hook", 6, 1], ["no hook", 6, 0], ["parameters changed", 7, 0], *[["refused", 7, 0]] * 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
 def test_every_call(pretended, arch):

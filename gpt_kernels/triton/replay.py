@@ -1,14 +1,13 @@
 """A launcher's second call of a kind costs a look-up, its allocations and Triton's compiled launchers.
 
-What a launcher does depends on the shapes, strides, dtypes, devices and alignment of its tensors and on its options: it reads no
-data. So what its first call of a kind allocates and launches is written down as a function, and the next call of that kind, whose
-key is the same, runs that instead of the checks, the choice of parameters and Triton's own specialisation of arguments. A kind
-that does anything else is left to the launcher, and so is every call while somebody watches or changes launches.
+What a launcher does depends on the shapes, strides, dtypes, devices and alignment of its tensors and on its options: it reads
+no data. So what its first call of a kind allocates and launches is written down as a function, and the next call of that kind,
+whose key is the same, runs that instead of the checks, the choice of parameters and Triton's own specialisation of arguments.
+A kind that does anything else is left to the launcher, and so is every call while somebody watches or changes launches.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import common, tuning
 
 KINDS = 1024  # that are remembered
-ALLOCATIONS = {
-    getattr(torch.ops.aten, name).default: name == "new_zeros" for name in ("new_empty", "new_zeros", "empty_like", "empty_strided")
-} | {torch.ops.aten.empty.memory_format: False}  # fmt: skip
+ALLOCATIONS = {  # of zeros or not
+    torch.ops.aten.new_empty.default: False,
+    torch.ops.aten.empty_like.default: False,
+    torch.ops.aten.empty_strided.default: False,
+    torch.ops.aten.empty.memory_format: False,
+    torch.ops.aten.new_zeros.default: True,
+}
 _SMALL = 2**31 - 1  # bytes of a storage for which Triton compiles 32-bit offsets on AMD's GPUs
 
 _replays: dict[tuple, Callable[..., Any] | None] = {}  # None: a kind that does more
@@ -133,8 +136,13 @@ class _Recorder(TorchDispatchMode):
                 self.lines[line] = self.allocation(name, t)
         answer = f"{', '.join(names)}{',' * isinstance(result, tuple)}" if results else "None"
         pointers = [f"p_a{i} = a{i}.data_ptr()" for i, t in enumerate(given) if t is not None]
-        lines = [f"def replay(stream, {', '.join(f'a{i}' for i in range(len(given)))}):", *pointers, *self.lines, f"return {answer}"]
-        exec("\n    ".join(lines), self.constants)
+        lines = [
+            f"def replay(stream, {', '.join(f'a{i}' for i in range(len(given)))}):",
+            *pointers,
+            *self.lines,
+            f"return {answer}",
+        ]
+        exec("\n    ".join(lines), self.constants)  # noqa: S102, of names and numbers of ours
         return self.constants["replay"]
 
 

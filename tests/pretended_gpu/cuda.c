@@ -56,7 +56,8 @@ CUresult cuModuleGetFunction(CUfunction* f, CUmodule m, const char* name) {
 }
 CUresult cuFuncGetAttribute(int* v, CUfunction_attribute a, CUfunction f) YES(*v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0)
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) {
-  if (a != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
+  if (a == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED) return CUDA_SUCCESS;
+  if (a != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) REFUSE("attribute %d, of a newer driver", (int)a);
   if (v > shared_limit) REFUSE("%d bytes of shared memory asked for, the limit is %d", v, shared_limit);
   kernels[(size_t)f].shared = v;
   return CUDA_SUCCESS;

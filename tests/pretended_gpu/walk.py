@@ -1,6 +1,7 @@
 """Triton's own launcher walked under the pretended driver (cuda.c), in a process of its own:
 
     python walk.py LIBCUDA ARCH steps|all        every call: packed parameters, and the replayed call beside the launched one
+    python walk.py LIBCUDA ARCH kinds            which calls are replays of another one
     python walk.py LIBCUDA ARCH host             microseconds of a replayed call, and of a Python kernel in a dispatcher slot
 
 TRITON_LIBCUDA_PATH must name the library's folder. Prints JSON.
@@ -17,6 +18,7 @@ import torch
 import triton
 from kernel_calls import every_call, tensors
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import CompiledKernel
@@ -41,7 +43,11 @@ def pretend() -> None:
     driver.get_device_capability = lambda device=0: divmod(NUMBER, 10)
     triton.runtime.driver.set_active(driver)
     torch.cuda.current_device = lambda: None  # a CPU tensor's index
-    found = {"arch": lambda device: common.family(ARCH), "target": lambda device: ARCH, "processors": lambda device: FAMILY.processors}
+    found = {
+        "arch": lambda device: common.family(ARCH),
+        "target": lambda device: ARCH,
+        "processors": lambda device: FAMILY.processors,
+    }
     for name in {*OPS.values(), "norm", "aligned", "common"}:
         module = importlib.import_module(f"gpt_kernels.triton.{name}")
         for function in found.keys() & vars(module).keys():
@@ -133,6 +139,19 @@ def watched(function, args):
     return [named(launch, places) for launch in launches], of_result, form
 
 
+def replayed_call(name, launcher):
+    return lambda *args: replay.call(name, launcher, args)
+
+
+def outliving(name, launcher, args) -> int:
+    given = [*map(copied, args)]
+    with Made() as made:
+        replay.call(name, launcher, given)
+    left = [StorageWeakRef(t.untyped_storage()) for t in (*made.tensors, *tensors(given))]
+    del made, given
+    return sum(not storage.expired() for storage in left)
+
+
 faults: list[str] = []
 
 
@@ -144,18 +163,61 @@ def walk() -> dict:
         launcher = workload.launcher(name)
         try:
             direct = watched(launcher, [*map(copied, args)])
-            results = [watched(lambda *a: replay.call(name, launcher, a), [*map(copied, args)]) for _ in range(3)]
+            results = [watched(replayed_call(name, launcher), [*map(copied, args)]) for _ in range(3)]
         except Exception as error:
             faults.append(f"{name} {what}: {type(error).__name__}: {error} {cuda.pretend_reason().decode()}")
             continue
         if any(result != direct for result in results):
             faults.append(f"{name} {what}: replayed {results[-1]}, launched {direct}")
+        if left := outliving(name, launcher, args):
+            faults.append(f"{name} {what}: {left} tensors outlive a replay and its results")
         done = replay._replays.get(replay._key(name, args))
         replayed += done is not None
         ordinary |= {name} if done is None else set()
         kernels |= {launch[0] for launch in direct[0]}
         launched += len(direct[0])
-    return {"faults": faults, "replayed": replayed, "ordinary": sorted(ordinary), "kernels": sorted(kernels), "launches": launched}
+    return {
+        "faults": faults,
+        "replayed": replayed,
+        "ordinary": sorted(ordinary),
+        "kernels": sorted(kernels),
+        "launches": launched,
+    }
+
+
+def kinds() -> list[tuple[str, int, int]]:
+    """(what was called, kinds known after it, launches that Triton's hook saw)"""
+    launcher, seen, told = workload.launcher("gelu_fwd"), [], []
+    x, bias = torch.randn(8, 96).bfloat16(), torch.randn(96).bfloat16()
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def call(what, *args):
+        told.clear()
+        replay.call("gelu_fwd", launcher, args)
+        seen.append((what, len(replay._replays), len(told)))
+
+    for what, args in {
+        "first": (x, None, True), "same": (x.clone(), None, True), "option": (x, None, False), "bias": (x, bias, True),
+        "shape": (x[:4], None, True), "alignment": (x.flatten()[1:97], None, True), "dtype": (x.half(), None, True),
+    }.items():  # fmt: skip
+        call(what, *args)
+        call(what, *args)
+    hooks.add(told.append)
+    call("hook", x, None, True)
+    hooks.remove(told.append)
+    call("no hook", x, None, True)
+    common.changed()
+    call("parameters changed", x, None, True)
+    for _ in range(2):
+        try:
+            call("float64", x.double(), None, True)
+        except RuntimeError:
+            seen.append(("refused", len(replay._replays), 0))
+    replay.KINDS = 3
+    for n in range(1, 9):
+        call("many", x[:n], None, True)
+        assert len(replay._replays) <= 3
+    return seen
 
 
 def best(function, calls=50, rounds=20) -> float:
@@ -185,4 +247,4 @@ def host() -> dict:
 
 
 pretend()
-print(json.dumps(host() if WHAT == "host" else walk()))
+print(json.dumps({"host": host, "kinds": kinds}.get(WHAT, walk)()))
