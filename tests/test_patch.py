@@ -463,8 +463,9 @@ def test_autocast():
     assert error <= 1.5 * eager_error
 
 
-def test_compile_fullgraph():
-    model, x = tiny(), tokens()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_compile_fullgraph(implementation):
+    model, x = tiny(attn_implementation=implementation), tokens()
     expected = run(model, x)
     patch(model)
     actual = run(torch.compile(model, fullgraph=True, backend="aot_eager"), x)

@@ -106,6 +106,9 @@ def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwar
     if D > MAX_HEAD_DIM or Dk != D or Hk != H or Bk != B or not _left_by_autocast(q):
         return False
     if implementation == "eager":
+        # its masks are additive, whose values cannot be looked at there
+        if torch.compiler.is_compiling():
+            return False
         # who hooks it may want the weights
         wanted = _active_collector.get()
         if (wanted is not None and "attentions" in wanted) or not unhooked(module):
