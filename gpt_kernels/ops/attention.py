@@ -216,9 +216,9 @@ def flash_attn_func(
     """Attention with the signature and meaning of flash-attn 2's flash_attn_func.
 
     q: (B, Sq, H, D); k, v: (B, Sk, Hk, D), H a multiple of Hk; taken by stride, in float32 and float64, too, and under
-    autocast cast to its dtype. Causal and window are aligned to the bottom-right corner. softmax_scale defaults to 1 / sqrt(D).
-    alibi_slopes: (H,) or (B, H) float32; where they require grad, backward materialises the scores. Every result is
-    deterministic, whatever `deterministic` says. Returns o (B, Sq, H, D); with return_attn_probs (o, lse (B, H, Sq),
+    autocast cast to its dtype. Causal and window are aligned to the bottom-right corner. softmax_scale defaults to
+    1 / sqrt(D). alibi_slopes: (H,) or (B, H) float32; where they require grad, backward materialises the scores. Every result
+    is deterministic, whatever `deterministic` says. Returns o (B, Sq, H, D); with return_attn_probs (o, lse (B, H, Sq),
     probabilities (B, H, Sq, Sk), negative where dropped), which materialises the probabilities and is for testing: under
     autograd these two require no grad.
     Raises RuntimeError for shapes, dtypes and devices that do not fit, and head dims above 256.
