@@ -91,19 +91,20 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 namespace GK_TARGET {
 
+template <bool shrink, class T, class C = compute_t<T>> GK_INLINE C mean_square(const T* x, int64_t N) {
+  vec<C> squares[4] = {};
+  for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
+    const vec<C> v = shrink ? load_any(x + i, n) * shrunk<C> : load_any(x + i, n);
+    squares[k] += v * v;
+  });
+  return hsum4<C>(squares) / N;
+}
+
 // y = x rstd w,  rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T, class P, class C = compute_t<T>>
 GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N, C eps, bool streams) {
-  const auto mean_square = [&](C factor) {
-    vec<C> squares[4] = {};
-    for_vectors_by_4<C>(N, [&](int64_t i, int64_t n, int k) {
-      const vec<C> v = load_any(x + i, n) * factor;
-      squares[k] += v * v;
-    });
-    return hsum4<C>(squares) / N;
-  };
-  C unit = 1, square = mean_square(1);
-  if (!is_finite(square)) unit = shrunk<C>, square = mean_square(unit);
+  C unit = 1, square = mean_square<false>(x, N);
+  if (!is_finite(square)) unit = shrunk<C>, square = mean_square<true>(x, N);
   const C rs = unit / sqrt_of(square + eps * unit * unit);
   write_row(y, N, streams, [&](int64_t i, int64_t n) {
     prefetch(x + next_row<T>(N) + i);
