@@ -98,7 +98,7 @@ def without_cuda(reason: str) -> None:
         if op.kernels.pop("cuda", None) is None:
             continue
         op.absent["cuda"] = reason
-        key, function = op.kernels.get("triton", ("", None))
+        key, function = op.kernels.get("triton", ("", op.reference))
         op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
         _fill(_library, name, function, "CUDA")
 

@@ -71,7 +71,7 @@ def test_faults_are_seen(tmp_path, monkeypatch):
 
 
 def test_the_model_states_what_dq_streams():
-    """8 T D bytes per block of keys; on an H100 a block of threads a processor has its sums in L2 to T = 1551 at head dim 64."""
+    """8 T D bytes per block of keys; on an H100 one block of threads a processor keeps its sums in L2 to T = 1551, D = 64."""
     said = static_cuda.dq_stream(static_cuda.sass.GPUS[90], "attention_bwd<bf16, 64, true>", 1)
     assert said == "dq's sums: 512 T bytes per block of keys, in L2 up to T = 1551"
 
