@@ -173,7 +173,7 @@ def walk() -> dict:
             faults.append(f"{name} {what}: {left} tensors outlive a replay and its results")
         done = replay._replays.get(replay._key(name, args))
         replayed += done is not None
-        ordinary |= {name} if done is None else set()
+        ordinary |= {name} if done is None and direct[0] else set()
         kernels |= {launch[0] for launch in direct[0]}
         launched += len(direct[0])
     return {
