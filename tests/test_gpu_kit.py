@@ -102,6 +102,26 @@ def test_smoke_and_host_cost(capsys, monkeypatch):
     assert gpu.main(["--smoke", "cpu", "cpu"]) == 1 and "gelu_bwd: RuntimeError: no image\n" in capsys.readouterr().err
 
 
+@needs_triton
+@pytest.mark.skipif(triton.INTERPRETED, reason="asks for the CPU's own kernels")
+def test_a_minute_on_a_gpu(capsys, monkeypatch):
+    """Its calls, on the CPU; the clocks are CUDA's, and are not asked."""
+    from benchmarks import gpu_minute
+
+    monkeypatch.setattr(gpu_minute, "SHAPES", ((1, 2, 8, 16),))
+    monkeypatch.setattr(gpu_minute, "ROWS", (4, 32))
+    monkeypatch.setattr(gpu_minute, "DEVICE", {"dtype": torch.bfloat16})
+    monkeypatch.setattr(gpu_minute, "milliseconds", lambda call, graph=True: (call(), 1e-3)[1])
+    monkeypatch.setattr(gpu_minute, "host_microseconds", lambda call: (call(), 5.0)[1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    gpu_minute.main(["cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 + 2 + 6 and "host us cpu: layer_norm 5.0, gelu 5.0, attention 5.0" in lines
+    # 2 products x 2 x 16 x 8 x 8 x 2 heads / 2 = 4096 flops in 1 us; 4 x 32 x 2 bytes in and out
+    assert lines[1].startswith("attention B1 H2 T8 D16 causal torch: fwd 1.0 us 0.004096 TFLOP/s, bwd 1.0 us 0.01024")
+    assert "softmax 4x32 cpu: fwd 1.0 us 0.000512 TB/s, bwd 1.0 us 0.000768 TB/s" in lines
+
+
 ROW = {
     "op": "dropout", "shape": "1x64", "dtype": "float32", "direction": "fwd", "mismatch": None, "ratio": 2.0,
     "variants": {"eager": {"seconds": 2e-3, "spread": 1e-5, "memory": 2**21},
