@@ -41,6 +41,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _pushed: list[tuple[str, frozenset[str]]] = []  # (backend, ops), innermost last
+_pushes: list[tuple[torch.library.Library, list[tuple[str, Callable, str]]]] = []  # the same: what holds them, what they are
 
 
 def define(schema: str, reference: Callable):
@@ -100,7 +101,7 @@ def without_cuda(reason: str) -> None:
         op.absent["cuda"] = reason
         key, function = op.kernels.get("triton", ("", op.reference))
         op.cuda, function = ("triton", _or_reference(name, function)) if key == "CUDA" else (None, op.reference)
-        _fill(_library, name, function, "CUDA")
+        _settle(name, function)
 
 
 def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable]) -> None:
@@ -109,7 +110,16 @@ def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable])
     kernels = _ops[op].kernels
     if "cuda" in kernels and kernels.get("triton", ("",))[0] == "CUDA" and not _ops[op].declines["triton"]():
         _ops[op].shared = True
-        _fill(_library, op, choose(kernels["cuda"][1], kernels["triton"][1]), "CUDA")
+        _settle(op, choose(kernels["cuda"][1], kernels["triton"][1]))
+
+
+def _settle(op: str, function: Callable) -> None:
+    """The CUDA slot's own from now on. torch's first use of a GPU decides it, maybe inside of use_backend, which stays above."""
+    _fill(_library, op, function, "CUDA")
+    for library, slots in _pushes:
+        for name, pushed_function, key in slots:
+            if (name, key) == (op, "CUDA"):
+                _fill(library, name, pushed_function, key)
 
 
 def _fill(library: torch.library.Library, op: str, function: Callable, key: str) -> None:
@@ -166,15 +176,17 @@ def use_backend(backend: str, *only: str) -> Iterator[None]:
     if unknown:
         raise ValueError(f"use_backend: unknown op {unknown[0]!r}, expected one of {', '.join(_ops)}")
     chosen = only or tuple(_ops)
+    slots = [(name, function, key) for name in chosen for key, function in _slots(name, backend)]
     pushed = torch.library.Library(NAMESPACE, "IMPL")
     try:
-        for name in chosen:
-            for key, function in _slots(name, backend):
-                _fill(pushed, name, function, key)
+        for name, function, key in slots:
+            _fill(pushed, name, function, key)
         _pushed.append((backend, frozenset(chosen)))
+        _pushes.append((pushed, slots))
         try:
             yield
         finally:
+            _pushes.pop()
             _pushed.pop()
     finally:
         pushed._destroy()

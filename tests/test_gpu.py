@@ -106,6 +106,37 @@ def test_a_gpu_without_code_is_found_when_torch_initialises_cuda(with_library, m
         assert said.startswith(serves) and (serves == "cuda" or "A GPU: the CUDA kernels are built for sm_90" in said)
 
 
+def test_what_is_settled_inside_of_use_backend_stays_below_it():
+    """torch initialises CUDA at its first use, which may be in the block: the backend that was asked for serves to its end."""
+    if dispatch.cuda_library is not None:
+        pytest.skip("the slots are the library's")
+    op, calls = dispatch._ops["gelu_fwd"], []
+
+    def called():
+        calls.clear()
+        # the CUDA slot is asked directly: here are no GPUs
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        torch.ops.gpt_kernels.gelu_fwd.default.redispatch(keys, torch.zeros(2), None, True)
+        return calls[0]
+
+    def kernel(name):
+        return lambda x, *rest: calls.append(name) or x
+
+    library = torch.library.Library("gpt_kernels", "IMPL")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "_library", library)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(op, "kernels", {"triton": ("CUDA", kernel("triton"))})
+            with dispatch.use_backend("triton", "gelu_fwd"):
+                assert called() == "triton"
+                dispatch._settle("gelu_fwd", kernel("settled"))
+                assert called() == "triton"
+            assert called() == "settled"
+    finally:
+        library._destroy()
+
+
 def test_large_calls_go_where_they_were_measured_to_be_faster(with_library, monkeypatch):
     queued, capability = [], [(9, 0)]
     monkeypatch.setattr(gpu, "driver_version", lambda: 13000)
