@@ -114,7 +114,7 @@ def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable])
 
 
 def _settle(op: str, function: Callable) -> None:
-    """The CUDA slot's own from now on. torch's first use of a GPU decides it, maybe inside of use_backend, which stays above."""
+    """The CUDA slot's own from now on. torch's first use of a GPU decides it, maybe inside use_backend, which stays above."""
     _fill(_library, op, function, "CUDA")
     for library, slots in _pushes:
         for name, pushed_function, key in slots:
