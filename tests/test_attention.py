@@ -238,7 +238,7 @@ def test_integer_inputs_are_exact(dtype):
     assert torch.equal(ours(left=0, right=0)(q, k, v), v)
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(multiply_adds):
     for dtype in (torch.float32, torch.float16):
         q, k, v = qkv(1, 1, 1, 65, 129, 64, dtype)
         check(q * 5, k * 3, v, name=f"large {dtype}", right=0, offset=64)

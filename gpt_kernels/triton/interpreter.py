@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 @functools.cache
 def mend_bfloat16() -> None:
-    """bf16 tl.dot multiplies bit patterns there, and fp32 -> bf16 truncates; hardware does neither."""
+    """bf16 tl.dot multiplies bit patterns there, fp32 -> bf16 truncates, and a subnormal bf16 becomes anything; no hardware does."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -26,6 +26,8 @@ def mend_bfloat16() -> None:
         return dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return widened(src)
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
             return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
