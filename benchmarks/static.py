@@ -59,6 +59,16 @@ SPILLS = {
     "3.7.1 layer_norm-8192x1280-bf16-sm_100 norm_bwd_kernel": "9, 6 in the loop, model 0.96; by 8 warps 5, and 0.83",
     "3.7.1 attention-B4H16T1024D80-bf16-sm_80 attention_bwd_dkv_kernel": "6, none in a loop",
     "3.7.1 attention-B8H12T1024D64-dropout-bf16-sm_80 attention_fwd_kernel": "2, none in a loop",
+    r"3.7.1 layer_norm-2048x12288-bf16-sm_1[02]0 norm_bwd_kernel": "5 and 21, the row of three chunks that 16 warps just hold",
+    r"3.7.1 rms_norm-8192x768-(bf16|fp16)-sm_(86|89|100) norm_bwd_kernel": "3",
+    "3.7.1 rms_norm-8192x1280-bf16-sm_80 norm_fwd_kernel": "2",
+    "3.7.1 softmax-8191x1023-unaligned-bf16-sm_120 softmax_bwd_kernel": "2",
+    r"3.7.1 attention-B4H16T2048D128-(bf16|fp16)-sm_8[69] attention_bwd_dkv_kernel": "2",
+    r"3.7.1 attention-B8H12T1024D64-dropout-bf16-sm_8[69] attention_bwd_dq_kernel": "2",
+    "3.7.1 attention-B32H32k8T1k4096D128-bf16-sm_120 attention_fwd_kernel": "2",
+    "3.7.1 attention-B3H5T1023D64-unaligned-bf16-sm_100 attention_bwd_dkv_kernel": "4, of a tile that goes through registers",
+    "3.7.1 attention-B2H8T1024D256-bf16-sm_100 attention_bwd_dkv_kernel": "19, in the 128 registers that 16 warps leave; the same "
+    "kernel as on sm_90, which has 10",
     # the tables are chosen by 3.7's and 3.9's machine code
     r"3.6.0 attention-B4H16T(2048D128|1024D80)-(bf16|fp16)-sm_80 attention_bwd_(dkv|dq)_kernel": "2 to 9, none in a loop",
     r"3.6.0 attention-B4H16T2048D128-(bf16|fp16)-sm_90 attention_bwd_dkv_kernel": "5, one in a loop of 427 instructions",

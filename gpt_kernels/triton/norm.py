@@ -381,7 +381,8 @@ def _bwd(arch: str, N: int, dtype, chunks: int, num_warps: int, registers: int) 
     """chunks: 0 for the table's."""
     lanes = _lanes(arch, dtype)
     odd = N * dtype.itemsize % 16 != 0  # rows begin anywhere: an access and a mask for each element, which take registers
-    ahead = not odd and (arch, dtype) != SPILLS_FIRST
+    # nor has it on sm_120 for a row ahead beside layer norm's two partial sums, by Triton 3.7's code
+    ahead = not odd and (arch, dtype) != SPILLS_FIRST and (registers < 128 or not arch.startswith("sm_12"))
     # three chunks for a warp, or two for two warps, idle in part, that load the next row meanwhile; sm_100 has no time to idle
     pairs = ahead and N <= 3 * lanes and arch.startswith("sm_") and arch != "sm_100"
     p = _row(N, lanes, chunks or (2 if odd or pairs else 3), num_warps)
