@@ -67,8 +67,8 @@ SPILLS = {
     r"3.7.1 attention-B8H12T1024D64-dropout-bf16-sm_8[69] attention_bwd_dq_kernel": "2",
     "3.7.1 attention-B32H32k8T1k4096D128-bf16-sm_120 attention_fwd_kernel": "2",
     "3.7.1 attention-B3H5T1023D64-unaligned-bf16-sm_100 attention_bwd_dkv_kernel": "4, of a tile that goes through registers",
-    "3.7.1 attention-B2H8T1024D256-bf16-sm_100 attention_bwd_dkv_kernel": "19, in the 128 registers that 16 warps leave; the same "
-    "kernel as on sm_90, which has 10",
+    "3.7.1 attention-B2H8T1024D256-bf16-sm_100 attention_bwd_dkv_kernel": "19, in the 128 registers that 16 "
+    "warps leave; on sm_90 it has 10",
     # the tables are chosen by 3.7's and 3.9's machine code
     r"3.6.0 attention-B4H16T(2048D128|1024D80)-(bf16|fp16)-sm_80 attention_bwd_(dkv|dq)_kernel": "2 to 9, none in a loop",
     r"3.6.0 attention-B4H16T2048D128-(bf16|fp16)-sm_90 attention_bwd_dkv_kernel": "5, one in a loop of 427 instructions",
