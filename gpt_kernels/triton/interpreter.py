@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 @functools.cache
 def mend_bfloat16() -> None:
-    """bf16 tl.dot multiplies bit patterns there, fp32 -> bf16 truncates, a subnormal bf16 becomes anything; no hardware does."""
+    """bf16 tl.dot multiplies bit patterns there, fp32 -> bf16 truncates, a subnormal bf16 becomes anything; no GPU does so."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
