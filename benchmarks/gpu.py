@@ -167,8 +167,8 @@ def launch_tests(device: str, quick: bool, backend: str, **variables: str) -> St
     return pytest_stage(f"launch tests, {backend}", ["tests/gpu"], **rehearse, **variables)
 
 
-def sanitizer(device: str, tool: str) -> Stage:
-    """compute-sanitizer over every op with every kind of argument, small."""
+def sanitizer(device: str, tool: str, quick: bool = False) -> Stage:
+    """compute-sanitizer over every op with every kind of argument, small; quick: one call per op."""
     name, path = f"compute-sanitizer {tool}", shutil.which("compute-sanitizer")
     if device == "cpu":
         return Stage(name, "skipped", "no GPU")
@@ -176,7 +176,19 @@ def sanitizer(device: str, tool: str) -> Stage:
         return Stage(name, "skipped", "compute-sanitizer is not on the PATH")
     # without torch's caching allocator a tensor's end is an allocation's end
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-    arguments = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--slice", device]
+    arguments = [
+        path,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--slice",
+        device,
+        *["--quick"] * quick,
+    ]
     done = command(arguments, **uncached)
     found = re.findall(r"^=+ *((?:ERROR|RACECHECK) SUMMARY.*)$", done.stdout + done.stderr, re.M)
     summary = found[-1] if found else f"ended with {done.returncode}"
@@ -206,13 +218,13 @@ def first_calls(backend: str, device: str) -> Iterator[tuple[str, tuple]]:
             return
 
 
-def run_slice(device: str) -> None:
+def run_slice(device: str, quick: bool) -> None:
     """What the sanitizer watches."""
     for backend in backends(device):
         with dispatch.use_backend(backend) if device == "cuda" else contextlib.nullcontext():
-            for dtype in (torch.float32, torch.bfloat16):
-                for _, name, args in calls_of(backend, dtype, device):
-                    op(name)(*args)
+            every = (call[1:] for dtype in (torch.float32, torch.bfloat16) for call in calls_of(backend, dtype, device))
+            for name, args in first_calls(backend, device) if quick else every:
+                op(name)(*args)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -251,7 +263,7 @@ def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
         chosen.append(functools.partial(host_cost, device, backend))
     if consan:
         chosen.append(functools.partial(launch_tests, device, True, "triton", TRITON_INSTRUMENTATION_MODE="consan"))
-    chosen += [functools.partial(sanitizer, device, tool) for tool in TOOLS]
+    chosen += [functools.partial(sanitizer, device, tool, quick) for tool in TOOLS]
     targets = TARGETS if device == "cuda" else ("dropout",)
     return chosen + [functools.partial(benchmark, device, target, quick or device == "cpu") for target in targets]
 
@@ -366,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_host_cost(*args.host)
     jobs[:] = ["-n", str(args.jobs)] if args.jobs > 1 and importlib.util.find_spec("xdist") else []
     if args.slice:
-        run_slice(args.slice)
+        run_slice(args.slice, args.quick)
         return 0
 
     def refuse(message: str) -> int:

@@ -71,6 +71,7 @@ def test_sanitizer(tmp_path, monkeypatch, code, status):
         asked = stage.failures[0]
         assert asked.startswith("--tool memcheck --error-exitcode 9") and asked.endswith("-m benchmarks.gpu --slice cuda 1")
         assert not gpu.sanitizer("cuda", "racecheck").failures[0].endswith("1")
+        assert "--slice cuda --quick" in gpu.sanitizer("cuda", "racecheck", True).failures[0]
 
 
 def test_sanitizer_that_is_absent(monkeypatch, tmp_path):
@@ -81,7 +82,7 @@ def test_sanitizer_that_is_absent(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="would interpret every kernel")
 def test_slice_runs_every_call():
-    assert gpu.main(["--slice", "cpu"]) == 0  # on the CPU's own kernels
+    assert gpu.main(["--slice", "cpu"]) == 0 and gpu.main(["--slice", "cpu", "--quick"]) == 0  # on the CPU's own kernels
 
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="asks for the CPU's own kernels")
