@@ -176,19 +176,8 @@ def sanitizer(device: str, tool: str, quick: bool = False) -> Stage:
         return Stage(name, "skipped", "compute-sanitizer is not on the PATH")
     # without torch's caching allocator a tensor's end is an allocation's end
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-    arguments = [
-        path,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--slice",
-        device,
-        *["--quick"] * quick,
-    ]
+    watched = [sys.executable, "-m", "benchmarks.gpu", "--slice", device, *["--quick"] * quick]
+    arguments = [path, "--tool", tool, "--error-exitcode", "9", *watched]
     done = command(arguments, **uncached)
     found = re.findall(r"^=+ *((?:ERROR|RACECHECK) SUMMARY.*)$", done.stdout + done.stderr, re.M)
     summary = found[-1] if found else f"ended with {done.returncode}"
