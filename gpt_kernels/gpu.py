@@ -58,7 +58,7 @@ def no_code(archs: str, capability: tuple[int, int], driver: int | None, built: 
 
 # op -> generation -> products of elements of q with keys, from which on Triton's kernel was the faster in 16 bits (dev/LOG.md,
 # "the first GPU"); the CUDA C++ kernels of these generations do without their asynchronous products
-TRITON_FROM = {"attention_fwd": {9: 1 << 28}, "attention_bwd": {9: 1 << 28}}
+TRITON_FROM = {"attention_fwd": {9: 3 << 27}, "attention_bwd": {9: 3 << 27}}
 
 
 def by_size(op: str, cuda: Callable, triton: Callable, *, least: int) -> Callable:

@@ -311,7 +311,7 @@ def scaled_dot_product_attention(
     or missing are broadcast, other H != Hk only with enable_gqa. attn_mask: boolean (True = visible) or additive, in query's
     dtype or in float32, broadcastable to (..., H, Sq, Sk), gradient included. is_causal is aligned top-left, and both apply
     where both are given, as in torch's CPU kernel. Returns o (..., H, Sq, Dv), laid out like query. A row with no visible key
-    is 0, as in torch since 2.5. Under autocast everything is cast to its dtype. Raises RuntimeError for shapes, dtypes and
+    is 0, as in torch 2.13's. Under autocast everything is cast to its dtype. Raises RuntimeError for shapes, dtypes and
     devices that do not fit, for head dims above 256, and for dropout_p outside [0, 1].
     """
     if has_torch_function_variadic(query, key, value, attn_mask):
