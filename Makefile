@@ -34,6 +34,7 @@ gpu:
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.c' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf $(VENV) .venv-gpu build dist *.egg-info gpt_kernels/*.so demo-out bench-out .benchmarks benchmarks/out

@@ -29,11 +29,11 @@ struct AttentionArgs {
   int64_t B, H, Hk, Tq, Tk, D, Dv;
   View q, k, v, o;
   View dout, dq, dk, dv;  // backward only
-  void* lse;              // (B, H, Tq) contiguous, statistics' dtype
+  void* lse;  // (B, H, Tq) contiguous, statistics' dtype
   Bias bias_kind;
-  View bias;              // strides are 0 along broadcast dimensions
-  int64_t bias_column;    // stride between columns: 1 or 0, or anything
-  const void* slopes;     // ALiBi, statistics' dtype, or null
+  View bias;  // strides are 0 along broadcast dimensions
+  int64_t bias_column;  // stride between columns: 1 or 0, or anything
+  const void* slopes;  // ALiBi, statistics' dtype, or null
   int64_t slopes_batch, slopes_head;
   double scale, softcap;
   Philox philox;
@@ -58,9 +58,7 @@ struct BiasGradient {
 
 // ---- checks ----
 
-inline View view_of(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
-}
+inline View view_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
 // Fresh (B, H, T, D) memory laid out like t: heads inside tokens if t has it so (the reference's _empty_as).
 inline Tensor new_heads(const Tensor& t, int64_t B, int64_t H, int64_t T, int64_t D) {
@@ -73,8 +71,8 @@ inline void check_heads(const char* op, const char* name, const Tensor& t, Scala
   check_device(op, name, t), check_dtype(op, name, t, dtype);
   GK_CHECK(t.dim() == 4, op, ": ", name, " must be 4-dimensional (batch, heads, tokens, head_dim), got shape ", shape_text(t));
   // the strides of a tensor of no elements are anybody's: a sum's gradient has 0, and counts as contiguous
-  GK_CHECK(t.stride(3) == 1 || t.size(3) <= 1 || t.numel() == 0, op, ": ", name, " must be contiguous in its last dimension, its stride there is ",
-           t.stride(3));
+  GK_CHECK(t.stride(3) == 1 || t.size(3) <= 1 || t.numel() == 0, op, ": ", name,
+           " must be contiguous in its last dimension, its stride there is ", t.stride(3));
   GK_CHECK(t.size(3) <= max_head_dim, op, ": ", name, " has head_dim ", t.size(3), ", the limit is ", max_head_dim);
 }
 
@@ -87,8 +85,8 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
   s.B = q.size(0), s.H = q.size(1), s.Tq = q.size(2), s.D = q.size(3), s.Hk = k.size(1), s.Tk = k.size(2), s.Dv = v.size(3);
   GK_CHECK(k.size(0) == s.B && v.size(0) == s.B, op, ": q has batch ", s.B, ", k ", k.size(0), " and v ", v.size(0));
   GK_CHECK(k.size(3) == s.D, op, ": k must have q's head_dim ", s.D, ", got ", k.size(3));
-  GK_CHECK(v.size(1) == s.Hk && v.size(2) == s.Tk, op, ": v must have k's heads and tokens (", s.Hk, ", ", s.Tk, "), got (", v.size(1),
-           ", ", v.size(2), ")");
+  GK_CHECK(v.size(1) == s.Hk && v.size(2) == s.Tk, op, ": v must have k's heads and tokens (", s.Hk, ", ", s.Tk, "), got (",
+           v.size(1), ", ", v.size(2), ")");
   GK_CHECK(s.H == 0 || (s.Hk > 0 && s.H % s.Hk == 0), op, ": q's ", s.H, " heads must be a multiple of k's ", s.Hk, " heads");
   // Philox counters hold rows, columns and batch * heads in 32 bits
   GK_CHECK(s.Tq < (int64_t{1} << 31) && s.Tk < (int64_t{1} << 31) && s.B * s.H < (int64_t{1} << 31), op,
@@ -101,19 +99,21 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
   // clipped so that sums of row, diagonal and window stay far from overflow
   const int64_t far = int64_t{1} << 40;
   GK_CHECK(causal_offset > -far && causal_offset < far && window_left < far && window_right < far, op,
-           ": causal_offset, window_left and window_right must be below 2^40, got ", causal_offset, ", ", window_left, ", ", window_right);
+           ": causal_offset, window_left and window_right must be below 2^40, got ", causal_offset, ", ", window_left, ", ",
+           window_right);
 
   if (bias) {
     check_device(op, "bias", *bias);
     const ScalarType b = bias->scalar_type();
-    GK_CHECK(b == ScalarType::Bool || b == dtype || b == stat_dtype(dtype), op, ": bias must be bool, ", dtype_name(dtype), " like q or ",
-             dtype_name(stat_dtype(dtype)), ", got ", dtype_name(b));
-    GK_CHECK(bias->dim() == 4, op, ": bias must be 4-dimensional (batch, heads, q tokens, k tokens), got shape ", shape_text(*bias));
+    GK_CHECK(b == ScalarType::Bool || b == dtype || b == stat_dtype(dtype), op, ": bias must be bool, ", dtype_name(dtype),
+             " like q or ", dtype_name(stat_dtype(dtype)), ", got ", dtype_name(b));
+    GK_CHECK(bias->dim() == 4, op, ": bias must be 4-dimensional (batch, heads, q tokens, k tokens), got shape ",
+             shape_text(*bias));
     const int64_t full[4] = {s.B, s.H, s.Tq, s.Tk};
     int64_t stride[4];
     for (int d = 0; d < 4; d++) {
-      GK_CHECK(bias->size(d) == full[d] || bias->size(d) == 1, op, ": bias of shape ", shape_text(*bias), " does not broadcast to (", s.B,
-               ", ", s.H, ", ", s.Tq, ", ", s.Tk, ")");
+      GK_CHECK(bias->size(d) == full[d] || bias->size(d) == 1, op, ": bias of shape ", shape_text(*bias),
+               " does not broadcast to (", s.B, ", ", s.H, ", ", s.Tq, ", ", s.Tk, ")");
       stride[d] = bias->size(d) == 1 ? 0 : bias->stride(d);
     }
     s.bias_kind = b == ScalarType::Bool ? Bias::boolean : b == dtype ? Bias::same : Bias::stat;
@@ -123,8 +123,8 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
   if (slopes) {
     check_device(op, "alibi_slopes", *slopes), check_dtype(op, "alibi_slopes", *slopes, stat_dtype(dtype));
     const bool per_batch = slopes->dim() == 2;
-    GK_CHECK((per_batch && slopes->size(0) == s.B && slopes->size(1) == s.H) || (slopes->dim() == 1 && slopes->size(0) == s.H), op,
-             ": alibi_slopes must have shape (", s.H, ",) or (", s.B, ", ", s.H, "), got ", shape_text(*slopes));
+    GK_CHECK((per_batch && slopes->size(0) == s.B && slopes->size(1) == s.H) || (slopes->dim() == 1 && slopes->size(0) == s.H),
+             op, ": alibi_slopes must have shape (", s.H, ",) or (", s.B, ", ", s.H, "), got ", shape_text(*slopes));
     s.slopes = slopes->const_data_ptr();
     s.slopes_batch = per_batch ? slopes->stride(0) : 0;
     s.slopes_head = slopes->stride(per_batch ? 1 : 0);
@@ -134,15 +134,16 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
 }
 
 // Of the backward pass, into `s`: do, o and lse. The gradients' memory is the launcher's.
-inline void attention_bwd_args(const char* op, AttentionArgs& s, const Tensor& dout, const Tensor& q, const Tensor& o, const Tensor& lse,
-                               const OptTensor& bias, bool need_dbias) {
+inline void attention_bwd_args(const char* op, AttentionArgs& s, const Tensor& dout, const Tensor& q, const Tensor& o,
+                               const Tensor& lse, const OptTensor& bias, bool need_dbias) {
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"do", dout}, {"o", o}}) {
     check_heads(op, name, t, q.scalar_type());
-    GK_CHECK(t.size(0) == s.B && t.size(1) == s.H && t.size(2) == s.Tq && t.size(3) == s.Dv, op, ": ", name, " must have shape (", s.B,
-             ", ", s.H, ", ", s.Tq, ", ", s.Dv, "), got ", shape_text(t));
+    GK_CHECK(t.size(0) == s.B && t.size(1) == s.H && t.size(2) == s.Tq && t.size(3) == s.Dv, op, ": ", name,
+             " must have shape (", s.B, ", ", s.H, ", ", s.Tq, ", ", s.Dv, "), got ", shape_text(t));
   }
   check_device(op, "lse", lse), check_dtype(op, "lse", lse, stat_dtype(q.scalar_type())), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.numel() == s.B * s.H * s.Tq, op, ": lse must have shape (", s.B, ", ", s.H, ", ", s.Tq, "), got ", shape_text(lse));
+  GK_CHECK(lse.numel() == s.B * s.H * s.Tq, op, ": lse must have shape (", s.B, ", ", s.H, ", ", s.Tq, "), got ",
+           shape_text(lse));
   GK_CHECK(!need_dbias || (bias && bias->scalar_type() != ScalarType::Bool), op, ": need_dbias without an additive bias");
   s.dout = view_of(dout), s.o = view_of(o), s.lse = const_cast<void*>(lse.const_data_ptr());
 }

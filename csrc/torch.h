@@ -23,14 +23,13 @@ using OptTensor = std::optional<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // ---- errors: op, argument, value, limit; no file names, so that a build path never reaches a user ----
-template <class... Args>
-[[noreturn]] inline void fail(const Args&... args) {
+template <class... Args> [[noreturn]] inline void fail(const Args&... args) {
   std::ostringstream message;
   (message << ... << args);
   throw std::runtime_error(message.str());
 }
-#define GK_CHECK(condition, ...) \
-  do {                           \
+#define GK_CHECK(condition, ...)                                    \
+  do {                                                              \
     if (__builtin_expect(!(condition), 0)) ::gk::fail(__VA_ARGS__); \
   } while (0)
 
@@ -105,8 +104,10 @@ inline void check_column(const char* op, const char* name, const Tensor& t, int6
 void advise_huge_pages(void* data, int64_t bytes);
 
 inline int64_t element_size(ScalarType t) {
-  return t == ScalarType::Double || t == ScalarType::Long ? 8 : t == ScalarType::Float || t == ScalarType::Int ? 4
-         : t == ScalarType::Bool ? 1 : 2;
+  return t == ScalarType::Double || t == ScalarType::Long ? 8
+         : t == ScalarType::Float || t == ScalarType::Int ? 4
+         : t == ScalarType::Bool                          ? 1
+                                                          : 2;
 }
 inline Tensor advised(Tensor t) {
 #ifndef GK_CUDA  // csrc/cuda: the memory is a GPU's
@@ -121,9 +122,9 @@ inline Tensor new_strided(const Tensor& like, Shape shape, Shape strides, Scalar
   int32_t device = 0;
   AtenTensorHandle handle = nullptr;
   GK_TORCH(aoti_torch_get_device_type(like.get(), &device));
-  GK_TORCH(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &handle));
+  GK_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                    torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+                                    like.get_device_index(), &handle));
   return advised(Tensor(handle));
 }
 // The same, contiguous

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from grids import COLUMNS, DTYPES, INTERPRETED, ISAS, ROWS
-from tolerance import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, assert_close_to_truth
 from torch import Tensor
+
+from gpt_kernels.accuracy import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, assert_close_to_truth
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_isa = pytest.mark.parametrize("isa", ISAS)
@@ -52,7 +53,7 @@ FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
 
 
 def check_truth(fn, eager, args, dy: Tensor | None = None, name: str = "", factors=FACTORS) -> None:
-    """Output and gradients against eager in float64, within tolerance.py's multiple of eager's own error in args' dtype.
+    """Output and gradients against eager in float64, within accuracy.py's multiple of eager's own error in args' dtype.
 
     factors: for the output and each gradient; the last one serves the rest.
     """

@@ -25,11 +25,11 @@ from op_checks import (
     forward_backward,
     layouts,
 )
-from tolerance import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt_kernels
 from gpt_kernels import use_backend, use_isa
+from gpt_kernels.accuracy import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from gpt_kernels.ops import attention as module
 from gpt_kernels.ops.attention import attention
 from gpt_kernels.ops.philox import dropout_threshold, philox_uint16

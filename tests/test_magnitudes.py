@@ -1,6 +1,6 @@
 """Every op, forward and backward, over the magnitudes of a dtype: each input in turn, from subnormals to the largest.
 
-Where plain PyTorch in the same dtype has a number, ours is as close to float64's result as tolerance.py's multiple of its error
+Where plain PyTorch in the same dtype has a number, ours is as close to float64's result as accuracy.py's multiple of its error
 or a few last places of the largest result, with no floor beside that: results of 1e-30 are held to 1e-30. Where it has NaN or
 inf, ours is right, or NaN or inf: never another number.
 """
@@ -18,10 +18,10 @@ import test_softmax
 import torch
 from grids import BACKEND, DTYPES, INTERPRETED, ISAS
 from op_checks import forward_backward
-from tolerance import INPUT_GRADIENT
 
 import gpt_kernels
 from gpt_kernels import cross_entropy, layer_norm, rms_norm, softmax
+from gpt_kernels.accuracy import INPUT_GRADIENT
 from gpt_kernels.ops.attention import attention
 
 SERVERS = (*ISAS, "reference") if BACKEND == "cpu" else ISAS

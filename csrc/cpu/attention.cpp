@@ -10,10 +10,10 @@ namespace gk {
 
 static std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
                                                     const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
-                                                    double softcap, double dropout_p, int64_t causal_offset, int64_t window_left,
-                                                    int64_t window_right) {
-  AttentionArgs s = attention_args("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
-                                   window_left, window_right);
+                                                    double softcap, double dropout_p, int64_t causal_offset,
+                                                    int64_t window_left, int64_t window_right) {
+  AttentionArgs s = attention_args("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p,
+                                   causal_offset, window_left, window_right);
   Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, stat_dtype(q.scalar_type()));
   s.o = view_of(o);
   s.lse = lse.mutable_data_ptr();
@@ -87,7 +87,8 @@ template <class T> struct Forward {
   // The online softmax of one row: new maximum, probabilities to `weights` (an operand of O's units), o and l rescaled.
   // The difference comes before the factor, so that scores near the largest float stay apart.
   template <class O>
-  GK_INLINE void softmax_step(const C* score, typename O::unit* weights, C* o, C* m, C* l, int64_t width, const uint16_t* random) {
+  GK_INLINE void softmax_step(const C* score, typename O::unit* weights, C* o, C* m, C* l, int64_t width,
+                              const uint16_t* random) {
     const C rate = factor * C(1.4426950408889634);
     vec<C> largest = load(score);
     for (int64_t j = W; j < width; j += W) largest = vmax(largest, load(score + j));
@@ -135,7 +136,8 @@ template <class T> struct Forward {
         const int64_t count = rows - r < tile_rows ? rows - r : tile_rows, i = i0 + r;
         const int64_t seen = s.end_column(i + count - 1) - j0, n = seen < present ? seen : present, width = round_up(n, W);
         if (n <= 0 || s.first_column(i) >= j0 + present) continue;
-        product<Op>(score, key_block, q + r * q_units, q_units, 1, keys + slot * k_units, key_block, count, units<Op>(s.D), width, false);
+        product<Op>(score, key_block, q + r * q_units, q_units, 1, keys + slot * k_units, key_block, count, units<Op>(s.D),
+                    width, false);
         const bool all_seen = width <= present && s.first_column(i + count - 1) <= j0 && s.end_column(i) >= j0 + width;
         if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
         for (int64_t c = 0; c < count; c++) {
@@ -144,8 +146,8 @@ template <class T> struct Forward {
           softmax_step<Op>(row, p + c * key_block / Op::depth, o + (r + c) * o_width, m + r + c, l + (r + c) * W, width,
                            s.philox.drop_below ? random + c * key_block : nullptr);
         }
-        product<Op>(o + r * o_width, o_width, p, key_block / Op::depth, 1, values + slot * v_units, o_width, count, units<Op>(width),
-                    o_width, true);
+        product<Op>(o + r * o_width, o_width, p, key_block / Op::depth, 1, values + slot * v_units, o_width, count,
+                    units<Op>(width), o_width, true);
       }
     }
     for (int64_t r = 0; r < rows; r++) finish_row(b, h, i0 + r, r);

@@ -16,15 +16,16 @@ static int64_t key_chunks(const AttentionArgs& s) {
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, const OptTensor& bias,
-    const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap, double dropout_p, int64_t causal_offset,
-    int64_t window_left, int64_t window_right, bool need_dbias) {
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+    const OptTensor& bias, const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
+    double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right, bool need_dbias) {
   const char* op = "attention_bwd";
-  AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset, window_left,
-                                   window_right);
+  AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
+                                   window_left, window_right);
   const ScalarType dtype = q.scalar_type(), stat = stat_dtype(dtype);
   attention_bwd_args(op, s, dout, q, o, lse, bias, need_dbias);
-  Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D), dk = new_heads(k, s.B, s.Hk, s.Tk, s.D), dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv);
+  Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D), dk = new_heads(k, s.B, s.Hk, s.Tk, s.D),
+         dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv);
   Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), bias->scalar_type()) : new_tensor(q, {0}, dtype);
   s.dq = view_of(dq), s.dk = view_of(dk), s.dv = view_of(dv);
 
@@ -36,9 +37,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     void* partial_data = partial.mutable_data_ptr();
     const auto scratch = GK_BEST(attention_bwd_scratch<T>);
     const auto run = GK_BEST(attention_bwd_range<T>);
-    run_with_scratch(op, s.B * s.Hk * chunks, 2.5 * score_work(s), scratch(s, chunks), [&](int64_t t0, int64_t t1, char* memory) {
-      run(s, chunks, partial_data, t0, t1, memory);
-    });
+    run_with_scratch(op, s.B * s.Hk * chunks, 2.5 * score_work(s), scratch(s, chunks),
+                     [&](int64_t t0, int64_t t1, char* memory) { run(s, chunks, partial_data, t0, t1, memory); });
     if (chunks > 1) {
       const auto sum = GK_BEST(attention_bwd_sum_dq<T>);
       parallel_for(0, s.B * s.H, 1, [&](int64_t h0, int64_t h1) { sum(s, chunks, partial_data, h0, h1); });
@@ -75,8 +75,8 @@ constexpr int64_t query_tile = 96;  // rows of a tile of scores, a multiple of t
 // Row i's scores and dp = do v^T to p (times dropout) and ds = p (dp - delta), in place, `key_block` columns; columns from
 // `width` on, and hidden ones, become 0. ds is the gradient of the score before softcap, or after it if `biased`.
 template <class T, class C = compute_t<T>>
-static void gradient_row(C* score, C* dp, const AttentionArgs& s, bool plain, bool all_seen, int64_t b, int64_t h, int64_t i, int64_t j0,
-                         int64_t n, int64_t width, C lse, C delta, const uint16_t* random, bool biased) {
+static void gradient_row(C* score, C* dp, const AttentionArgs& s, bool plain, bool all_seen, int64_t b, int64_t h, int64_t i,
+                         int64_t j0, int64_t n, int64_t width, C lse, C delta, const uint16_t* random, bool biased) {
   constexpr int W = lanes<C>;
   C capped[key_block];
   if (!plain || !all_seen) score_steps<T>(score, s.softcap > 0 ? capped : nullptr, s, b, h, i, j0, n, width);
@@ -145,8 +145,8 @@ template <class T> struct Backward {
   uintptr_t end;
 
   Backward(const AttentionArgs& s, int64_t chunks, uintptr_t at)
-      : s(s), chunks(chunks), blocks((s.Tk + key_block - 1) / key_block), q_units(row_units<Op>(s.D)), v_units(row_units<Op>(s.Dv)),
-        q_width(padded<C>(s.D)), v_width(padded<C>(s.Dv)) {
+      : s(s), chunks(chunks), blocks((s.Tk + key_block - 1) / key_block), q_units(row_units<Op>(s.D)),
+        v_units(row_units<Op>(s.Dv)), q_width(padded<C>(s.D)), v_width(padded<C>(s.Dv)) {
     const int64_t chunk_keys = (blocks + chunks - 1) / chunks * key_block, even = round_up(s.Tq, 2);
     take(at, q, s.Tq * q_units), take(at, dout, s.Tq * v_units);
     q_depth = q, dout_depth = dout;
@@ -197,15 +197,18 @@ template <class T> struct Backward {
       begin = begin < r ? begin : r, stop = r + count;
       if (s.Tq <= gk::few_queries)
         for (int64_t c = 0; c < count; c++)
-          few_scores(score + (r + c) * key_block, s.q.at<const T>(b, h, i + c), s.k.at<const T>(b, h / (s.H / s.Hk), j0), s.k.row, n, s.D);
+          few_scores(score + (r + c) * key_block, s.q.at<const T>(b, h, i + c), s.k.at<const T>(b, h / (s.H / s.Hk), j0),
+                     s.k.row, n, s.D);
       else
-        product<Op>(score + r * key_block, key_block, q + i * q_units, q_units, 1, keys, key_block, count, units<Op>(s.D), width, false);
-      product<Op>(dp + r * key_block, key_block, dout + i * v_units, v_units, 1, values, key_block, count, units<Op>(s.Dv), width, false);
+        product<Op>(score + r * key_block, key_block, q + i * q_units, q_units, 1, keys, key_block, count, units<Op>(s.D),
+                    width, false);
+      product<Op>(dp + r * key_block, key_block, dout + i * v_units, v_units, 1, values, key_block, count, units<Op>(s.Dv),
+                  width, false);
       const bool all_seen = width <= present && s.first_column(i + count - 1) <= j0 && s.end_column(i) >= j0 + width;
       if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
       for (int64_t c = 0; c < count; c++)
-        gradient_row<T>(score + (r + c) * key_block, dp + (r + c) * key_block, s, plain, all_seen, b, h, i + c, j0, n, width, lse[i + c],
-                        delta[i + c], s.philox.drop_below ? random + c * key_block : nullptr, false);
+        gradient_row<T>(score + (r + c) * key_block, dp + (r + c) * key_block, s, plain, all_seen, b, h, i + c, j0, n, width,
+                        lse[i + c], delta[i + c], s.philox.drop_below ? random + c * key_block : nullptr, false);
     }
     if (begin >= stop) return;
     const int64_t seen_rows = stop - begin, i = i0 + begin, at = begin * key_block;
@@ -217,8 +220,10 @@ template <class T> struct Backward {
     }
 #endif
     const int64_t depth = units<Op>(seen_rows), first = begin / Op::depth * key_block, k0 = i / Op::depth;
-    product<Op>(dv_block, v_width, p_depth + first, 1, key_block, dout_depth + k0 * v_width, v_width, present, depth, v_width, true);
-    product<Op>(dk_block, q_width, ds_depth + first, 1, key_block, q_depth + k0 * q_width, q_width, present, depth, q_width, true);
+    product<Op>(dv_block, v_width, p_depth + first, 1, key_block, dout_depth + k0 * v_width, v_width, present, depth, v_width,
+                true);
+    product<Op>(dk_block, q_width, ds_depth + first, 1, key_block, q_depth + k0 * q_width, q_width, present, depth, q_width,
+                true);
     product<Op>(dq + i * q_width, q_width, ds_rows + at / Op::depth, key_block / Op::depth, 1, keys_depth, q_width, seen_rows,
                 key_block / Op::depth, q_width, true);
   }
@@ -227,7 +232,8 @@ template <class T> struct Backward {
   void head(int64_t b, int64_t h, int64_t chunk) {
     pack_head(b, h);
     for (int64_t block = chunk; block < blocks; block += chunks) {
-      const int64_t j0 = block * key_block, present = s.Tk - j0 < key_block ? s.Tk - j0 : key_block, slot = block / chunks * key_block;
+      const int64_t j0 = block * key_block, present = s.Tk - j0 < key_block ? s.Tk - j0 : key_block,
+                    slot = block / chunks * key_block;
       pack_keys(b, h / (s.H / s.Hk), j0, present);
       for (int64_t i0 = 0; i0 < s.Tq; i0 += query_tile) {
         const int64_t rows = s.Tq - i0 < query_tile ? s.Tq - i0 : query_tile;
@@ -260,11 +266,14 @@ template <class T> struct Backward {
 }  // namespace
 
 template <class T> static int64_t attention_bwd_dq_width(const AttentionArgs& s) { return padded<compute_t<T>>(s.D); }
-template <class T> static int64_t attention_bwd_scratch(const AttentionArgs& s, int64_t chunks) { return Backward<T>(s, chunks, 0).end; }
+template <class T> static int64_t attention_bwd_scratch(const AttentionArgs& s, int64_t chunks) {
+  return Backward<T>(s, chunks, 0).end;
+}
 
 // a task is one chunk of keys of one key head, with all the query heads that read it
 template <class T>
-static void attention_bwd_range(const AttentionArgs& s, int64_t chunks, void* partial, int64_t task0, int64_t task1, char* scratch) {
+static void attention_bwd_range(const AttentionArgs& s, int64_t chunks, void* partial, int64_t task0, int64_t task1,
+                                char* scratch) {
   typedef compute_t<T> C;
   Backward<T> w(s, chunks, (uintptr_t)scratch);
   const int64_t group = s.H / s.Hk;
@@ -335,12 +344,12 @@ template <class T> struct BiasBackward {
       const int64_t count = s.Tq - i < tile_rows ? s.Tq - i : tile_rows;
       if (s.end_column(i + count - 1) <= j0 || s.first_column(i) >= j0 + present) continue;
       const int64_t width = round_up(present, lanes<C>);
-      pack_rows(q, s.q.at<const T>(b, h, i), s.q.row, count, s.D), pack_rows(dout, s.dout.at<const T>(b, h, i), s.dout.row, count, s.Dv);
+      pack_rows(q, s.q.at<const T>(b, h, i), s.q.row, count, s.D),
+          pack_rows(dout, s.dout.at<const T>(b, h, i), s.dout.row, count, s.Dv);
       if (s.Tq <= gk::few_queries)
         for (int64_t c = 0; c < count; c++)
           few_scores(score + c * key_block, s.q.at<const T>(b, h, i + c), s.k.at<const T>(b, hk, j0), s.k.row, present, s.D);
-      else
-        product<Op>(score, key_block, q, row_units<Op>(s.D), 1, keys, key_block, count, units<Op>(s.D), width, false);
+      else product<Op>(score, key_block, q, row_units<Op>(s.D), 1, keys, key_block, count, units<Op>(s.D), width, false);
       product<Op>(dp, key_block, dout, row_units<Op>(s.Dv), 1, values, key_block, count, units<Op>(s.Dv), width, false);
       if (s.philox.drop_below) random_rows(random, s, b * s.H + h, i, count, j0);
       for (int64_t c = 0; c < count; c++) {

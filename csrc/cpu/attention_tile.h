@@ -24,7 +24,11 @@ struct Pairs {  // bf16 pairs into float
   typedef uint32_t unit;
   static constexpr int depth = 2;
   static GK_INLINE vf mac(vf acc, unit a, vi b) { return dot_pairs(acc, (vi)(vu{} + a), b); }
-  static GK_INLINE vi load_units(const unit* p) { vi v; __builtin_memcpy(&v, p, sizeof v); return v; }
+  static GK_INLINE vi load_units(const unit* p) {
+    vi v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
 };
 template <class T> struct operand { typedef Plain<T> type; };
 template <> struct operand<bf16> { typedef Pairs type; };
@@ -43,9 +47,9 @@ constexpr int tile_vectors = GK_BYTES == 64 ? 4 : 2;
 // c[r][0 .. NV vectors) (+)= sum over k of a[r * a_row + k * a_k] * b[k * b_row + ...]. The sum is its own before it is added to
 // c: one running sum over all the tiles of a long sequence would lose what a tile adds, in proportion to the root of its length.
 template <class Op, int MR, int NV>
-static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_t c_row, const typename Op::unit* a, int64_t a_row,
-                                                       int64_t a_k, const typename Op::unit* b, int64_t b_row, int64_t depth,
-                                                       bool accumulate) {
+static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_t c_row, const typename Op::unit* a,
+                                                       int64_t a_row, int64_t a_k, const typename Op::unit* b, int64_t b_row,
+                                                       int64_t depth, bool accumulate) {
   typedef typename Op::C C;
   vec<C> acc[MR][NV];
   for (int r = 0; r < MR; r++)
@@ -104,7 +108,8 @@ template <class P> GK_INLINE void take(uintptr_t& at, P*& array, int64_t n) {
 // ---- packing: from T rows by stride into units, zeros beyond the data ----
 
 // rows as they are: unit [rows][padded columns / depth], an A operand along k = columns, and for depth 1 a B operand too
-template <class T> static void pack_rows(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns) {
+template <class T>
+static void pack_rows(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns) {
   typedef compute_t<T> C;
   const int64_t width = padded<C>(columns);
   for (int64_t r = 0; r < rows; r++, in += in_row, out += width)
@@ -113,7 +118,8 @@ template <class T> static void pack_rows(typename Plain<T>::unit* out, const T* 
 // the transpose: unit [units of columns][block], a B operand along k = columns of the source; zeros for rows beyond the data.
 // words(p, left): the next vector of units at p, of a row with `left` elements left.
 template <class Unit, class T, class Words>
-static void pack_transposed_words(Unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block, const Words& words) {
+static void pack_transposed_words(Unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block,
+                                  const Words& words) {
   constexpr int W = lanes<float>, depth = Words::pairs ? 2 : 1;
   const int64_t n = (columns + depth - 1) / depth;
   for (int64_t r = 0; r < block; r += W)
@@ -131,7 +137,8 @@ struct AsFloats {
     return bits_as<vu>(load_any(p, left < lanes<float> ? left : (int64_t)lanes<float>));
   }
 };
-template <class T> static void pack_transposed(float* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
+template <class T>
+static void pack_transposed(float* out, const T* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
   pack_transposed_words(out, in, in_row, rows, columns, block, AsFloats());
 }
 static void pack_transposed(double* out, const double* in, int64_t in_row, int64_t rows, int64_t columns, int64_t block) {
@@ -139,7 +146,8 @@ static void pack_transposed(double* out, const double* in, int64_t in_row, int64
     for (int64_t c = 0; c < columns; c++) out[c * block + r] = r < rows ? in[r * in_row + c] : 0;
 }
 // rows as a B operand along k = rows: unit [rows / depth][padded columns]
-template <class T> static void pack_depth(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns) {
+template <class T>
+static void pack_depth(typename Plain<T>::unit* out, const T* in, int64_t in_row, int64_t rows, int64_t columns) {
   pack_rows(out, in, in_row, rows, columns);
 }
 
@@ -219,8 +227,8 @@ static void random_rows(uint16_t* out, const AttentionArgs& s, int64_t head_inde
   constexpr uint32_t per_row = key_block / 8;
   for (uint32_t g = 0; g < (uint32_t)rows * per_row; g += lanes<float>) {
     const vu group = lane_index() + g;
-    philox_groups(out + g * 8, (uint32_t)rows * per_row - g, (uint32_t)(j0 / 8) + (group & (per_row - 1)), (uint32_t)i0 + group / per_row,
-                  (uint32_t)head_index, s.philox);
+    philox_groups(out + g * 8, (uint32_t)rows * per_row - g, (uint32_t)(j0 / 8) + (group & (per_row - 1)),
+                  (uint32_t)i0 + group / per_row, (uint32_t)head_index, s.philox);
   }
 }
 

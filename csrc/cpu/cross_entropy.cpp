@@ -62,17 +62,19 @@ static int64_t check_cross_entropy(const char* op, const Tensor& logits, const T
   check_cpu(op, "logits", logits), check_float(op, "logits", logits);
   GK_CHECK(logits.dim() >= 1, op, ": logits must have at least 1 dimension, got a scalar");
   const int64_t V = logits.size(logits.dim() - 1);
-  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op, ": the last dimension of logits must be contiguous, its stride is ",
-           logits.stride(logits.dim() - 1));
+  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op,
+           ": the last dimension of logits must be contiguous, its stride is ", logits.stride(logits.dim() - 1));
   check_cpu(op, "target", target), check_dtype(op, "target", target, ScalarType::Long), check_contiguous(op, "target", target);
   bool same = target.dim() == logits.dim() - 1;
   for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
-  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ", shape_text(target));
+  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ",
+           shape_text(target));
   GK_CHECK(o.reduction >= 0 && o.reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", o.reduction);
   GK_CHECK(o.smoothing >= 0 && o.smoothing <= 1, op, ": label_smoothing must be between 0 and 1, got ", o.smoothing);
   GK_CHECK(o.square_scale >= 0 && std::isfinite(o.square_scale), op, ": lse_square_scale must be finite and not negative, got ",
            o.square_scale);
-  GK_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": logit_softcap must be finite and not negative (0: none), got ", o.softcap);
+  GK_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": logit_softcap must be finite and not negative (0: none), got ",
+           o.softcap);
   const int64_t* t = (const int64_t*)target.const_data_ptr();
   int64_t kept = 0;
   for (int64_t m = 0, M = target.numel(); m < M; m++) {
@@ -104,7 +106,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
   with_grad = with_grad && reduction != 0;
   Tensor loss = new_contiguous(target, reduction == 0 ? target.dim() : 0, stat), z_loss = new_like(loss);
   Tensor lse = new_tensor(logits, {2, M}, stat);
-  Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
+  Tensor dlogits =
+      with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
 
   with_dtype(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -126,12 +129,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
 
     const auto read = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT;
-      if (t[m] != ignore_index) segment(parts + (m * segments + s) * PART, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap,
-                                           o.smoothing != 0);
+      if (t[m] != ignore_index)
+        segment(parts + (m * segments + s) * PART, x + offset(m) + begin, std::min(V - begin, SEGMENT), (C)o.softcap,
+                o.smoothing != 0);
     };
     const auto finish = [&](int64_t m) {
       if (t[m] == ignore_index) rows[m] = z_rows[m] = row_max[m] = log_sum[m] = 0;
-      else join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * PART, x + offset(m) + t[m], segments, V, o);
+      else
+        join(rows + m, z_rows + m, row_max + m, log_sum + m, parts + m * segments * PART, x + offset(m) + t[m], segments, V, o);
     };
     const auto write = [&](int64_t m, int64_t s) {
       const int64_t begin = s * SEGMENT, n = std::min(V - begin, SEGMENT);
@@ -176,9 +181,11 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
   const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
   const ScalarType stat = stat_dtype(logits.scalar_type());
   check_cpu(op, "dloss", dloss), check_dtype(op, "dloss", dloss, stat), check_contiguous(op, "dloss", dloss);
-  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ", dloss.numel());
+  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ",
+           dloss.numel());
   check_cpu(op, "lse", lse), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ", shape_text(lse));
+  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ",
+           shape_text(lse));
   check_cpu(op, "dlogits", dlogits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
   check_same_shape(op, "dlogits", dlogits, "logits", logits);
   const RowOffsets from(logits), to(dlogits);
@@ -212,7 +219,8 @@ static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, c
                                     double logit_softcap) {
   check_cpu("cross_entropy_bwd", "logits", logits);
   Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
-  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap, false, dlogits);
+  cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale,
+                            logit_softcap, false, dlogits);
   return dlogits;
 }
 
@@ -236,7 +244,8 @@ template <class C> GK_INLINE C origin_of(C top) { return top == -(C)__builtin_in
 
 // Calls body(vector, k, count) for n elements of x, with k = 0 1 2 3 in turn, so that no sum waits for the one before it; what is
 // beyond count is `fill`.
-template <class T, class C = compute_t<T>, class Body> GK_INLINE void for_groups(const T* x, int64_t n, C fill, const Body& body) {
+template <class T, class C = compute_t<T>, class Body>
+GK_INLINE void for_groups(const T* x, int64_t n, C fill, const Body& body) {
   constexpr int64_t L = lanes<C>;
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
@@ -282,8 +291,8 @@ GK_KERNEL void cross_entropy_segment(C* out, const T* x, int64_t n, C softcap, b
 
 // The row's loss and lse from its segments' parts; scalar work, in double.
 template <class T, class C = compute_t<T>>
-GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target, int64_t segments,
-                               int64_t V, const gk::CrossEntropyOptions& o) {
+GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum, const C* parts, const T* x_target,
+                                  int64_t segments, int64_t V, const gk::CrossEntropyOptions& o) {
   C top = parts[0];
   for (int64_t s = 1; s < segments; s++) top = parts[s * gk::PART] > top ? parts[s * gk::PART] : top;
   const C origin = origin_of(top);
@@ -304,7 +313,7 @@ GK_KERNEL void cross_entropy_join(C* loss, C* z_loss, C* row_max, C* row_log_sum
 // `target` counts from x and may lie outside. dx may be x.
 template <class T, class C = compute_t<T>>
 GK_KERNEL void cross_entropy_grad(T* dx, const T* x, int64_t n, int64_t target, C top, C log_sum, C g, int64_t V,
-                               const gk::CrossEntropyOptions& o, bool streams) {
+                                  const gk::CrossEntropyOptions& o, bool streams) {
   const double z_slope = 2 * o.square_scale * ((double)top + log_sum);
   const C softcap = o.softcap, slope = g * (C)(1 + z_slope), wanted = g * (C)(o.smoothing / V);
   const auto uncap = [&](vec<C> d, vec<C> v) { return softcap ? d * (1 - (v * (1 / softcap)) * (v * (1 / softcap))) : d; };

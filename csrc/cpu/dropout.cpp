@@ -53,7 +53,8 @@ GK_KERNEL void dropout_row(T* y, const T* x, const T* residual, int64_t row, int
   const C keep = philox.keep_scale;
   uint16_t random[block];
   for (int64_t j0 = 0; j0 < N; j0 += block) {
-    if (philox.drop_below) philox_groups(random, lanes<float>, lane_index() + (uint32_t)(j0 / 8), vu{} + (uint32_t)row, 0, philox);
+    if (philox.drop_below)
+      philox_groups(random, lanes<float>, lane_index() + (uint32_t)(j0 / 8), vu{} + (uint32_t)row, 0, philox);
     write_row(y + j0, N - j0 < block ? N - j0 : block, streams, [&](int64_t j, int64_t n) {
       prefetch(x + j0 + j + far_ahead<T>);
       if (residual) prefetch(residual + j0 + j + far_ahead<T>);

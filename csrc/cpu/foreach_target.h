@@ -51,9 +51,11 @@
 #undef GK_BYTES
 #undef GK_BF16
 #pragma GCC pop_options
-#define GK_BEST(...) \
-  (::gk::isa_level >= 3 ? &avx512_bf16::__VA_ARGS__ : ::gk::isa_level == 2 ? &avx512::__VA_ARGS__ \
-   : ::gk::isa_level == 1 ? &avx2::__VA_ARGS__ : &base::__VA_ARGS__)
+#define GK_BEST(...)                                  \
+  (::gk::isa_level >= 3   ? &avx512_bf16::__VA_ARGS__ \
+   : ::gk::isa_level == 2 ? &avx512::__VA_ARGS__      \
+   : ::gk::isa_level == 1 ? &avx2::__VA_ARGS__        \
+                          : &base::__VA_ARGS__)
 #else
 #define GK_BEST(...) (&base::__VA_ARGS__)
 #endif

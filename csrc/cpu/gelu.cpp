@@ -98,8 +98,12 @@ template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
 template <class C> constexpr C gelu_far = (C)1e30;
 template <class T> constexpr int gelu_degree = __is_same(T, bf16) ? 3 : exp_degree<T>;
 template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
-template <class C, class V> GK_INLINE V gelu_log2_e(V v) { return v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * (v * v)); }
-template <class T, class C, class V> GK_INLINE V gelu_gauss(V v) { return exp2<T, gelu_degree<T>>((C)-0.5 * log2_e<C> * v * v); }
+template <class C, class V> GK_INLINE V gelu_log2_e(V v) {
+  return v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * (v * v));
+}
+template <class T, class C, class V> GK_INLINE V gelu_gauss(V v) {
+  return exp2<T, gelu_degree<T>>((C)-0.5 * log2_e<C> * v * v);
+}
 
 template <class T, class C, class V> GK_INLINE V normal_cdf(V v, V gauss) {
   const V tail = normal_tail<T>(v, gauss);
@@ -113,7 +117,8 @@ GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N, bool stream
     prefetch(x + far_ahead<T> + i);
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    return v * (tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v)));
+    return v *
+           (tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v)));
   });
 }
 

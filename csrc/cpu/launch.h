@@ -20,8 +20,7 @@ struct f16 { uint16_t bits; };
 template <class T> using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // f(T{}) with the C++ type of a dtype that check_float() has accepted.
-template <class F>
-inline void with_dtype(ScalarType t, const F& f) {
+template <class F> inline void with_dtype(ScalarType t, const F& f) {
   switch (t) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});

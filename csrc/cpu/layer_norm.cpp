@@ -37,7 +37,8 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps, streams);
       });
     };
-    const bool stat_params = (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
+    const bool stat_params =
+        (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
     stat_params ? run(C{}) : run(T{});
   });
   return {y, mean, rstd};
@@ -57,7 +58,8 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
     GK_CHECK(stat.numel() == M, op, ": ", name, " must have ", M, " elements, one per row of x, got ", stat.numel());
   }
   const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
-  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype), dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
+  Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype),
+         dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
   const int64_t chunks = row_chunks(M);
   const bool params = weight || has_bias;
   // per chunk: N sums for dweight, then N for dbias
@@ -79,7 +81,8 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
       parallel_for(0, chunks, chunk_grain(M, N, chunks), [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
           const int64_t m0 = chunk_begin(c, chunks, M), m1 = chunk_begin(c + 1, chunks, M);
-          rows(dxp + m0 * N, params ? pp + c * 2 * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N, streams);
+          rows(dxp + m0 * N, params ? pp + c * 2 * N : nullptr, dyp + m0 * N, xp + m0 * N, wp, mp + m0, rp + m0, m1 - m0, N,
+               streams);
         }
       });
       if (weight) reduce((P*)dweight.mutable_data_ptr(), pp, chunks, 2 * N, N);
@@ -129,8 +132,7 @@ template <bool shrink, class T, class C = compute_t<T>> GK_INLINE void moments(C
 
 // y = (x - mean) rstd w + b, from L1, while the next row is on its way there
 template <class T, class P, class C = compute_t<T>>
-GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps,
-                               bool streams) {
+GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w, const P* b, int64_t N, C eps, bool streams) {
   C mu, var, unit = 1;
   moments<false>(&mu, &var, x, N);
   if (!is_finite(var)) moments<true>(&mu, &var, x, N), unit = shrunk<C>, mu /= unit;
@@ -148,8 +150,8 @@ GK_KERNEL void layer_norm_fwd_row(T* y, C* mean, C* rstd, const T* x, const P* w
 
 // x_hat = (x - mean) rstd;  dx = (w dy - mean(w dy) - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat;  db += dy
 template <class T, class P, class C = compute_t<T>>
-GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd, int64_t M,
-                                int64_t N, bool streams) {
+GK_KERNEL void layer_norm_bwd_rows(T* dx, C* dw_db, const T* dy, const T* x, const P* w, const C* mean, const C* rstd,
+                                   int64_t M, int64_t N, bool streams) {
   C *dw = dw_db, *db = dw_db + N;
   for (int64_t i = 0; dw_db && i < 2 * N; i++) dw_db[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {

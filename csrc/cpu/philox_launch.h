@@ -16,7 +16,8 @@ inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropo
   if (dropout_p == 0) return philox;
   GK_CHECK(rng_state, op, ": dropout_p = ", dropout_p, " needs rng_state, an int64 tensor (seed, offset)");
   check_cpu(op, "rng_state", *rng_state), check_dtype(op, "rng_state", *rng_state, ScalarType::Long);
-  GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ", shape_text(*rng_state));
+  GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ",
+           shape_text(*rng_state));
   const int64_t* state = (const int64_t*)rng_state->const_data_ptr();
   const uint64_t seed = state[0], offset = state[rng_state->stride(0)];
   philox.seed[0] = (uint32_t)seed, philox.seed[1] = (uint32_t)(seed >> 32), philox.offset = (uint32_t)offset;

@@ -117,7 +117,7 @@ GK_KERNEL void rms_norm_fwd_row(T* y, C* rstd, const T* x, const P* w, int64_t N
 // x_hat = x rstd;  dx = (w dy - x_hat mean(w dy x_hat)) rstd;  dw += dy x_hat
 template <class T, class P, class C = compute_t<T>>
 GK_KERNEL void rms_norm_bwd_rows(T* dx, C* dw, const T* dy, const T* x, const P* w, const C* rstd, int64_t M, int64_t N,
-                              bool streams) {
+                                 bool streams) {
   for (int64_t i = 0; dw && i < N; i++) dw[i] = 0;
   for (int64_t m = 0; m < M; m++, dx += N, dy += N, x += N) {
     const C rs = rstd[m];

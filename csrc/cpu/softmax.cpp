@@ -2,7 +2,9 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
-namespace gk { struct NoMask {}; }
+namespace gk {
+struct NoMask {};
+}
 
 #define GK_FILE "softmax.cpp"
 #include "foreach_target.h"
@@ -40,9 +42,7 @@ struct MaskRows {
 };
 
 // Bottom-right causal: of a (T, S) matrix, row t sees columns 0 ... t + S - T.
-inline int64_t visible_columns(int64_t m, int64_t T, int64_t S) {
-  return std::clamp<int64_t>(m % T + S - T + 1, 0, S);
-}
+inline int64_t visible_columns(int64_t m, int64_t T, int64_t S) { return std::clamp<int64_t>(m % T + S - T + 1, 0, S); }
 
 inline void check_rows(const char* op, const Tensor& x, bool causal) {
   GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
@@ -81,7 +81,10 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
               causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale, streams);
       });
     };
-    !mask ? run(NoMask{}) : mask_dtype == ScalarType::Bool ? run(bool{}) : mask_dtype == x_dtype ? run(T{}) : run(compute_t<T>{});
+    !mask                            ? run(NoMask{})
+    : mask_dtype == ScalarType::Bool ? run(bool{})
+    : mask_dtype == x_dtype          ? run(T{})
+                                     : run(compute_t<T>{});
   });
   return y;
 }

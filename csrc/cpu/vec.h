@@ -54,16 +54,24 @@ template <class V, class I> GK_INLINE V permute(V a, V b, I from) { return __bui
 
 // ---- load and store: T in memory, compute_t<T> in registers ----
 
-GK_INLINE vf load(const float* p) { vf v; __builtin_memcpy(&v, p, sizeof v); return v; }
-GK_INLINE vd load(const double* p) { vd v; __builtin_memcpy(&v, p, sizeof v); return v; }
+GK_INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+GK_INLINE vd load(const double* p) {
+  vd v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 GK_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 GK_INLINE void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // a 16-bit word to the upper half of a 32-bit one: by a permutation one instruction, not a conversion and a shift
 #if GK_X86_TARGETS && GK_BYTES == 64
 GK_INLINE vf widen(vh h) {
-  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,
-                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3,
+                                         3, 2, 2, 1, 1, 0, 0);
   return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, twice, _mm512_castsi256_si512((__m256i)h));
 }
 #else
@@ -79,8 +87,15 @@ GK_INLINE vh narrow(vf v) {  // round to nearest, ties to even; NaN stays a NaN
   return __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vh);
 }
 #endif
-GK_INLINE vf load(const bf16* p) { vh h; __builtin_memcpy(&h, p, sizeof h); return widen(h); }
-GK_INLINE void store(bf16* p, vf v) { const vh h = narrow(v); __builtin_memcpy(p, &h, sizeof h); }
+GK_INLINE vf load(const bf16* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+GK_INLINE void store(bf16* p, vf v) {
+  const vh h = narrow(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
 
 // maskz with all lanes kept: without it GCC 12 warns of an uninitialised value in its own header
 #if GK_X86_TARGETS && GK_BYTES == 64
@@ -158,9 +173,7 @@ GK_INLINE vf load_n(const f16* p, int64_t n, float fill = 0) {
   const __m512 v = _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(first(n), p));
   return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), v);
 }
-GK_INLINE void store_n(f16* p, vf v, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph((__m512)v, 0));
-}
+GK_INLINE void store_n(f16* p, vf v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph((__m512)v, 0)); }
 #elif GK_X86_TARGETS && GK_BYTES == 32
 GK_INLINE vi first(int64_t n) { return (vi){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n; }
 GK_INLINE vf load_n(const float* p, int64_t n, float fill = 0) {
@@ -384,7 +397,8 @@ template <class T = float, int degree = exp_degree<T>> GK_INLINE vf exp_limited(
   if constexpr (degree < 5) return exp2<T, degree>(x * 1.44269504f);
   const vf magic = splat(12582912.f);  // its last bit is worth 1: n and j, as a float and as an integer
   const vf shifted = x * (32 * 1.44269504f) + magic, r = x * (32 * 1.44269504f) - (shifted - magic);
-  const vi table = (vi)_mm512_permutex2var_epi32(_mm512_load_si512(exp2_32nds), (__m512i)shifted, _mm512_load_si512(exp2_32nds + 16));
+  const vi table =
+      (vi)_mm512_permutex2var_epi32(_mm512_load_si512(exp2_32nds), (__m512i)shifted, _mm512_load_si512(exp2_32nds + 16));
   const vf y = bits_as<vf>(table + (bits_as<vi>(shifted) << 18));
   const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLE_UQ);  // NaN, too
   return (vf)_mm512_maskz_fmadd_ps(seen, (__m512)y, (__m512)(r * (r * 0.000234596184f + 0.0216611661f)), (__m512)y);
@@ -507,10 +521,10 @@ GK_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_
 #endif
 
 // float64 serves gradient checks, not speed: lane by lane through libm
-#define GK_LANEWISE(name, function)                                 \
-  GK_INLINE vd name(vd x) {                                         \
-    for (int i = 0; i < lanes<double>; i++) x[i] = function(x[i]);  \
-    return x;                                                       \
+#define GK_LANEWISE(name, function)                                \
+  GK_INLINE vd name(vd x) {                                        \
+    for (int i = 0; i < lanes<double>; i++) x[i] = function(x[i]); \
+    return x;                                                      \
   }
 template <class T = double, int = 6> GK_LANEWISE(exp2, __builtin_exp2)
 GK_LANEWISE(exp, __builtin_exp)

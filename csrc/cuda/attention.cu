@@ -10,9 +10,7 @@ namespace at {
 enum class Float32Backend { GENERIC, CUDA };
 enum class Float32Op { ALL, CONV, RNN, MATMUL };
 enum class Float32Precision { NONE, IEEE, TF32 };
-struct Context {
-  GK_WEAK Float32Precision float32Precision(Float32Backend, Float32Op) const;
-};
+struct Context { GK_WEAK Float32Precision float32Precision(Float32Backend, Float32Op) const; };
 GK_WEAK Context& globalContext();
 }  // namespace at
 
@@ -125,8 +123,8 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
     float shrink[M][2];
     softmax_step<plain>(p, m, l, shrink, c.rate);
     if constexpr (!plain)
-      if (s.philox.drop_below) each_kept<M, N>(s, at,
-                                               [&](int i, int n, int e, bool kept) { p[i][n][e] = kept ? p[i][n][e] : 0.f; });
+      if (s.philox.drop_below)
+        each_kept<M, N>(s, at, [&](int i, int n, int e, bool kept) { p[i][n][e] = kept ? p[i][n][e] : 0.f; });
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
@@ -226,8 +224,7 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
       constexpr bool plain = decltype(is_plain)::value;
       constexpr ForwardTile tile = forward_tile<T, D, plain>();
       const int shared = tile.shared_bytes(D, sizeof(T), s.bias_kind != Bias::none);
-      for (int64_t first = 0; first < s.B; first += most_grid)
-        {
+      for (int64_t first = 0; first < s.B; first += most_grid) {
         const dim3 grid(cdiv(s.Tq, tile.rows), s.H, std::min(s.B - first, most_grid));
         launch(GK_KERNEL(attention_fwd<T, D, plain>), grid, 32 * tile.warps, shared, gpu.stream, s, c, unsigned(first));
       }

@@ -430,9 +430,8 @@ GK_DEVICE void score_steps(float (&score)[M][N][4], float (&slope)[M][N][4], con
   if (s.slopes) {
     const float alibi = ((const float*)s.slopes)[at.b * s.slopes_batch + at.h * s.slopes_head];
     const int first = at.row - at.column + c.diagonal;
-    each_score<M, N>([&](int m, int n, int e, int row, int column) {
-      score[m][n][e] -= alibi * fabsf(float(first + row - column));
-    });
+    each_score<M, N>(
+        [&](int m, int n, int e, int row, int column) { score[m][n][e] -= alibi * fabsf(float(first + row - column)); });
   }
   if (s.bias_kind != Bias::none)
     each_pair<float, 8 * N, 1, 1, M, N>(bias, 0, 0, [&](int m, int n, int e, const unsigned char* p) {
@@ -515,13 +514,13 @@ inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size, bool
   const int low = s.window_left < 0 ? -far : near(s.diagonal - s.window_left);
   const int high = s.window_right < 0 ? far : near(s.diagonal + s.window_right);
   const float rate = float((plain ? s.scale : 1) * double(log2_e));
-  return {plain, aligned, size == 4 && tf32_wanted(), float(s.scale), float(s.softcap), rate,
-          int(s.Tq), int(s.Tk), low, high, near(s.diagonal)};
+  return {plain, aligned,         size == 4 && tf32_wanted(), float(s.scale), float(s.softcap), rate, int(s.Tq), int(s.Tk), low,
+          high,  near(s.diagonal)};
 }
 
 // Everything that AttentionArgs does not check for a GPU.
 inline void check_gpu(const char* op, const AttentionArgs& s, const Tensor& q, std::initializer_list<const Tensor*> more,
-                              std::initializer_list<const OptTensor*> optional) {
+                      std::initializer_list<const OptTensor*> optional) {
   GK_CHECK(q.scalar_type() != ScalarType::Double, op, ": q must be float32, bfloat16 or float16, got float64 (CUDA kernels)");
   constexpr int64_t most = far - 1024;
   GK_CHECK(s.Tq <= most && s.Tk <= most, op, ": at most ", most, " tokens, got q ", s.Tq, ", k ", s.Tk, " (CUDA kernels)");

@@ -45,9 +45,8 @@ constexpr int64_t most_splits = 8;
 // Before: delta = sum over d of do * o, the row's mean of dp under p; the log-sum-exp in `unit`s, with +inf for a row that saw
 // no key, so that its probabilities become 0; zeros into the sums of dq. A warp per row.
 template <class T>
-__global__ void __launch_bounds__(128)
-    attention_bwd_start(const __grid_constant__ AttentionArgs s, bool aligned, float unit, float* base, float* delta,
-                        float4* dq, int64_t dq_16) {
+__global__ void __launch_bounds__(128) attention_bwd_start(const __grid_constant__ AttentionArgs s, bool aligned, float unit,
+                                                           float* base, float* delta, float4* dq, int64_t dq_16) {
   const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32, all = int64_t(gridDim.x) * 128;
   for (int64_t i = int64_t(blockIdx.x) * 128 + threadIdx.x; i < dq_16; i += all) store_16(dq + i, make_uint4(0, 0, 0, 0));
   if (row >= s.B * s.H * s.Tq) return;
@@ -75,8 +74,7 @@ __global__ void __launch_bounds__(128)
 // memory.
 template <class T, bool plain, bool flipped = false, int M, int N>
 GK_DEVICE void probabilities(float (&p)[M][N][4], [[maybe_unused]] float (&slope)[M][N][4], const AttentionArgs& s,
-                             const Scores& c,
-                             const Place& at, bool whole, const unsigned char* base, unsigned char* bias) {
+                             const Scores& c, const Place& at, bool whole, const unsigned char* base, unsigned char* bias) {
   if constexpr (!plain) score_steps<T, true>(p, slope, s, c, at, bias);
   if (!whole) hide<flipped>(p, c, at);
   each_score<M, N>([&](int m, int n, int e, int row, int column) {
@@ -291,8 +289,7 @@ constexpr int dbias_slice = 64;
 template <class T>
 __global__ void __launch_bounds__(32 * dbias_tile.warps)
     attention_dbias(const __grid_constant__ AttentionArgs s, const __grid_constant__ Scores c,
-                    const __grid_constant__ BiasGradient g,
-                    const float* base, const float* delta) {
+                    const __grid_constant__ BiasGradient g, const float* base, const float* delta) {
   constexpr int rows = dbias_tile.rows, keys = dbias_tile.keys, threads = 32 * dbias_tile.warps;
   constexpr int D = dbias_slice, size = sizeof(T);
   constexpr int k_at = 0, v_at = k_at + keys * D * size, q_at = v_at + keys * D * size, do_at = q_at + rows * D * size;
@@ -352,8 +349,9 @@ __global__ void __launch_bounds__(32 * dbias_tile.warps)
           load_bias<T, SM, SN>(bias, s, c, {b, h, i0 + score_row, j0 + score_key});
           probabilities<T, false>(p, slope, s, c, place, false, shared + base_at + (score_row + lane / 4) * 4, bias);
           if (s.philox.drop_below)
-            each_kept<SM, SN>(s, place,
-                [&](int m, int n, int e, bool kept) { dp[m][n][e] = kept ? dp[m][n][e] * s.philox.keep_scale : 0.f; });
+            each_kept<SM, SN>(s, place, [&](int m, int n, int e, bool kept) {
+              dp[m][n][e] = kept ? dp[m][n][e] * s.philox.keep_scale : 0.f;
+            });
           each_score<SM, SN>([&](int m, int n, int e, int row, int) {
             sum[m][n][e] += p[m][n][e] * (dp[m][n][e] - ((const float*)(shared + delta_at))[score_row + row + lane / 4]);
           });
@@ -458,9 +456,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   for (const Tensor& t : {dout, q, k, v, o, dq, dk, dv}) aligned = aligned && whole_chunks(t);
   const int exact = s.D == 80 ? 96 : int(s.D);
   bool fits = false;
-  with_dim<64, 96, 128>(exact, [&](auto dim) {
-    fits = backward_tile<bf16, dim, true>().shared_bytes(dim, 2, false) <= most_shared(gpu.arch());
-  });
+  with_dim<64, 96, 128>(
+      exact, [&](auto dim) { fits = backward_tile<bf16, dim, true>().shared_bytes(dim, 2, false) <= most_shared(gpu.arch()); });
   const Scores c = scores_of(s, aligned, element_size(q.scalar_type()), fits);
   Tensor stats = new_tensor(q, {2, s.B * s.H, s.Tq}, ScalarType::Float);
   float *base = out<float>(stats), *delta = base + s.B * s.H * s.Tq;
@@ -482,8 +479,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
       const int shared = tile.shared_bytes(D, sizeof(T), s.bias_kind != Bias::none);
       launch(GK_KERNEL(attention_bwd_start<T>), unsigned(cdiv(s.B * s.H * s.Tq, 4)), 128, 0, gpu.stream, s, aligned,
              plain ? log2_e : 1.f, base, delta, out<float4>(sums), sums.numel() / 4);
-      launch(GK_KERNEL(attention_bwd<T, D, plain>), unsigned(heads * splits), 32 * tile.warps, shared, gpu.stream, s, c,
-             base, delta, out<float4>(sums), unsigned(splits), unsigned(row_blocks));
+      launch(GK_KERNEL(attention_bwd<T, D, plain>), unsigned(heads * splits), 32 * tile.warps, shared, gpu.stream, s, c, base,
+             delta, out<float4>(sums), unsigned(splits), unsigned(row_blocks));
       constexpr int QC = tile.warps / tile.query_warp_rows();
       const QueryTile queries = {tile.rows, 32 * tile.warps, D, QC, 2, D / 8 / QC};
       launch(GK_KERNEL(attention_bwd_dq<T>), unsigned(query_blocks), 256, 0, gpu.stream, s, c, data<float4>(sums),

@@ -48,7 +48,7 @@ template <class T> constexpr int per_16 = 16 / int(sizeof(T));
 template <class T> GK_DEVICE void unpack(uint4 bits, float (&v)[per_16<T>]) {
   if constexpr (std::is_same_v<T, float>) {
     v[0] = __uint_as_float(bits.x), v[1] = __uint_as_float(bits.y), v[2] = __uint_as_float(bits.z),
-        v[3] = __uint_as_float(bits.w);
+    v[3] = __uint_as_float(bits.w);
   } else {
     unpack_2<T>(bits.x, v[0], v[1]), unpack_2<T>(bits.y, v[2], v[3]), unpack_2<T>(bits.z, v[4], v[5]),
         unpack_2<T>(bits.w, v[6], v[7]);
@@ -61,8 +61,8 @@ template <class T> GK_DEVICE uint4 pack(const float (&v)[per_16<T>]) {
 }
 
 // V neighbouring columns of a parameter: by 16 bytes where `aligned` says that they stand so.
-template <bool aligned, int V, class P> GK_DEVICE void load_columns(const P* p, int64_t column, int64_t columns,
-                                                                    float (&v)[V]) {
+template <bool aligned, int V, class P>
+GK_DEVICE void load_columns(const P* p, int64_t column, int64_t columns, float (&v)[V]) {
   if constexpr (aligned && V % per_16<P> == 0) {
 #pragma unroll
     for (int k = 0; k < V; k += per_16<P>) unpack<P>(load_16(p + column + k), *reinterpret_cast<float (*)[per_16<P>]>(v + k));

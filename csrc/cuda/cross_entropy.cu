@@ -77,7 +77,9 @@ constexpr int cross_entropy_fwd_few = 4;
 constexpr int cross_entropy_fwd_blocks(bool plain) { return plain ? 2 : 1; }  // of a processor, without a spill
 
 template <class T, bool plain, bool block, int kept, Pass pass>
-__global__ void __launch_bounds__(row_threads<block>, block ? cross_entropy_fwd_blocks(plain) : plain ? 4 : 3)
+__global__ void __launch_bounds__(row_threads<block>, block   ? cross_entropy_fwd_blocks(plain)
+                                                      : plain ? 4
+                                                              : 3)
     cross_entropy_fwd(float* __restrict__ loss, float* __restrict__ z_loss, float* __restrict__ lse, T* __restrict__ dx,
                       const T* __restrict__ x, const int64_t* __restrict__ target, const float* __restrict__ count,
                       float* __restrict__ partial, const __grid_constant__ RowOffsets x_rows, CrossEntropy o, int64_t M,
@@ -182,9 +184,8 @@ template <class T, bool plain, bool block, int kept>
 __global__ void __launch_bounds__(block ? cross_entropy_bwd_threads : 128)
     cross_entropy_bwd(T* dx, const float* __restrict__ dloss, const T* x, const int64_t* __restrict__ target,
                       const float* __restrict__ lse, const float* __restrict__ count,
-                      const __grid_constant__ RowOffsets dx_rows,
-                      const __grid_constant__ RowOffsets x_rows, const CrossEntropy o, bool each, bool made, int64_t M,
-                      int64_t N, int64_t span, int parts) {
+                      const __grid_constant__ RowOffsets dx_rows, const __grid_constant__ RowOffsets x_rows,
+                      const CrossEntropy o, bool each, bool made, int64_t M, int64_t N, int64_t span, int parts) {
   if (made && *dloss == 1.f) return;  // dx is the gradient already
   constexpr int V = per_16<T>;
   const RowPlace<block, kept> at(N, span, parts);
@@ -228,8 +229,8 @@ GK_DEVICE float count_rows(const int64_t* target, int64_t M, int64_t ignore_inde
   block_sum(total);
   return total[0];
 }
-__global__ void __launch_bounds__(reduce_threads) cross_entropy_count(float* count, const int64_t* target, int64_t M,
-                                                                      int64_t ignore_index) {
+__global__ void __launch_bounds__(reduce_threads)
+    cross_entropy_count(float* count, const int64_t* target, int64_t M, int64_t ignore_index) {
   const float rows = count_rows(target, M, ignore_index);
   if (threadIdx.x == 0) *count = rows;
 }
@@ -344,8 +345,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
       with_row_shape<T, few, true>(s, [&](auto block, auto kept, auto pass) {
         launch(GK_KERNEL(cross_entropy_fwd<T, plain, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream,
                out<float>(losses), out<float>(z_losses), out<float>(lse), with_grad ? out<T>(dlogits) : nullptr,
-               data<T>(logits), data<int64_t>(target),
-               count.numel() ? data<float>(count) : nullptr, out<float>(partial), rows, o, M, V, s.span, s.parts);
+               data<T>(logits), data<int64_t>(target), count.numel() ? data<float>(count) : nullptr, out<float>(partial), rows,
+               o, M, V, s.span, s.parts);
       });
     });
   });
@@ -385,7 +386,8 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
       const auto run = [&](auto block, auto kept, const RowShape& s) {
         launch(GK_KERNEL(cross_entropy_bwd<T, plain, block, kept>), s.blocks(M), s.threads, 0, gpu.stream, out<T>(dlogits),
                data<float>(dloss), data<T>(logits), data<int64_t>(target), data<float>(lse),
-               count.numel() ? data<float>(count) : nullptr, to, from, o, reduction == 0, made && reduction != 0, M, V, s.span, s.parts);
+               count.numel() ? data<float>(count) : nullptr, to, from, o, reduction == 0, made && reduction != 0, M, V, s.span,
+               s.parts);
       };
       constexpr int64_t span = (cross_entropy_bwd_kept * cross_entropy_bwd_threads - 1) * per_16<T> / 64 * 64;
       if (V > row_warp_columns)

@@ -35,8 +35,9 @@ void launch_raw(const char* name, const void* function, dim3 grid, dim3 block, s
   cudaGetLastError();  // the next launch shall not find it
   std::ostringstream message;
   message << "launch of " << name << " refused: " << cudaGetErrorString(error) << " (" << cudaGetErrorName(error) << "); grid ("
-          << grid.x << ", " << grid.y << ", " << grid.z << "), block (" << block.x << ", " << block.y << ", " << block.z << "), "
-          << shared << " bytes of dynamic shared memory. Or a fault of an earlier kernel, which a launch is the first to be told "
+          << grid.x << ", " << grid.y << ", " << grid.z << "), block (" << block.x << ", " << block.y << ", " << block.z
+          << "), " << shared
+          << " bytes of dynamic shared memory. Or a fault of an earlier kernel, which a launch is the first to be told "
           << "of: CUDA_LAUNCH_BLOCKING=1 finds its launch";
   throw std::runtime_error(message.str());
 }

@@ -50,7 +50,9 @@ GK_DEVICE void each_chunk(const Row<T, aligned>& row, const uint4 (&raw)[kept ? 
 // y = (x - mean) rstd w + b. The variance is that of the centred row, so that nothing cancels; the sum of the centred row is
 // what the first mean was off by, and makes a mean far from 0 right to the last bit.
 template <class T, class P, bool centred, bool block, int kept, bool aligned>
-__global__ void __launch_bounds__(block ? 512 : 128, block ? 1 : kept < 6 ? 6 : 5)  // at 6 such blocks sm_120 spills
+__global__ void __launch_bounds__(block ? 512 : 128, block      ? 1
+                                                     : kept < 6 ? 6
+                                                                : 5)  // at 6 such blocks sm_120 spills
     norm_fwd(T* __restrict__ y, float* mean, float* rstd, const T* __restrict__ x, const P* __restrict__ w,
              const P* __restrict__ b, int64_t M, int64_t N, float eps) {
   constexpr int V = per_16<T>;
@@ -314,8 +316,7 @@ void launch_norm_bwd(const Gpu& gpu, Tensor& dx, Tensor& dweight, Tensor* dbias,
     if (shape.block) run(GK_KERNEL(norm_bwd<T, P, centred, true, norm_bwd_kept>));
     else with_kept<T>(shape, [&](auto kept) { run(GK_KERNEL(norm_bwd<T, P, centred, false, kept>)); });
   }
-  if (params)
-    launch_sum_partials<P>(gpu, w ? out<P>(dweight) : nullptr, has_bias ? out<P>(*dbias) : nullptr, partial, N);
+  if (params) launch_sum_partials<P>(gpu, w ? out<P>(dweight) : nullptr, has_bias ? out<P>(*dbias) : nullptr, partial, N);
 }
 
 }  // namespace gk

@@ -9,8 +9,11 @@
 #define GK_PURE(simulated, ...) simulated
 // Shared memory of a block: GK_SHARED(float, tile, [4][32]) declares `tile`; dynamic memory is bytes at 16-byte alignment
 // (a multiple of 128).
-#define GK_SHARED(type, name, extents) \
-  auto& name = ::gk::sim::shared_array<type extents>([]() -> const void* { static char key; return &key; }())
+#define GK_SHARED(type, name, extents)                                     \
+  auto& name = ::gk::sim::shared_array<type extents>([]() -> const void* { \
+    static char key;                                                       \
+    return &key;                                                           \
+  }())
 #define GK_DYNAMIC_SHARED(name) unsigned char* const name = ::gk::sim::dynamic_shared()
 #else
 #define GK_PTX(simulated, ...) asm volatile(__VA_ARGS__)
@@ -46,37 +49,39 @@ GK_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 // read by nobody else: past L1. Not ld.global.nc, which is undefined where the same launch writes, as a gradient in place does.
 GK_DEVICE uint4 load_16_once(const void* p) {
   uint4 v;
-  GK_PTX(v = sim::load<uint4>(p), "ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  GK_PTX(v = sim::load<uint4>(p), "ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z),
+         "=r"(v.w) : "l"(p));
   return v;
 }
 // not read again soon: first to leave L2
 GK_DEVICE void store_16_once(void* p, uint4 v) {
-  GK_PTX(sim::store(p, v), "st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  GK_PTX(sim::store(p, v), "st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+         "r"(v.w) : "memory");
 }
 
 // ---- asynchronous copies to shared memory ("Non-bulk copy: cp.async", ".commit_group", ".wait_group") ----
 // `valid` bytes are read, the rest of the destination becomes zero; with valid = 0 nothing is read.
 GK_DEVICE void cp_async_4(void* shared, const void* global, int valid = 4) {
-  GK_PTX(sim::cp_async(shared, global, 4, valid), "cp.async.ca.shared.global [%0], [%1], 4, %2;"
-         :: "r"(shared_address(shared)), "l"(global), "r"(valid) : "memory");
+  GK_PTX(sim::cp_async(shared, global, 4, valid), "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+         "l"(global), "r"(valid) : "memory");
 }
 GK_DEVICE void cp_async_8(void* shared, const void* global, int valid = 8) {
-  GK_PTX(sim::cp_async(shared, global, 8, valid), "cp.async.ca.shared.global [%0], [%1], 8, %2;"
-         :: "r"(shared_address(shared)), "l"(global), "r"(valid) : "memory");
+  GK_PTX(sim::cp_async(shared, global, 8, valid), "cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+         "l"(global), "r"(valid) : "memory");
 }
 GK_DEVICE void cp_async_16(void* shared, const void* global) {
-  GK_PTX(sim::cp_async(shared, global, 16, 16), "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-         :: "r"(shared_address(shared)), "l"(global) : "memory");
+  GK_PTX(sim::cp_async(shared, global, 16, 16),
+         "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 GK_DEVICE void cp_async_16(void* shared, const void* global, int valid) {
-  GK_PTX(sim::cp_async(shared, global, 16, valid), "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-         :: "r"(shared_address(shared)), "l"(global), "r"(valid) : "memory");
+  GK_PTX(sim::cp_async(shared, global, 16, valid),
+         "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+         "r"(valid) : "memory");
 }
-GK_DEVICE void cp_async_commit() { GK_PTX(sim::cp_async_commit(), "cp.async.commit_group;" ::: "memory"); }
+GK_DEVICE void cp_async_commit() { GK_PTX(sim::cp_async_commit(), "cp.async.commit_group;" :: : "memory"); }
 // All but the youngest `pending` groups of this thread have landed, for this thread: others need a barrier after it.
 template <int pending> GK_DEVICE void cp_async_wait() {
-  GK_PTX(sim::cp_async_wait(pending), "cp.async.wait_group %0;" :: "n"(pending) : "memory");
+  GK_PTX(sim::cp_async_wait(pending), "cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // ---- matrices ("Warp-level matrix load: ldmatrix", "Multiply-and-accumulate: mma", "Matrix fragments for mma.m16n8k16",
@@ -84,36 +89,36 @@ template <int pending> GK_DEVICE void cp_async_wait() {
 // Lane l gives the address of row l % 8 of 8x8 matrix l / 8 and gets row l / 4, elements 2 (l % 4) and the next, of each;
 // with _trans, column l / 4. Rows are 16 bytes at 16-byte alignment.
 GK_DEVICE void ldmatrix_x1(uint32_t& r0, const void* row) {
-  GK_PTX(sim::ldmatrix(&r0, row, 1, false), "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-         : "=r"(r0) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(&r0, row, 1, false),
+         "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r0) : "r"(shared_address(row)) : "memory");
 }
 GK_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  GK_PTX(sim::ldmatrix(r, row, 2, false), "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-         : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(r, row, 2, false), "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+         "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 GK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  GK_PTX(sim::ldmatrix(r, row, 4, false), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(r, row, 4, false), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+         "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 GK_DEVICE void ldmatrix_x1_trans(uint32_t& r0, const void* row) {
-  GK_PTX(sim::ldmatrix(&r0, row, 1, true), "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-         : "=r"(r0) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(&r0, row, 1, true),
+         "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r0) : "r"(shared_address(row)) : "memory");
 }
 GK_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  GK_PTX(sim::ldmatrix(r, row, 2, true), "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-         : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(r, row, 2, true), "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+         "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 GK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  GK_PTX(sim::ldmatrix(r, row, 4, true), "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+  GK_PTX(sim::ldmatrix(r, row, 4, true), "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+         "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
 // d += a b. With g = lane / 4, t = lane % 4: d[e] is row g + 8 (e / 2), column 2 t + e % 2. 16 bits: a[r] holds row g + 8 (r % 2),
 // k = 2 t + 8 (r / 2) and the next; b[r] column g, k = 2 t + 8 r and the next. tf32: k = t + 4 (r / 2) and t + 4 r.
-#define GK_MMA(name, simulated, ptx)                                                                                       \
-  GK_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                                     \
-    GK_PTX(sim::mma(simulated, d, a, b), ptx " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
-           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+#define GK_MMA(name, simulated, ptx)                                                                                          \
+  GK_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                                        \
+    GK_PTX(sim::mma(simulated, d, a, b), ptx " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]), \
+           "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));            \
   }
 GK_MMA(mma_m16n8k16_bf16, sim::Mma::bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 GK_MMA(mma_m16n8k16_f16, sim::Mma::f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
@@ -137,7 +142,8 @@ GK_DEVICE uint32_t cvt_bf16x2(float low, float high) {
 }
 GK_DEVICE uint32_t cvt_f16x2(float low, float high) {
   uint32_t r;
-  GK_PURE(r = sim::to_f16(low) | uint32_t(sim::to_f16(high)) << 16, "cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  GK_PURE(r = sim::to_f16(low) | uint32_t(sim::to_f16(high)) << 16, "cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high),
+          "f"(low));
   return r;
 }
 GK_DEVICE float cvt_f32_f16(uint16_t bits) {
@@ -148,7 +154,8 @@ GK_DEVICE float cvt_f32_f16(uint16_t bits) {
 // to the nearest tf32, ties away from zero, as a register of mma_m16n8k8_tf32
 GK_DEVICE uint32_t cvt_tf32(float x) {
   uint32_t r;
-  GK_PURE(r = (x != x ? 0x7FFFFFFFu : (__float_as_uint(x) + 0x1000) & 0xFFFFE000), "cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  GK_PURE(r = (x != x ? 0x7FFFFFFFu : (__float_as_uint(x) + 0x1000) & 0xFFFFE000),
+          "cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }
 
@@ -171,13 +178,13 @@ GK_DEVICE float rcp_approx(float x) {
 }
 
 // ---- the warp ("shfl.sync", "vote.sync", "bar.warp.sync"): always all 32 lanes ----
-#define GK_SHUFFLE(name, how, ptx, clamp)                                                                                 \
-  GK_DEVICE uint32_t name(uint32_t value, int operand) {                                                                  \
-    uint32_t r;                                                                                                           \
-    GK_PTX(r = sim::shuffle(sim::Shuffle::how, value, operand, full_mask), ptx " %0, %1, %2, " clamp ", 0xffffffff;"      \
-           : "=r"(r) : "r"(value), "r"(operand) : "memory");                                                              \
-    return r;                                                                                                             \
-  }                                                                                                                       \
+#define GK_SHUFFLE(name, how, ptx, clamp)                                                              \
+  GK_DEVICE uint32_t name(uint32_t value, int operand) {                                               \
+    uint32_t r;                                                                                        \
+    GK_PTX(r = sim::shuffle(sim::Shuffle::how, value, operand, full_mask),                             \
+           ptx " %0, %1, %2, " clamp ", 0xffffffff;" : "=r"(r) : "r"(value), "r"(operand) : "memory"); \
+    return r;                                                                                          \
+  }                                                                                                    \
   GK_DEVICE float name(float value, int operand) { return __uint_as_float(name(__float_as_uint(value), operand)); }
 GK_SHUFFLE(shfl_index, index, "shfl.sync.idx.b32", "0x1f")
 GK_SHUFFLE(shfl_xor, xor_, "shfl.sync.bfly.b32", "0x1f")
@@ -194,34 +201,36 @@ GK_DEVICE uint32_t ballot(bool predicate) {
 GK_DEVICE bool warp_any(bool predicate) { return ballot(predicate) != 0; }
 GK_DEVICE bool warp_all(bool predicate) { return ballot(predicate) == full_mask; }
 // orders the warp's memory accesses, which shuffles, votes, ldmatrix and mma do not
-GK_DEVICE void warp_sync() { GK_PTX(sim::sync_warp(full_mask), "bar.warp.sync 0xffffffff;" ::: "memory"); }
+GK_DEVICE void warp_sync() { GK_PTX(sim::sync_warp(full_mask), "bar.warp.sync 0xffffffff;" :: : "memory"); }
 
 // ---- the block ("Parallel Synchronization: barrier"): 16 barriers, 0 is __syncthreads'; `threads` counts those that sync and those that arrive ----
 GK_DEVICE void barrier_sync(unsigned id, unsigned threads) {
-  GK_PTX(sim::barrier_sync(id, threads), "barrier.sync.aligned %0, %1;" :: "r"(id), "r"(threads) : "memory");
+  GK_PTX(sim::barrier_sync(id, threads), "barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 GK_DEVICE void barrier_arrive(unsigned id, unsigned threads) {
-  GK_PTX(sim::barrier_arrive(id, threads), "barrier.arrive.aligned %0, %1;" :: "r"(id), "r"(threads) : "memory");
+  GK_PTX(sim::barrier_arrive(id, threads), "barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- between blocks ("atom", "red", "ld.acquire", "st.release"; order: "Memory Consistency Model") ----
 // Counts arrivals: a block that gets count - 1 sees what all before it wrote (after a __syncthreads on both sides).
 GK_DEVICE uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t value) {
   uint32_t r;
-  GK_PTX(r = sim::atomic_add(p, value), "atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(r) : "l"(p), "r"(value) : "memory");
+  GK_PTX(r = sim::atomic_add(p, value), "atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(r) : "l"(p),
+         "r"(value) : "memory");
   return r;
 }
 GK_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t r;
-  GK_PTX((sim::yield(), sim::synchronise(p, true, false), r = *p), "ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+  GK_PTX((sim::yield(), sim::synchronise(p, true, false), r = *p),
+         "ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
   return r;
 }
 GK_DEVICE void store_release(uint32_t* p, uint32_t value) {
-  GK_PTX((sim::synchronise(p, false, true), *p = value), "st.release.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");
+  GK_PTX((sim::synchronise(p, false, true), *p = value), "st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 // A sum whose order changes from run to run: for opt-in variants only.
 GK_DEVICE void red_add(float* p, float value) {
-  GK_PTX(sim::atomic_add(p, value), "red.relaxed.gpu.global.add.f32 [%0], %1;" :: "l"(p), "f"(value) : "memory");
+  GK_PTX(sim::atomic_add(p, value), "red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory");
 }
 
 }  // namespace gk

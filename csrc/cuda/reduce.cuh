@@ -8,7 +8,8 @@ namespace gk {
 constexpr int sum_columns = 32, sum_warps = 8;
 
 // A warp adds every eighth partial of 32 columns, side by side in memory; then the warps' sums are added in order.
-template <class P> __global__ void __launch_bounds__(sum_columns* sum_warps)
+template <class P>
+__global__ void __launch_bounds__(sum_columns* sum_warps)
     sum_partials(P* out0, P* out1, const float* partial, int blocks, int planes, int64_t N) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, plane = blockIdx.y;
   const int64_t column = int64_t(blockIdx.x) * sum_columns + lane;

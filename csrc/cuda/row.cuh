@@ -21,7 +21,7 @@ struct RowShape {
   unsigned blocks(int64_t M) const { return unsigned(!block ? cdiv(M, threads / 32) : kept ? M * parts : std::min(M, wave)); }
 };
 constexpr int64_t row_warp_columns = 1024, row_part_columns = 8192;  // a warp's longest row; what is worth a block of its own
-template <class T> constexpr int row_warp_few = 16 / per_16<T> + 1;   // chunks that a thread of a warp keeps: 512 columns
+template <class T> constexpr int row_warp_few = 16 / per_16<T> + 1;  // chunks that a thread of a warp keeps: 512 columns
 template <class T> constexpr int row_warp_many = 32 / per_16<T> + 1;  // or 1024, wherever they begin
 template <bool block> constexpr int row_threads = block ? 512 : 128;  // at most
 constexpr int row_scratch = 768;  // bytes of shared memory that the reductions take
@@ -72,7 +72,7 @@ inline void check_row_count(const char* op, int64_t M) {
 template <bool block, int kept> struct RowPlace {
   unsigned row, part;
   int64_t begin;  // the part's first column
-  int n;          // and how many
+  int n;  // and how many
   int me, peers;
   GK_DEVICE RowPlace(int64_t N, int64_t span, int parts) {
     peers = !block ? 32 : kept ? blockDim.x : row_threads<true>, me = block ? threadIdx.x : threadIdx.x % 32;
@@ -262,7 +262,7 @@ template <class T, int kept> struct KeptRow {
 template <class T> struct KeptRow<T, 0> {
   static constexpr int V = per_16<T>, peers = row_threads<true>;
   unsigned char* slots;
-  int last;     // the first j beyond any row's chunks, wherever it begins
+  int last;  // the first j beyond any row's chunks, wherever it begins
   int end = 0;  // column(j) from which on there is nothing
   int skew = 0;
   GK_DEVICE explicit KeptRow(int64_t N, int tensor = 0) {

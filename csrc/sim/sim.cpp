@@ -77,7 +77,7 @@ struct Fiber : Thread {
 #else
   ucontext_t context;
 #endif
-  TSAN(void *tsan, *tsan_agent;)  // its own clock and that of its asynchronous copies
+  TSAN(void* tsan, *tsan_agent;)  // its own clock and that of its asynchronous copies
   ASAN(void* fake_stack;)
   int oldest_group, open_group;
   // a ring: no heap in here, whose reuse ThreadSanitizer would take for a race between fibers
@@ -111,9 +111,7 @@ struct Counters {
   int64_t launches, blocks, mma, ldmatrix, cp_async, shared_requests, shared_wavefronts, shared_ideal, global_requests,
       global_sectors, global_ideal, global_bytes, global_bytes_16;
 };
-struct Config {
-  int64_t seed = 0, count = 0, arch = 80, processors = 3, trap = 0;
-};
+struct Config { int64_t seed = 0, count = 0, arch = 80, processors = 3, trap = 0; };
 
 Fiber* fibers[max_threads];
 Fiber* running;  // `current`, with what kernels need not see
@@ -123,7 +121,10 @@ uint32_t ready_warps;
 int threads, done, made;
 char* arena;
 size_t dynamic_bytes, shared_bytes;
-struct Declared { const void* key; size_t offset; };
+struct Declared {
+  const void* key;
+  size_t offset;
+};
 Declared declared[64];
 int declarations;
 void (*body)(void*);
@@ -255,7 +256,8 @@ void block_at(State state, const char* waits_for) {
 // ---- reports ----
 std::string where() {
   std::ostringstream s;
-  s << "simulator: kernel " << kernel_name << ", block (" << place.index.x << ", " << place.index.y << ", " << place.index.z << ")";
+  s << "simulator: kernel " << kernel_name << ", block (" << place.index.x << ", " << place.index.y << ", " << place.index.z
+    << ")";
   return s.str();
 }
 
@@ -292,8 +294,9 @@ std::string deadlock() {
       std::ostringstream what;
       if (f.state == State::done) what << "have exited";
       else if (f.state == State::at_warp) what << "wait for the whole warp at " << f.waits_for;
-      else what << "wait at barrier " << f.barrier << " (" << barriers[f.barrier].arrived << " of "
-                << barriers[f.barrier].expected << " threads arrived)";
+      else
+        what << "wait at barrier " << f.barrier << " (" << barriers[f.barrier].arrived << " of " << barriers[f.barrier].expected
+             << " threads arrived)";
       groups[what.str()] |= 1u << l;
     }
     for (const auto& [what, mask] : groups) s << "\n  warp " << w << ": lanes " << lane_list(mask) << ' ' << what;
@@ -375,7 +378,8 @@ void note(uintptr_t instruction, const void* address, int bytes, bool write) {
   // local memory, parameters and special registers are no traffic here
   const auto within = [p](const void* from, size_t size) { return size_t(p - (const char*)from) < size; };
   if (within(running->stack, stack_bytes) || within(host_frame, 64 << 10) || within(&place, sizeof place) ||
-      within(&current, sizeof current) || within(&running->index, sizeof(dim3))) return;
+      within(&current, sizeof current) || within(&running->index, sizeof(dim3)))
+    return;
   auto& entry = running->warp->instructions[instruction * 2 + in_shared(p)];
   const unsigned index = entry.seen[running->lane]++;
   if (entry.accesses.size() <= index) entry.accesses.resize(index + 1);
@@ -493,7 +497,8 @@ int processors() { return int(config.processors); }
 size_t shared_limit() {  // by the CUDA programming guide's table of compute capabilities
   switch (config.arch) {
     case 80: return 163 << 10;
-    case 90: case 100: return 227 << 10;
+    case 90:
+    case 100: return 227 << 10;
     default: return 99 << 10;
   }
 }
@@ -504,7 +509,8 @@ static void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_share
   kernel_name = name, place = {{}, block, grid}, body = function, body_args = args;
   dynamic_bytes = dynamic_shared_bytes, threads = int(block.x * block.y * block.z), error.clear();
   rng = (uint64_t(config.seed) + 1) * 0x9E3779B97F4A7C15ull;
-  if (threads % lanes) throw std::runtime_error("simulator: blocks of whole warps only, got " + std::to_string(threads) + " threads");
+  if (threads % lanes)
+    throw std::runtime_error("simulator: blocks of whole warps only, got " + std::to_string(threads) + " threads");
   make_fibers(threads);
   counters = &counted[name];
   counters->launches++;
@@ -606,13 +612,19 @@ void barrier_sync(unsigned id, unsigned expected) {
 }
 
 uint32_t shuffle(Shuffle how, uint32_t value, int operand, uint32_t mask) {
-  struct Lane { uint32_t in, out; int operand; Shuffle how; } mine{value, 0, operand, how};
+  struct Lane {
+    uint32_t in, out;
+    int operand;
+    Shuffle how;
+  } mine{value, 0, operand, how};
   const char* const names[] = {"shfl.idx", "shfl.up", "shfl.down", "shfl.bfly"};
   rendezvous(names[int(how)], &mine, [](void** posted) {
     for (int l = 0; l < lanes; l++) {
       Lane& lane = *(Lane*)posted[l];
-      int from = lane.how == Shuffle::index ? lane.operand : lane.how == Shuffle::xor_ ? l ^ lane.operand
-                 : lane.how == Shuffle::up ? l - lane.operand : l + lane.operand;
+      int from = lane.how == Shuffle::index  ? lane.operand
+                 : lane.how == Shuffle::xor_ ? l ^ lane.operand
+                 : lane.how == Shuffle::up   ? l - lane.operand
+                                             : l + lane.operand;
       if (lane.how == Shuffle::index) from &= lanes - 1;
       lane.out = ((Lane*)posted[from >= 0 && from < lanes ? from : l])->in;
     }
@@ -621,7 +633,10 @@ uint32_t shuffle(Shuffle how, uint32_t value, int operand, uint32_t mask) {
 }
 
 uint32_t ballot(bool predicate, uint32_t mask) {
-  struct Lane { bool in; uint32_t out; } mine{predicate, 0};
+  struct Lane {
+    bool in;
+    uint32_t out;
+  } mine{predicate, 0};
   rendezvous("vote", &mine, [](void** posted) {
     uint32_t bits = 0;
     for (int l = 0; l < lanes; l++) bits |= uint32_t(((Lane*)posted[l])->in) << l;
@@ -633,7 +648,12 @@ uint32_t ballot(bool predicate, uint32_t mask) {
 // Lane l gives the address of row l % 8 of matrix l / 8. Lane l gets from matrix m its row l / 4, elements 2 (l % 4) and
 // the next; transposed, its column l / 4.
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed) {
-  struct Lane { uint32_t* out; const uint16_t* row; int matrices; bool transposed; };
+  struct Lane {
+    uint32_t* out;
+    const uint16_t* row;
+    int matrices;
+    bool transposed;
+  };
   Lane mine{registers, (const uint16_t*)row, matrices, transposed};
   if (running->lane < matrices * 8) {
     if (!in_shared(row)) stop("ldmatrix: ", row, " is not in shared memory");
@@ -699,7 +719,11 @@ static const float* f16_table() {
 // column g, at k = 2 t + 8 (r / 2) or 2 t + 8 r and the next (16 bits), k = t + 4 (r / 2) or t + 4 r (tf32);
 // element e of C and D is at row g + 8 (e / 2), column 2 t + e % 2.
 void mma(Mma type, float* d, const uint32_t* a, const uint32_t* b) {
-  struct Lane { float* d; const uint32_t *a, *b; Mma type; } mine{d, a, b, type};
+  struct Lane {
+    float* d;
+    const uint32_t *a, *b;
+    Mma type;
+  } mine{d, a, b, type};
   const char* const names[] = {"mma.m16n8k16.bf16", "mma.m16n8k16.f16", "mma.m16n8k8.tf32"};
   rendezvous(names[int(type)], &mine, [](void** posted) {
     counters->mma++;
@@ -779,11 +803,14 @@ cudaError_t cudaGetDevice(int* device) { return *device = int(config.arch), cuda
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = int(shared_limit()), cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
 const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaSuccess ? "cudaSuccess" : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
-                                                                               : "cudaErrorInvalidConfiguration";
+  return error == cudaSuccess             ? "cudaSuccess"
+         : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
+                                          : "cudaErrorInvalidConfiguration";
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* its, const void* function) {
@@ -805,7 +832,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
   std::lock_guard<std::mutex> lock(one_launch);
   Function& f = functions[function];
-  if (!grid.x || grid.x > 0x7FFFFFFFu || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (!grid.x || grid.x > 0x7FFFFFFFu || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
   if (uint64_t(block.x) * block.y * block.z > max_threads || block.z > 64) return cudaErrorInvalidConfiguration;
   if (shared > (f.asked() ? f.most[config.arch] : 48 << 10) || shared + f.declares > f.limit()) return cudaErrorInvalidValue;
   launched = &f;
@@ -820,8 +848,11 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 // 0 on success, 1 for an unknown name
 GK_EXPORT int gpt_kernels_sim_configure(const char* name, int64_t value) {
   using gk::sim::config;
-  const std::pair<const char*, int64_t*> names[] = {{"seed", &config.seed}, {"count", &config.count}, {"arch", &config.arch},
-                                                    {"processors", &config.processors}, {"trap", &config.trap}};
+  const std::pair<const char*, int64_t*> names[] = {{"seed", &config.seed},
+                                                    {"count", &config.count},
+                                                    {"arch", &config.arch},
+                                                    {"processors", &config.processors},
+                                                    {"trap", &config.trap}};
   for (auto& [known, field] : names)
     if (std::strcmp(name, known) == 0) return *field = value, 0;
   return 1;
@@ -835,11 +866,19 @@ GK_EXPORT const char* gpt_kernels_sim_counters() {
   s << '{';
   for (auto& [name, c] : gk::sim::counted) {
     s << (s.tellp() > 1 ? ", " : "") << '"' << name << "\": {";
-    const std::pair<const char*, int64_t> fields[] = {
-        {"launches", c.launches}, {"blocks", c.blocks}, {"mma", c.mma}, {"ldmatrix", c.ldmatrix}, {"cp_async", c.cp_async},
-        {"shared_requests", c.shared_requests}, {"shared_wavefronts", c.shared_wavefronts}, {"shared_ideal", c.shared_ideal},
-        {"global_requests", c.global_requests}, {"global_sectors", c.global_sectors}, {"global_ideal", c.global_ideal},
-        {"global_bytes", c.global_bytes}, {"global_bytes_16", c.global_bytes_16}};
+    const std::pair<const char*, int64_t> fields[] = {{"launches", c.launches},
+                                                      {"blocks", c.blocks},
+                                                      {"mma", c.mma},
+                                                      {"ldmatrix", c.ldmatrix},
+                                                      {"cp_async", c.cp_async},
+                                                      {"shared_requests", c.shared_requests},
+                                                      {"shared_wavefronts", c.shared_wavefronts},
+                                                      {"shared_ideal", c.shared_ideal},
+                                                      {"global_requests", c.global_requests},
+                                                      {"global_sectors", c.global_sectors},
+                                                      {"global_ideal", c.global_ideal},
+                                                      {"global_bytes", c.global_bytes},
+                                                      {"global_bytes_16", c.global_bytes_16}};
     for (auto& [field, value] : fields) s << (field == fields[0].first ? "" : ", ") << '"' << field << "\": " << value;
     s << '}';
   }
@@ -860,12 +899,16 @@ static inline void see(uintptr_t pc, const void* address, int bytes, bool write,
 }  // namespace gk::sim
 #define GK_SEEN(name, bytes, write, aligned) \
   extern "C" void __tsan_##name(void* p) { gk::sim::see((uintptr_t)__builtin_return_address(0), p, bytes, write, aligned); }
-#define GK_SEE(n)                          \
-  GK_SEEN(read##n, n, false, true)         \
-  GK_SEEN(write##n, n, true, true)         \
+#define GK_SEE(n)                             \
+  GK_SEEN(read##n, n, false, true)            \
+  GK_SEEN(write##n, n, true, true)            \
   GK_SEEN(unaligned_read##n, n, false, false) \
   GK_SEEN(unaligned_write##n, n, true, false)
-GK_SEE(1) GK_SEE(2) GK_SEE(4) GK_SEE(8) GK_SEE(16)
+GK_SEE(1)
+GK_SEE(2)
+GK_SEE(4)
+GK_SEE(8)
+GK_SEE(16)
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

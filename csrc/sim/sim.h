@@ -117,7 +117,7 @@ template <class T> T atomic_add(T* address, T value) {
 #define blockIdx (::gk::sim::place.index)
 #define blockDim (::gk::sim::place.extent)
 #define gridDim (::gk::sim::place.grid)
-#define __syncthreads() ::gk::sim::barrier_sync(0, blockDim.x * blockDim.y * blockDim.z)
+#define __syncthreads() ::gk::sim::barrier_sync(0, (blockDim.x) * blockDim.y * blockDim.z)
 #define __trap() ::gk::sim::trap()
 
 // ---- CUDA's device functions that kernels use ----
@@ -125,8 +125,16 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
-inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
-inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
 inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 inline float __fdividef(float a, float b) { return a / b; }

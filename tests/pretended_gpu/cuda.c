@@ -5,13 +5,17 @@
 
 enum { KERNELS = 4096, DEFAULT_SHARED = 48 * 1024 };
 static int capability, shared_limit, processors;
-static struct { char name[128]; int shared; } kernels[KERNELS];
+static struct {
+  char name[128];
+  int shared;
+} kernels[KERNELS];
 static int count;
 static void** parameters;
 static char reason[256];
 static void (*hook)(int, unsigned, unsigned, unsigned, unsigned);
 
 #define REFUSE(...) return snprintf(reason, sizeof reason, __VA_ARGS__), CUDA_ERROR_INVALID_VALUE
+// clang-format off
 #define YES(...) { __VA_ARGS__; return CUDA_SUCCESS; }
 
 void pretend(int cc, int shared, int sms, void (*h)(int, unsigned, unsigned, unsigned, unsigned)) {
@@ -106,3 +110,4 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** params, 
   if (hook) hook((int)(size_t)f, c->gridDimX, threads, c->sharedMemBytes, (unsigned)(size_t)c->hStream);
   return CUDA_SUCCESS;
 }
+// clang-format on

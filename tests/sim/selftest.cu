@@ -126,8 +126,12 @@ __global__ void wrong(float* p, int what) {
   GK_DYNAMIC_SHARED(bytes);
   const int t = threadIdx.x;
   switch (what) {
-    case 0: if (t < 32) __syncthreads(); break;                        // the other warp never comes
-    case 1: if (t % 32 < 16) p[t] = shfl_xor(p[t], 1); break;          // half a warp
+    case 0:
+      if (t < 32) __syncthreads();
+      break;                        // the other warp never comes
+    case 1:
+      if (t % 32 < 16) p[t] = shfl_xor(p[t], 1);
+      break;          // half a warp
     case 2: t % 2 ? (void)shfl_xor(1u, 1) : warp_sync(); break;        // two operations at once
     case 3: p[t] = words[64 + t]; break;                               // past the end
     case 4: store_16(p + 1, make_uint4(0, 0, 0, 0)); break;            // not a multiple of 16 bytes
@@ -137,8 +141,14 @@ __global__ void wrong(float* p, int what) {
     case 8: p[t] = words[t]; break;                                    // read before written: NaN
     case 9: words[t] = float(t), p[t] = words[t ^ 1]; break;           // no barrier between lanes
     case 10: p[t] = *reinterpret_cast<float*>(bytes + 256 + 4 * t); break;  // past the end
-    case 11: { uint32_t r; ldmatrix_x1(r, bytes + 2 * (t % 8)); break; }  // misaligned row
-    case 12: if (t == 40) __trap(); break;
+    case 11: {
+      uint32_t r;
+      ldmatrix_x1(r, bytes + 2 * (t % 8));
+      break;
+    }  // misaligned row
+    case 12:
+      if (t == 40) __trap();
+      break;
     default: break;
   }
 }
@@ -155,14 +165,12 @@ static std::string report;
 template <class F> static const char* reporting(const F& f) {
   try {
     return f(), nullptr;
-  } catch (const std::exception& e) {
-    return (report = e.what()).c_str();
-  }
+  } catch (const std::exception& e) { return (report = e.what()).c_str(); }
 }
 
-#define GK_TEST(name, kernel, grid, block, ...)                                                             \
-  extern "C" __attribute__((visibility("default"))) const char* name {                                      \
-    return reporting([&] { gk::launch(GK_KERNEL(gk::kernel), grid, block, 0, nullptr, __VA_ARGS__); });     \
+#define GK_TEST(name, kernel, grid, block, ...)                                                         \
+  extern "C" __attribute__((visibility("default"))) const char* name {                                  \
+    return reporting([&] { gk::launch(GK_KERNEL(gk::kernel), grid, block, 0, nullptr, __VA_ARGS__); }); \
   }
 GK_TEST(test_gemm(float* C, const uint16_t* A, const uint16_t* B, int K, gk::Fault fault), gemm, 1, 64, C, A, B, K, fault)
 GK_TEST(test_mma(float* d, const uint32_t* a, const uint32_t* b, int type), probe_mma, 1, 32, d, a, b, type)
@@ -170,7 +178,8 @@ GK_TEST(test_ldmatrix(uint32_t* out, const uint16_t* in, int count, int trans), 
 GK_TEST(test_warp(uint32_t* out), probe_warp, 1, 32, out)
 GK_TEST(test_cp_async(uint8_t* out, const uint8_t* in, int a, int b, int c), probe_cp_async, 1, 32, out, in, a, b, c)
 GK_TEST(test_named(int* out, int rounds, int warps), producer_consumer, 1, 32 * warps, out, rounds)
-GK_TEST(test_last(int* out, int* partial, uint32_t* arrived, int blocks, int ordered), last_block_sums, blocks, 64, out, partial, arrived, ordered)
+GK_TEST(test_last(int* out, int* partial, uint32_t* arrived, int blocks, int ordered), last_block_sums, blocks, 64, out,
+        partial, arrived, ordered)
 GK_TEST(test_banks(float* out, int stride), banks, 1, 32, out, stride)
 GK_TEST(test_wrong(float* p, int what), wrong, 1, 64, p, what)
 
