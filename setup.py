@@ -33,7 +33,7 @@ WERROR = ["-Werror", "all-warnings"] if os.environ.get("GPT_KERNELS_WERROR") els
 TORCH_TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC bug 105593 (LOG L003)
     "-Wno-unknown-warning-option", TORCH_TARGET_FLAG,
 ]  # fmt: skip
 

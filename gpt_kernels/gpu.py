@@ -56,8 +56,8 @@ def no_code(archs: str, capability: tuple[int, int], driver: int | None, built: 
     return f"the CUDA kernels are built for {archs}, which sm_{number} does not run"
 
 
-# op -> generation -> products of elements of q with keys, from which on Triton's kernel was the faster in 16 bits (dev/LOG.md,
-# "the first GPU"); the CUDA C++ kernels of these generations do without their asynchronous products
+# op -> generation -> products of elements of q with keys, from which on Triton's kernel was the faster in 16 bits (LOG L149);
+# the CUDA C++ kernels of these generations do without their asynchronous products
 TRITON_FROM = {"attention_fwd": {9: 3 << 27}, "attention_bwd": {9: 3 << 27}}
 
 

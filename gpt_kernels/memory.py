@@ -31,6 +31,7 @@ def reuse_memory() -> None:
 
 def hold_heap() -> None:
     """For benchmarks: blocks of up to 32 MB come from the heap, as they do by themselves once one of 32 MB was freed, and the
-    heap's top is never given back, which happens from twice the size of that block on. Without glibc nothing is changed."""
+    heap's top is never given back, which happens from twice the size of that block on (LOG L135). Without
+    glibc nothing is changed."""
     if platform.libc_ver()[0] == "glibc":
         _mallopt((_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP), (_M_TRIM_THRESHOLD, -1))

@@ -13,7 +13,6 @@ import sim_tools
 import torch
 
 import gpt_kernels
-from benchmarks.static_cases import PR_ARCHS
 from gpt_kernels import cache, cli, dispatch, triton
 from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, print_table, support
 
@@ -159,9 +158,9 @@ def test_module_entry_point():
 @pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
 @pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
 @pytest.mark.parametrize("isa", ["base", dispatch.best_isa()])
-def test_support_table_in_readme_is_what_runs(isa):
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    table = readme.partition("<!-- support: python -m gpt_kernels support -->\n")[2].partition("\n<!-- /support -->")[0]
+def test_table_of_support_is_what_runs(isa):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "support.md").read_text()
+    table = page.partition("<!-- support -->\n")[2].partition("\n<!-- /support -->")[0]
     with gpt_kernels.use_isa(isa):
         assert support() == table
     # every op that is defined has its line: attention_fwd, attention_bwd -> attention
@@ -190,26 +189,6 @@ def test_support_table_tells_what_the_cuda_kernels_take():
     assert ran == [[op, dtype] for op in _examples() for dtype in CUDA_DTYPES], done.stderr
 
 
-def test_readme_tells_how_far_the_triton_kernels_were_taken():
-    readme = " ".join((pathlib.Path(__file__).parents[1] / "README.md").read_text().split())
-    told = re.search(r"executed under Triton's interpreter.*?, compiled for (.*?) in `make test`", readme)
-    assert told and re.findall(r"\w+_?\d+a?", told[1]) == list(PR_ARCHS)
-
-
 def test_without_triton_the_table_claims_nothing(monkeypatch):
     monkeypatch.setattr(triton, "absence", lambda: "Triton is not installed")
     assert not any(_in_triton().values())
-
-
-def test_readme_examples_run(tmp_path):
-    """Every Python block of the README, in order, with a small GPT-2 in the place of the path."""
-    transformers = pytest.importorskip("transformers")
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 3
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(tmp_path)
-    code = "".join(blocks).replace("path/to/gpt2", str(tmp_path)).replace("1024, 12, 64", "64, 2, 16")
-    code = code.replace('preset("gpt2",', 'preset("gpt2", n_layer=1, n_embd=32, n_head=2,')
-    names = {}
-    exec(code, names)
-    assert names["report"].ok and names["plan"].swapped and names["tokens"].shape == (1, 21)

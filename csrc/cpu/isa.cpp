@@ -30,7 +30,7 @@ int isa_level = best_level();
 
 void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
-  // whole 2 MB pages inside the allocation only; refusal costs nothing
+  // whole 2 MB pages inside the allocation only; refusal costs nothing (LOG L014)
   const uintptr_t page = uintptr_t{2} << 20, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1),
                   end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

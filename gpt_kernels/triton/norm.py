@@ -40,7 +40,7 @@ from .common import (
 from .partial_sums import MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
 
-SHRUNK = tl.constexpr(2.0**-80)
+SHRUNK = tl.constexpr(2.0**-80)  # LOG L154
 
 # ---- rows ----
 
