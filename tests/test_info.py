@@ -13,9 +13,9 @@ import sim_tools
 import torch
 
 import gpt_kernels
-from benchmarks.static_cases import PR_ARCHS
 from gpt_kernels import cache, cli, dispatch, triton
 from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, print_table, support
+from tools.problems import PR_ARCHS
 
 
 @pytest.fixture
