@@ -28,9 +28,9 @@ mutants: setup $(VENV)/.simulator
 bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-# for a machine with a GPU; on the torch of $(PYTHON) where that sees it, else on the pinned one (benchmarks/gpu_setup.py)
+# for a machine with a GPU; on the torch of $(PYTHON) where that sees it, else on the pinned one (tools/gpu_setup.py)
 gpu:
-	@MAKE="$(MAKE)" $(PYTHON) -m benchmarks.gpu_setup $(ARGS)
+	@MAKE="$(MAKE)" $(PYTHON) -m tools.gpu_setup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

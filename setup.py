@@ -15,11 +15,13 @@ import importlib.util
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -27,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = pathlib.Path(__file__).parent
+architectures = types.SimpleNamespace(**runpy.run_path(str(ROOT / "gpt_kernels" / "architectures.py")))
 # warnings are errors in our tests only: another nvcc warns of other things
 WERROR = ["-Werror", "all-warnings"] if os.environ.get("GPT_KERNELS_WERROR") else []
 # the LibTorch stable ABI of torch 2.10: one binary for every torch since
@@ -86,7 +89,7 @@ def plan():
     if wish == "cuda" and old:
         sys.exit(f"GPT_KERNELS_BUILD=cuda, but {too_old}")
     if wish == "cuda" or (wish == "auto" and find_nvcc() and not old and cuda_archs()):
-        left = [a for a in CUDA_ARCHS.split() if a not in known_archs()]
+        left = [a for a in architectures.CUDA_ARCHS if a not in known_archs()]
         unknown = f", which does not know {' '.join(left)}" if left else ""
         return ["cpu", "cuda"], f"{cpu}; CUDA kernels for {' '.join(cuda_archs())}, with {find_nvcc()}{unknown}"
     if wish == "cpu":
@@ -115,9 +118,9 @@ def nvcc_version():
 
 
 def known_archs():
-    """Those of CUDA_ARCHS that the nvcc at hand has machine code for; all where it does not say."""
+    """Those of the table that the nvcc at hand has machine code for; all where it does not say."""
     known = re.findall(r"sm_(\w+)", said_by(find_nvcc(), "--list-gpu-code"))
-    return [a for a in CUDA_ARCHS.split() if a in known or not known]
+    return [a for a in architectures.CUDA_ARCHS if a in known or not known]
 
 
 def gpus_archs():
@@ -126,37 +129,26 @@ def gpus_archs():
     query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True).stdout if smi else ""
     present = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.M)}
-    # code runs on later ones of its generation; all others get the PTX of the oldest
-    archs = [int(a) for a in known_archs()]
-    serves = {gpu: [a for a in archs if a // 10 == gpu // 10 and a <= gpu] for gpu in present if gpu >= min(archs)}
-    return [str(a) for a in sorted({found[-1] if found else min(archs) for found in serves.values()})]
+    # the newest that runs on it; of GPUs that run none the oldest, for its PTX
+    archs = known_archs()
+    serves = [[a for a in archs if architectures.runs(a, gpu)] for gpu in present if gpu >= int(archs[0])]
+    return sorted({found[-1] if found else archs[0] for found in serves}, key=int)
 
 
 def cuda_archs():
     """Machine code for each, and the PTX of the oldest: every GPU since runs it, also those that a newer one leaves out."""
     every = known_archs() if os.environ.get("GPT_KERNELS_BUILD") == "cuda" else []
     archs = os.environ.get("GPT_KERNELS_CUDA_ARCHS", "").split() or every or gpus_archs()
-    return [*(f"sm_{a}" for a in archs), f"compute_{min(map(number_of, archs))}"] if archs else []
+    return [*(f"sm_{a}" for a in archs), f"compute_{min(map(architectures.number_of, archs))}"] if archs else []
 
 
 def gencodes(source):
-    """nvcc's options. Its passes down to PTX take most of the time: one serves every architecture, but where the source chooses
-    tiles by architecture one for each generation."""
-    by_arch, families = "tile_arch" in source.read_text(), {}
-    for code in cuda_archs():
-        number = code.partition("_")[2]
-        family = number_of(number) // 10 if by_arch else "all"
-        families.setdefault(family, []).append(code if by_arch else code.rstrip("af"))
-    oldest = {family: min((c.partition("_")[2] for c in codes), key=number_of) for family, codes in families.items()}
-    return [f"-gencode=arch=compute_{oldest[family]},code=[{','.join(codes)}]" for family, codes in families.items()]
-
-
-def number_of(arch):
-    return int(arch.rstrip("af"))
+    """nvcc's options."""
+    passes = architectures.passes(source.name, cuda_archs())
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join(codes)}]" for ptx, codes in passes.items()]
 
 
 SIMULATORS = ("sim", "sim_tsan", "sim_asan")
-CUDA_ARCHS = "80 86 89 90 100 120"  # plain ones, which later GPUs of their generation run, too
 OLDEST_CUDA = (12, 4)
 SOURCES = {"cpu": ["csrc/cpu/*.cpp"], "cuda": ["csrc/cuda/*.cu"]}
 SOURCES |= {kind: ["csrc/cuda/*.cu", "csrc/sim/*.cpp"] for kind in SIMULATORS}

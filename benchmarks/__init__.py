@@ -1,1 +1,1 @@
-"""What needs the repository: micro-benchmarks under pytest-benchmark, README's numbers, the GPU kit, the static table."""
+"""What needs the repository: micro-benchmarks under pytest-benchmark, README's numbers, measured results."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from collections.abc import Callable
 
 import torch
 
 from . import dispatch
+from .architectures import number_of, runs
 
 
 def driver_version() -> int | None:
@@ -47,11 +47,13 @@ def no_code(archs: str, capability: tuple[int, int], driver: int | None, built: 
     driver knows the CUDA version that wrote it.
     """
     number = capability[0] * 10 + capability[1]
-    for kind, digits, suffix in re.findall(r"(sm|compute)_(\d+)([af]?)", archs):
-        of = int(digits)
-        if of == number or (kind == "sm" and not suffix and of // 10 == number // 10 and of <= number):
-            return None
-        if kind == "compute" and not suffix and of <= number and (driver is None or driver >= built):
+    for code in archs.split():
+        if code.startswith("sm_"):
+            served = runs(code, number)
+        else:
+            of = number_of(code)
+            served = of == number or (code[-1] not in "af" and of < number and (driver is None or driver >= built))
+        if served:
             return None
     return f"the CUDA kernels are built for {archs}, which sm_{number} does not run"
 

@@ -9,6 +9,7 @@ import torch
 from kernel_calls import every_call
 
 from gpt_kernels import dispatch, triton
+from gpt_kernels.architectures import ARCHITECTURES, family
 from gpt_kernels.triton import common, workload
 
 if triton.absence() is not None or triton.INTERPRETED:
@@ -18,20 +19,12 @@ from triton._C import libtriton  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from benchmarks import static  # noqa: E402
-from benchmarks.static_cases import (  # noqa: E402
-    Inputs,
-    attention,
-    cross_entropy,
-    dropout,
-    gelu,
-    layer_norm,
-    softmax,
-)  # fmt: skip
 from gpt_kernels.triton import attention as fwd  # noqa: E402
 from gpt_kernels.triton import attention_bwd as bwd  # noqa: E402
+from tools import static_triton  # noqa: E402
+from tools.problems import Inputs  # noqa: E402
+from tools.static_cases import attention, cross_entropy, dropout, gelu, layer_norm, softmax  # noqa: E402
 
-NVIDIA = [f"sm_{n}" for n in (80, 86, 87, 88, 89, 90, 100, 101, 103, 107, 110, 120, 121)]
 NO_CODE = ("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx932")  # Triton's passes know no such GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,22 +40,22 @@ def amd() -> list[str]:
 
 
 def nvidia() -> list[str]:
-    return sorted({*NVIDIA, *(name for name in known(rb"sm_[0-9]{2,3}(?=[af]?\0)") if int(name[3:]) >= 80)})
+    return sorted(name for name in known(rb"sm_[0-9]{2,3}(?=[af]?\0)") if int(name[3:]) >= 80)
 
 
 def test_defaults_exist_for_every_architecture():
     archs = [*nvidia(), *amd()]
-    assert set(common.FAMILIES) <= set(archs) and {"gfx908", "gfx950", "gfx1151", "gfx1200", "gfx1250"} <= set(archs)
-    families = {arch: common.family(arch) for arch in archs}
+    assert {*ARCHITECTURES} <= {*archs}
+    families = {arch: family(arch) for arch in archs}
     assert all(families.values()) and not any(common.unserved("attention_fwd", arch) for arch in archs)
     nearest = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "gfx908": "gfx90a",
                "gfx950": "gfx942", "gfx1151": "gfx1100", "gfx1200": "gfx1201", "gfx1250": "gfx1201"}  # fmt: skip
     assert nearest.items() <= families.items()
     for dtype in DTYPES:
         calls = [(name, args) for _, name, args in every_call(dtype, "meta") if name.startswith("attention")]
-        for family in set(families.values()):
+        for arch in set(families.values()):
             for name, args in calls:
-                with common.recording(family):
+                with common.recording(arch):
                     workload.launcher(name)(*args)
     for arch in archs:  # the launchers ask by architecture, too
         for name, args in workload.calls(workload.Sizes(1, 32, 128, 1, vocab=64), torch.bfloat16, "meta"):
@@ -73,11 +66,11 @@ def test_defaults_exist_for_every_architecture():
 
 @pytest.mark.parametrize("arch, shared, expected", [
     ("sm_87", 163, "sm_80"), ("sm_88", 99, "sm_86"), ("sm_100", 227, "sm_100"), ("sm_110", 99, "sm_86"),
-    ("sm_130", 99, "sm_120"), ("sm_75", 64, "sm_86"), ("gfx950", 160, "gfx942"),
+    ("sm_107", 227, "sm_100"), ("sm_130", 99, "sm_120"), ("sm_75", 64, "sm_86"), ("gfx950", 160, "gfx942"),
     ("gfx906", 64, None), ("gfx1310", 64, "gfx1201"), ("xpu", 64, None),
 ])  # fmt: skip
 def test_the_family_is_one_whose_memory_the_gpu_has(arch, shared, expected):
-    assert common.family(arch, shared) == expected
+    assert family(arch, shared) == expected
 
 
 def check_compiles(problem, arch):
@@ -85,8 +78,8 @@ def check_compiles(problem, arch):
     with common.recording(arch) as launches:
         problem.ours(Inputs(torch.bfloat16, True))
     for launch in launches:
-        compiled = static.compile_launch(launch, arch)
-        assert compiled.metadata.shared <= common.FAMILIES[common.family(arch)].shared * 1024, f"{compiled.name} {arch}"
+        compiled = static_triton.compile_launch(launch, arch)
+        assert compiled.metadata.shared <= ARCHITECTURES[family(arch)].shared * 1024, f"{compiled.name} {arch}"
 
 
 @pytest.mark.parametrize("arch", ["sm_121", "gfx1100"])
@@ -124,8 +117,9 @@ def test_tf32_only_for_float32_where_the_target_has_it(tf32):
             with common.recording(arch) as launches:
                 for name, args in attention_calls(dtype):
                     workload.launcher(name)(*args)
-            with static.pretending(arch):
-                allowed = make_backend(static.driver.active.get_current_target()).parse_options({}).allowed_dot_input_precisions
+            with static_triton.pretending(arch):
+                target = static_triton.driver.active.get_current_target()
+            allowed = make_backend(target).parse_options({}).allowed_dot_input_precisions
             wanted = {launch.parameters["PRECISION"] for launch in launches if "PRECISION" in launch.parameters}
             assert wanted <= set(allowed), f"{arch} {dtype}"
             has = arch.startswith("sm_") or arch == "gfx942"

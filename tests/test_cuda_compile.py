@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-pytest.importorskip("triton")  # benchmarks.static is of both backends
-
-from benchmarks import static, static_cuda
+from gpt_kernels.architectures import NVIDIA, number_of, passes
+from tools import static_cuda
+from tools.gates import Budget
 
 needs_nvcc = pytest.mark.skipif(static_cuda.NVCC is None, reason="no nvcc")
-BASELINE = static.load_baseline("cuda") if static_cuda.NVCC else {}
+BUDGET = Budget.load("cuda", static_cuda.version()) if static_cuda.NVCC else None
 CASES = [
     pytest.param(case, id=case.id, marks=[] if case.arch in static_cuda.PR_ARCHS else pytest.mark.slow)
     for case in static_cuda.matrix("full")
@@ -22,8 +22,8 @@ CASES = [
 def test_kernels_compile_within_their_budget(case):
     found = static_cuda.rows(case)
     faults = [f"{row.id} {fault}" for row in found for fault in row.faults()]
-    if static.comparable(BASELINE):
-        faults += [f"{row.id} {overrun}" for row in found for overrun in row.overruns(BASELINE)]
+    if BUDGET.comparable(static_cuda.version()):
+        faults += [f"{row.id} {overrun}" for row in found for overrun in row.overruns(BUDGET.kernels)]
     assert not faults, "\n".join(faults)
     norm_bwd_has_the_blocks_it_counts_on(found)
 
@@ -61,9 +61,7 @@ def test_faults_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(static_cuda, "FOLDER", tmp_path)
     bad, spills = static_cuda.rows(static_cuda.Source("bad", "sm_80"))
     assert spills.kernel == "spills" and any("spills: " in fault for fault in spills.faults())
-    assert bad.kernel == "gelu_fwd<float, true>" and bad.overruns({"kernels": {}}) == [
-        "is not in the baseline: --write-baseline"
-    ]
+    assert bad.kernel == "gelu_fwd<float, true>" and bad.overruns({}) == ["is not in the baseline: --write-baseline"]
     assert bad.faults() == ["has no MUFU", "moves 0% of its bytes 16 at a time, expected 99%"]
     (tmp_path / "bad.cu").write_text("__global__ void warns() { int unused; }")
     (row,) = static_cuda.rows(static_cuda.Source("bad", "sm_80"))
@@ -72,7 +70,7 @@ def test_faults_are_seen(tmp_path, monkeypatch):
 
 def test_the_model_states_what_dq_streams():
     """8 T D bytes per block of keys; on an H100 one block of threads a processor keeps its sums in L2 to T = 1551, D = 64."""
-    said = static_cuda.dq_stream(static_cuda.sass.GPUS[90], "attention_bwd<bf16, 64, true>", 1)
+    said = static_cuda.dq_stream(NVIDIA["sm_90"], "attention_bwd<bf16, 64, true>", 1)
     assert said == "dq's sums: 512 T bytes per block of keys, in L2 up to T = 1551"
 
 
@@ -83,12 +81,20 @@ def test_no_ptx_outside_its_header():
             assert not re.search(r"\basm\b|__asm|_sync\(0x|__shfl_|__ballot|<<<", text), path.name
 
 
-def test_what_depends_on_the_architecture_says_so():
-    """setup.py and static_cuda take every file without tile_arch down to PTX once, for all architectures."""
-    for path in sorted(static_cuda.FOLDER.iterdir()):
-        text = path.read_text()
-        assert ("__CUDA_ARCH__" in text) == (path.name == "attention.cuh"), path.name
-        assert "tile_arch" in text or '#include "attention.cuh"' not in text, path.name
+def included(path):
+    """The file and all of ours that it includes."""
+    found = {path}
+    for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+        found |= included((path.parent / name).resolve())
+    return found
+
+
+def test_what_depends_on_the_architecture_is_built_for_each_generation():
+    """The others go down to PTX once, for all architectures: in these there must be no __CUDA_ARCH__."""
+    generations = {number_of(arch) // 10 for arch in NVIDIA}
+    for path in sorted(static_cuda.FOLDER.glob("*.cu")):
+        depends = any("__CUDA_ARCH__" in file.read_text() for file in included(path))
+        assert len(passes(path.name, NVIDIA)) == (len(generations) if depends else 1), path.name
 
 
 def test_one_way_to_launch():

@@ -1,13 +1,38 @@
-"""Which backend serves the GPU: the CUDA C++ library where driver and GPUs can run it, else Triton, else the reference."""
+"""Which backend serves the GPU: the CUDA C++ library where driver and GPUs can run it, else Triton, else the reference; and the
+table of architectures that this, setup.py and the tools go by."""
 
 import ctypes
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from gpt_kernels import dispatch, gpu
+from gpt_kernels import architectures, dispatch, gpu
+from gpt_kernels.architectures import NVIDIA
 
-ALL = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80"
+ROOT = pathlib.Path(__file__).parents[1]
+ALL = " ".join([*NVIDIA, "compute_80"])  # what setup.py builds
+
+
+def test_setup_reads_the_table_without_torch_or_the_package():
+    """As in pip's isolated environment, which has neither."""
+    code = "import runpy, sys; runpy.run_path('setup.py'); print({'torch', 'gpt_kernels', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code, "--name"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-2:] == ["gpt-kernels", "set()"], done.stderr
+    alone = f"import runpy; print(*runpy.run_path({str(ROOT / 'gpt_kernels' / 'architectures.py')!r})['CUDA_ARCHS'])"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", alone], capture_output=True, text=True)
+    assert done.stdout.split() == [*architectures.CUDA_ARCHS], done.stderr
+
+
+def test_passes_of_nvcc():
+    codes = ["sm_90a", "sm_80", "sm_86", "compute_80"]
+    assert architectures.passes("gelu.cu", codes) == {"80": ["sm_90", "sm_80", "sm_86", "compute_80"]}
+    assert architectures.passes("attention_bwd.cu", codes) == {"90a": ["sm_90a"], "80": ["sm_80", "sm_86", "compute_80"]}
+    for wrong in ("native", "sm_", "90x", ""):
+        with pytest.raises(ValueError, match="expected one like sm_90"):
+            architectures.number_of(wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The plumbing of the GPU kit (benchmarks/gpu.py), on a CPU: stages, report, exit codes."""
+"""The plumbing of the GPU kit (tools/gpu.py), on a CPU: stages, report, exit codes."""
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -9,9 +10,9 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import Stage
 from gpt_kernels import dispatch, triton
+from tools import gpu, gpu_calls, gpu_report, gpu_stages
+from tools.gpu_stages import Stage
 
 needs_triton = pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
 
@@ -39,20 +40,20 @@ def test_error(broken): pass
 
 def test_pytest_stage(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
-    stage = gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull, "-p", "no:cacheprovider"])
+    stage = gpu_stages.pytest_stage("name", [str(tmp_path), "-c", os.devnull, "-p", "no:cacheprovider"])
     assert (stage.status, stage.summary) == ("failed", "1 passed, 2 failed, 1 skipped")
     assert [line.split(": ")[0].rpartition("::")[2] for line in stage.failures] == ["test_bad", "test_error"]
     assert "first line" in stage.failures[0] and "gone" in stage.failures[1]
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_absent(): pytest.skip('no')\n")
-    assert gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "skipped"
+    assert gpu_stages.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "skipped"
     (tmp_path / "test_it.py").write_text("def test_good(): pass\n")
-    assert gpu.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "passed"
-    stage = gpu.pytest_stage("name", ["--no-such-option"])
+    assert gpu_stages.pytest_stage("name", [str(tmp_path), "-c", os.devnull]).status == "passed"
+    stage = gpu_stages.pytest_stage("name", ["--no-such-option"])
     assert stage.status == "failed" and "pytest ended with 4" in stage.summary and stage.failures
 
 
 def test_a_stage_without_end_is_a_failure():
-    done = gpu.command([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    done = gpu_stages.command([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
     assert done.returncode == 124 and "no end after" in done.stderr
 
 
@@ -65,19 +66,19 @@ def test_sanitizer(tmp_path, monkeypatch, code, status):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    stage = gpu.sanitizer("cuda", "memcheck")
+    stage = gpu_stages.sanitizer("cuda", "memcheck")
     assert (stage.status, stage.summary) == (status, f"ERROR SUMMARY: {code} errors")
     if code:
         asked = stage.failures[0]
-        assert asked.startswith("--tool memcheck --error-exitcode 9") and asked.endswith("-m benchmarks.gpu --slice cuda 1")
-        assert not gpu.sanitizer("cuda", "racecheck").failures[0].endswith("1")
-        assert "--slice cuda --quick" in gpu.sanitizer("cuda", "racecheck", True).failures[0]
+        assert asked.startswith("--tool memcheck --error-exitcode 9") and asked.endswith("-m tools.gpu --slice cuda 1")
+        assert not gpu_stages.sanitizer("cuda", "racecheck").failures[0].endswith("1")
+        assert "--slice cuda --quick" in gpu_stages.sanitizer("cuda", "racecheck", True).failures[0]
 
 
 def test_sanitizer_that_is_absent(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu.sanitizer("cuda", "memcheck").summary == "compute-sanitizer is not on the PATH"
-    assert gpu.sanitizer("cpu", "memcheck").status == "skipped"
+    assert gpu_stages.sanitizer("cuda", "memcheck").summary == "compute-sanitizer is not on the PATH"
+    assert gpu_stages.sanitizer("cpu", "memcheck").status == "skipped"
 
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="would interpret every kernel")
@@ -92,14 +93,14 @@ def test_smoke_and_host_cost(capsys, monkeypatch):
         and capsys.readouterr().out == f"{len(dispatch.ops())} of {len(dispatch.ops())} ops\n"
     )
     assert gpu.main(["--host", "cpu", "cpu"]) == 0 and "no figures" in capsys.readouterr().out
-    real = gpu.op
+    real = gpu_calls.op
 
     def broken(name):
         if name == "gelu_bwd":
             raise RuntimeError("no image\nfor this GPU")
         return real(name)
 
-    monkeypatch.setattr(gpu, "op", broken)
+    monkeypatch.setattr(gpu_calls, "op", broken)
     assert gpu.main(["--smoke", "cpu", "cpu"]) == 1 and "gelu_bwd: RuntimeError: no image\n" in capsys.readouterr().err
 
 
@@ -107,7 +108,7 @@ def test_smoke_and_host_cost(capsys, monkeypatch):
 @pytest.mark.skipif(triton.INTERPRETED, reason="asks for the CPU's own kernels")
 def test_a_minute_on_a_gpu(capsys, monkeypatch):
     """Its calls, on the CPU; the clocks are CUDA's, and are not asked."""
-    from benchmarks import gpu_minute
+    from tools import gpu_minute
 
     monkeypatch.setattr(gpu_minute, "SHAPES", ((1, 2, 8, 16),))
     monkeypatch.setattr(gpu_minute, "ROWS", (4, 32))
@@ -140,15 +141,15 @@ def test_benchmark(monkeypatch):
                 json.dump({"rows": answer.rows}, file)
         return types.SimpleNamespace(returncode=answer.code, stdout="", stderr="Traceback\nValueError: x")
 
-    monkeypatch.setattr(gpu, "command", command)
-    stage = gpu.benchmark("cuda", "dropout", quick=True)
+    monkeypatch.setattr(gpu_stages, "command", command)
+    stage = gpu_stages.benchmark("cuda", "dropout", quick=True)
     assert (stage.status, stage.summary, stage.rows) == ("passed", "1 rows", [ROW])
-    rehearsed = gpu.benchmark("cpu", "dropout", quick=True)
+    rehearsed = gpu_stages.benchmark("cpu", "dropout", quick=True)
     assert rehearsed.summary == "1 rows, dry run on a CPU: no figures" and not rehearsed.rows
     answer.rows, answer.code = [ROW | {"mismatch": "output 0 is off"}], 1
-    assert gpu.benchmark("cuda", "dropout", False).failures == ["1x64 float32 fwd: output 0 is off"]
+    assert gpu_stages.benchmark("cuda", "dropout", False).failures == ["1x64 float32 fwd: output 0 is off"]
     answer.rows = None
-    stage = gpu.benchmark("cuda", "dropout", False)
+    stage = gpu_stages.benchmark("cuda", "dropout", False)
     assert stage.status == "failed" and stage.failures == ["Traceback", "ValueError: x"]
 
 
@@ -157,15 +158,15 @@ def test_stages_of_a_gpu(monkeypatch, built, count):
     """Which stages there are, without running them: sanitizer's tools, every benchmark, ConSan only when asked for; the
     tests once more where the CUDA kernels were built."""
     monkeypatch.setattr(dispatch, "cuda_archs", lambda: built)
-    plain, more = gpu.stages("cuda", False, False), gpu.stages("cuda", False, True)
-    assert len(plain) == 4 * count + len(gpu.TOOLS) + len(gpu.TARGETS) and len(more) == len(plain) + 1
-    assert len(gpu.stages("cpu", False, False)) == 5 + len(gpu.TOOLS)
+    plain, more = gpu_stages.stages("cuda", False, False), gpu_stages.stages("cuda", False, True)
+    assert len(plain) == 4 * count + len(gpu_stages.TOOLS) + len(gpu_stages.TARGETS) and len(more) == len(plain) + 1
+    assert len(gpu_stages.stages("cpu", False, False)) == 5 + len(gpu_stages.TOOLS)
 
 
 def test_the_backend_under_test_is_told(monkeypatch):
     asked = []
-    monkeypatch.setattr(gpu, "pytest_stage", lambda name, arguments, **variables: asked.append((name, arguments, variables)))
-    gpu.op_tests("cuda", True, "cuda"), gpu.launch_tests("cuda", True, "cuda")
+    monkeypatch.setattr(gpu_stages, "pytest_stage", lambda name, arguments, **more: asked.append((name, arguments, more)))
+    gpu_stages.op_tests("cuda", True, "cuda"), gpu_stages.launch_tests("cuda", True, "cuda")
     (ops, arguments, variables), (launches, _, more) = asked
     assert (ops, launches) == ("op tests, cuda", "launch tests, cuda") and arguments[-1].startswith("cuda and")
     assert variables == {"GPT_KERNELS_TEST_DEVICE": "cuda", "GPT_KERNELS_TEST_BACKEND": "cuda"}
@@ -174,12 +175,11 @@ def test_the_backend_under_test_is_told(monkeypatch):
 
 def test_the_other_backend_is_timed_beside_the_default(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        gpu, "command", lambda arguments, **variables: asked.append(arguments) or types.SimpleNamespace(returncode=1, stderr="")
-    )
+    failed = types.SimpleNamespace(returncode=1, stderr="")
+    monkeypatch.setattr(gpu_stages, "command", lambda arguments, **variables: asked.append(arguments) or failed)
     for built in (None, "sm_80 compute_80"):
         monkeypatch.setattr(dispatch, "cuda_archs", lambda built=built: built)
-        gpu.benchmark("cuda", "dropout", True)
+        gpu_stages.benchmark("cuda", "dropout", True)
     assert "--backends" not in asked[0] and asked[1][-2:] == ["--backends", "triton"]
 
 
@@ -188,7 +188,7 @@ def test_comparison_of_backends(tmp_path, monkeypatch):
         seconds = {"eager": 3e-3, "compile": 2e-3, "ours": ours, "triton": other}
         return ROW | {"variants": {k: {"seconds": v, "spread": 0.0, "memory": 0} for k, v in seconds.items()}} | more
 
-    monkeypatch.setattr(gpu, "fingerprint", lambda device: {"gpu": "X"})
+    monkeypatch.setattr(gpu_report, "fingerprint", lambda device: {"gpu": "X"})
     rows = [row(1e-3, 1.5e-3), row(9e-3, 9e-3, shape="2x2"), row(1, 1, shape="3x3", mismatch="off")]
     assert gpu.run("cuda", False, False, tmp_path, [lambda: Stage("benchmark", "passed", "", rows=rows)]) == 0
     (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
@@ -199,7 +199,7 @@ def test_comparison_of_backends(tmp_path, monkeypatch):
 
 def test_report(tmp_path, monkeypatch, capsys):
     facts = {"gpu": "NVIDIA Test 9000 / X", "torch": "2"}
-    monkeypatch.setattr(gpu, "fingerprint", lambda device: facts)
+    monkeypatch.setattr(gpu_report, "fingerprint", lambda device: facts)
     good = Stage("benchmark dropout", "passed", "1 rows", rows=[ROW])
     bad = Stage("op tests", "failed", "1 passed, 1 failed, 0 skipped", ["a::b: assert 1 == 2"])
     assert gpu.run("cuda", False, False, tmp_path, [lambda: good]) == 0
@@ -211,14 +211,12 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "| dropout 1x64 | fwd | 2.00x (1 ms) |" in text and "2 / - / 1" in text
     assert gpu.run("cuda", True, True, tmp_path, [lambda: good, lambda: bad]) == 1
     text = data.with_suffix(".md").read_text()
-    assert (
-        "FAILED: op tests. `python -m benchmarks.gpu --device cuda --quick --consan`" in text and "a::b: assert 1 == 2" in text
-    )
+    assert "FAILED: op tests. `python -m tools.gpu --device cuda --quick --consan`" in text and "a::b: assert 1 == 2" in text
     assert "failed  op tests: 1 passed, 1 failed" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_still_reports(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "fingerprint", lambda device: {"gpu": "X"})
+    monkeypatch.setattr(gpu_report, "fingerprint", lambda device: {"gpu": "X"})
 
     def stop():
         raise KeyboardInterrupt
@@ -236,14 +234,14 @@ def test_dry_run_reports_no_figures(tmp_path):
 
 
 def test_reports_name_no_folder_of_the_machine():
-    assert gpu.last_lines(f"x\n{gpu.ROOT}/tests/a.py\n{gpu.pathlib.Path.home()}/b") == ["x", "./tests/a.py", "~/b"]
+    assert gpu_stages.last_lines(f"x\n{gpu.ROOT}/tests/a.py\n{pathlib.Path.home()}/b") == ["x", "./tests/a.py", "~/b"]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """The whole kit on a CPU with the interpreter: every stage that can runs."""
-    arguments = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(tmp_path)]
+    arguments = [sys.executable, "-m", "tools.gpu", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(arguments, cwd=gpu.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (data,) = tmp_path.glob("*.json")

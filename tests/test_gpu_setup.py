@@ -1,4 +1,4 @@
-"""make gpu's choice of torch (benchmarks/gpu_setup.py), in environments with a made-up torch, pip and nvidia-smi."""
+"""make gpu's choice of torch (tools/gpu_setup.py), in environments with a made-up torch, pip and nvidia-smi."""
 
 import os
 import pathlib
@@ -35,13 +35,13 @@ ENDS = "import sys\nprint('ran', sys.argv[1:], sys.executable, file=open('ran', 
 def machine(tmp_path):
     """A Python with torch 2.11, Triton and pip, and a repository whose set-up and kit only say that they were called."""
     repository, python = tmp_path / "repository", tmp_path / "python"
-    (repository / "benchmarks").mkdir(parents=True)
-    (repository / "benchmarks" / "__init__.py").touch()
-    shutil.copy(ROOT / "benchmarks" / "gpu_setup.py", repository / "benchmarks")
+    (repository / "tools").mkdir(parents=True)
+    (repository / "tools" / "__init__.py").touch()
+    shutil.copy(ROOT / "tools" / "gpu_setup.py", repository / "tools")
     shutil.copy(ROOT / "Makefile", repository)
     (repository / "requirements-dev.txt").write_text("# a comment\ntorch==2\ntriton==3\npytest==9\nrich==1\nliger-kernel==1\n")
     (repository / "setup.py").write_text(ENDS)
-    (repository / "benchmarks" / "gpu.py").write_text(ENDS)
+    (repository / "tools" / "gpu.py").write_text(ENDS)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", python], check=True)
     (site,) = python.glob("lib/python3*/site-packages")
     (site / "triton.py").write_text("__version__ = '3.6.0'")
@@ -61,7 +61,7 @@ def machine(tmp_path):
         path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:/usr/bin:/bin"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "MAKE"))}
         done = subprocess.run(
-            [python / "bin" / "python", "-m", "benchmarks.gpu_setup", "--quick"], cwd=repository, text=True,
+            [python / "bin" / "python", "-m", "tools.gpu_setup", "--quick"], cwd=repository, text=True,
             capture_output=True, env={**clean, "PATH": path, "MAKE": "make-of-it", **environment},
         )  # fmt: skip
         assert done.returncode == ok, done.stderr

@@ -15,6 +15,7 @@ import torch
 import gpt_kernels
 from gpt_kernels import cache, cli, dispatch, triton
 from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, print_table, support
+from tools.problems import PR_ARCHS
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import zipfile
 import pytest
 import torch
 
+from gpt_kernels.architectures import CUDA_ARCHS, NVIDIA
 from gpt_kernels.triton import PAIRS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(1800)]
@@ -196,9 +197,9 @@ def test_gpus_that_are_there_choose_the_architectures(source, tmp_path, capabili
             "12.4",
             "sm_80 sm_86 sm_89 sm_90",
             "cuda",
-            "for sm_80 sm_86 sm_89 sm_90 compute_80, with .*which does not know 100 120",
+            f"for sm_80 sm_86 sm_89 sm_90 compute_80, with .*which does not know {' '.join(a for a in CUDA_ARCHS if int(a) > 90)}",
         ),
-        ("13.0", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", "cuda", "for sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_80, with"),
+        ("13.0", " ".join(NVIDIA), "cuda", f"for {' '.join(NVIDIA)} compute_80, with"),
         ("11.8", "sm_80", "auto", "none, nvcc is of CUDA 11.8, the oldest is 12.4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""benchmarks/sass.py against closed forms, on tiny kernels that are compiled here."""
+"""The machine-code reader and its model against closed forms, on tiny kernels that are compiled here."""
 
 import pathlib
 import subprocess
@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import sass
-from benchmarks.static import compile_launch
-from benchmarks.static_cases import Inputs
+from gpt_kernels.architectures import NVIDIA
 from gpt_kernels.triton import INTERPRETED
-from gpt_kernels.triton.common import FAMILIES, Launch
+from gpt_kernels.triton.common import Launch
+from tools import loops, model, sass
+from tools.problems import Inputs
+from tools.static_triton import compile_launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted: nothing is compiled")
@@ -79,14 +80,14 @@ def product(arch, dtype=torch.bfloat16, **options):
     return compiled(product_kernel, c, new(64, 512), new(512, 64), 512, arch=arch, BLOCK=64, num_warps=4, **options)
 
 
-@pytest.mark.parametrize("arch", [a for a in FAMILIES if a.startswith("sm_")])
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_copy(arch):
     """1024 bf16 of 4 warps: one 16-byte load and one 16-byte store of a thread."""
     kernel = copied(arch)
     moves = [i for i in kernel.instructions if i.kind == "global"]
     assert [(i.base, i.bytes) for i in moves] == [("LDG", 16), ("STG", 16)]
     assert (kernel.name, f"sm_{kernel.sm}", kernel.threads) == ("copy_kernel", arch, 128)
-    assert sass.wide_share(kernel.instructions) == 1.0 and sass.in_flight(kernel.instructions) == 16
+    assert loops.wide_share(kernel.instructions) == 1.0 and loops.in_flight(kernel.instructions) == 16
     assert kernel.spills == 0 and 0 < kernel.registers < 32 and kernel.matrix == {} and kernel.shared == 0
     assert kernel.code == 16 * len(kernel.instructions)
 
@@ -95,18 +96,18 @@ def test_unaligned_copy():
     """The same from a slice: 2 bytes at a time."""
     kernel = copied(aligned=False)
     assert [i.bytes for i in kernel.instructions if i.kind == "global"] == [2] * 16
-    assert sass.wide_share(kernel.instructions) == 0.0
+    assert loops.wide_share(kernel.instructions) == 0.0
 
 
 @pytest.mark.parametrize("arch, base, count", [("sm_80", "HMMA", 32), ("sm_120", "HMMA", 32), ("sm_90", "HGMMA", 4)])
 def test_product(arch, base, count):
     """64x64x64 a pass: 128 HMMA.16816 over 4 warps, or 4 HGMMA.64x64x16 of the warpgroup; the same multiply-adds."""
     kernel = product(arch)
-    (hot, *_) = sass.regions(kernel)
+    (hot, *_) = loops.regions(kernel)
     tensor = [i for i in hot if i.kind == "tensor"]
     assert len(tensor) == count and {i.base for i in tensor} == {base}
     assert 4 * sum(i.fma for i in hot) == 64**3
-    figures = sass.region(kernel, hot, warps=4, ctas=1)
+    figures = model.region(kernel, hot, warps=4, ctas=1)
     assert figures.pipes["tensor"] == pytest.approx(64**3 / 4 / kernel.gpu.tensor / (kernel.gpu.sync if base == "HMMA" else 1))
     assert figures.per_mflop == pytest.approx(len(hot) / (2 * 64**3 / 4 / 1e6))
     assert figures.tensor_per_other == pytest.approx(count / (len(hot) - count))
@@ -118,12 +119,12 @@ def test_tcgen05():
                                                                              (torch.bfloat16, 512))), 512,
                       arch="sm_100", BLOCK=128, num_warps=4)  # fmt: skip
     assert "UTCHMMA" in kernel.matrix
-    assert sass.region(kernel, sass.regions(kernel)[0], 4, 1).bound is None, "its shape is not in the instruction"
+    assert model.region(kernel, loops.regions(kernel)[0], 4, 1).bound is None, "its shape is not in the instruction"
 
 
 def test_tf32_costs_twice():
     """In the time of bf16 multiply-adds, in which the rates are given."""
-    (hot, *_) = sass.regions(product("sm_80", torch.float32))
+    (hot, *_) = loops.regions(product("sm_80", torch.float32))
     assert "TF32" in next(i.op for i in hot if i.kind == "tensor")
     assert 4 * sum(i.fma for i in hot) == 2 * 64**3
 
@@ -131,7 +132,7 @@ def test_tf32_costs_twice():
 def test_copies_in_flight():
     """cp.async of num_stages - 1 tiles of 2 x 64 x 64 bf16 over 128 threads are outstanding before the loop waits."""
     for stages in (3, 4):
-        assert sass.in_flight(sass.regions(product("sm_80", num_stages=stages))[0]) == (stages - 1) * 2 * 64 * 64 * 2 // 128
+        assert loops.in_flight(loops.regions(product("sm_80", num_stages=stages))[0]) == (stages - 1) * 2 * 64 * 64 * 2 // 128
 
 
 def test_stall_of_a_dependent_chain():
@@ -153,10 +154,10 @@ def test_loops():
     """The inner loop and the later one, each unrolled by four with its rest, hottest first; the outer loop is no region."""
     new = Inputs(torch.float32, True)
     kernel = compiled(two_loops_kernel, new(1024), new(1024), 7, 9, BLOCK=512, num_warps=4, num_stages=1)
-    loads = [sum(i.base == "LDG" for i in r) for r in sass.regions(kernel)]
+    loads = [sum(i.base == "LDG" for i in r) for r in loops.regions(kernel)]
     assert loads == [8, 4, 2, 1]
-    assert sass.loops(copied()) == [] and len(sass.regions(copied())) == 1
-    assert sass.regions(copied())[0][-1].op == "EXIT"
+    assert loops.loops(copied()) == [] and len(loops.regions(copied())) == 1
+    assert loops.regions(copied())[0][-1].op == "EXIT"
 
 
 def synthetic(op, args="", stall=1, write=7, read=7, wait=0, predicate=""):
@@ -173,27 +174,27 @@ def test_decoding():
 
 
 def test_replay_of_known_programs():
-    gpu = sass.GPUS[90]
+    gpu = NVIDIA["sm_90"]
     chain = [synthetic("FFMA", stall=4) for _ in range(50)]
-    assert sass.replay(gpu, chain, 1, 1) == pytest.approx(200), "one warp waits for its own results"
-    assert sass.replay(gpu, chain, 8, 1) == pytest.approx(400, rel=0.05), "eight fill every cycle"
-    assert sass.replay(gpu, [synthetic("MUFU.EX2")] * 50, 4, 1) == pytest.approx(4 * 50 * 8, rel=0.1), "4 lanes a quarter"
+    assert model.replay(gpu, chain, 1, 1) == pytest.approx(200), "one warp waits for its own results"
+    assert model.replay(gpu, chain, 8, 1) == pytest.approx(400, rel=0.05), "eight fill every cycle"
+    assert model.replay(gpu, [synthetic("MUFU.EX2")] * 50, 4, 1) == pytest.approx(4 * 50 * 8, rel=0.1), "4 lanes a quarter"
     load, use = synthetic("LDG.E.128", write=0), synthetic("FADD", wait=1)
-    one = sass.replay(gpu, [load, use], 1, 1, dram=1.0)
+    one = model.replay(gpu, [load, use], 1, 1, dram=1.0)
     assert one == pytest.approx(gpu.dram_latency + 512 / (gpu.dram / 4), rel=0.02), (
         "latency, then 512 bytes of a quarter's share"
     )
-    many = sass.replay(gpu, [load, use], 64, 1, dram=1.0)
+    many = model.replay(gpu, [load, use], 64, 1, dram=1.0)
     assert many == pytest.approx(64 * 512 / (gpu.dram / 4), rel=0.1), "bandwidth hides latency"
 
 
 def test_little():
     """One warp in flight with 16 bytes of a thread: the bound is bytes over latency times bandwidth."""
     kernel = copied(arch="sm_90")
-    figures = sass.region(kernel, sass.regions(kernel)[0], warps=4, ctas=1)
+    figures = model.region(kernel, loops.regions(kernel)[0], warps=4, ctas=1)
     assert figures.in_flight_sm == 4 * 32 * 16
     assert figures.bound == pytest.approx(4 * 32 * 16 / (kernel.gpu.dram * kernel.gpu.dram_latency) * 2)
-    halved = sass.region(kernel, sass.regions(kernel)[0], warps=4, ctas=1, useful=0.5)
+    halved = model.region(kernel, loops.regions(kernel)[0], warps=4, ctas=1, useful=0.5)
     assert halved.bound == pytest.approx(figures.bound / 2)
 
 
@@ -209,12 +210,7 @@ def test_little():
     ],
 )
 def test_occupancy(sm, registers, threads, shared, expected):
-    assert sass.occupancy(sass.GPUS[sm], registers, threads, shared) == expected
-
-
-def test_processors_are_those_of_the_backend():
-    expected = {name: f.processors for name, f in FAMILIES.items() if name.startswith("sm_")}
-    assert {f"sm_{sm}": gpu.sms for sm, gpu in sass.GPUS.items()} == expected
+    assert sass.occupancy(NVIDIA[f"sm_{sm}"], registers, threads, shared) == expected
 
 
 def test_command(tmp_path):
@@ -225,7 +221,7 @@ def test_command(tmp_path):
 
     def run(*args):
         file, *flags = args
-        command = [sys.executable, "-m", "benchmarks.sass", tmp_path / file, *flags]
+        command = [sys.executable, "-m", "tools.cubin", tmp_path / file, *flags]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     good = run("k.cubin")

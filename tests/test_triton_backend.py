@@ -7,6 +7,7 @@ from kernel_calls import every_call, form, op, tensors, with_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_kernels import dispatch, triton
+from gpt_kernels.architectures import ARCHITECTURES
 from gpt_kernels.triton import common, workload
 
 pytestmark = [
@@ -19,7 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 @pytest.mark.parametrize(
     "arch, dtype",
-    [*((arch, torch.bfloat16) for arch in common.FAMILIES), ("sm_90", torch.float32), ("gfx942", torch.float16)],
+    [*((arch, torch.bfloat16) for arch in ARCHITECTURES), ("sm_90", torch.float32), ("gfx942", torch.float16)],
 )
 def test_launchers_need_no_data(arch, dtype):
     """On "meta" every host read of data, and so every synchronisation and every size that depends on data, raises.

@@ -17,15 +17,18 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import static
-from benchmarks.static_cases import ALL, ARCHS, DTYPES, PR_ARCHS, PROBLEMS, Case, Inputs, Problem, matrix
 from gpt_kernels import triton as backend
 from gpt_kernels.triton import common
 from gpt_kernels.triton.common import Launch
+from tools import gates, static, static_triton
+from tools.gates import Budget
+from tools.problems import ARCHS, DTYPES, PR_ARCHS, Case, Inputs, Problem
+from tools.static_cases import ALL, PROBLEMS
+from tools.static_triton import matrix
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="kernels are interpreted: nothing is compiled")
-BASELINE = static.load_baseline()
+BUDGET = Budget.load("triton", triton.__version__)
 PR, FULL = matrix("pr"), matrix("full")
 
 
@@ -41,10 +44,12 @@ def cases(cases):
 
 
 def check(case):
-    found = static.rows(case)
+    found = static_triton.rows(case)
     assert found, "nothing was launched"
-    budget = BASELINE if static.comparable(BASELINE) else None  # another Triton's figures say nothing of this one's
-    assert not [f"{row.kernel} {fault}" for row in found for fault in row.faults() + (row.overruns(budget) if budget else [])]
+    faults = [f"{row.kernel} {fault}" for row in found for fault in row.faults()]
+    if BUDGET.comparable(triton.__version__):
+        faults += [f"{row.kernel} {overrun}" for row in found for overrun in row.overruns(BUDGET.kernels)]
+    assert not faults, "\n".join(faults)
 
 
 @cases(PR)
@@ -79,11 +84,11 @@ def test_every_op_architecture_and_dtype_is_in_the_matrix():
 
 def test_the_baseline_is_of_the_pinned_triton():
     (pin,) = re.findall(r"^triton==([\w.]+)", (ROOT / "requirements-dev.txt").read_text(), re.M)
-    assert BASELINE["triton"] == pin, "python -m benchmarks.static --subset full --facts --write-baseline"
+    assert BUDGET.compiler == pin, "python -m tools.static --subset full --facts --write-baseline"
 
 
 def test_the_baseline_has_every_kernel_once():
-    assert {id.split()[0] for id in BASELINE["kernels"]} == {case.id for case in FULL}
+    assert {id.split()[0] for id in BUDGET.kernels} == {case.id for case in FULL}
 
 
 # ---- what is compiled is what would be launched ----
@@ -98,7 +103,7 @@ def test_specialised_as_on_a_gpu(arch, aligned):
     new = Inputs(torch.float16, aligned)
     with common.recording(arch) as launches:
         dropout_fwd(new(48, 1 if not aligned else 32), None, new(2, dtype=torch.int64), 0.5)
-    source = static.compile_launch(launches[0], arch).src
+    source = static_triton.compile_launch(launches[0], arch).src
     pointer = [["tt.divisibility", 16]] * aligned + [["tt.pointer_range", 32]] * (arch == "gfx942")
     types = {"y": "*fp16", "x": "*fp16", "residual": "constexpr", "rng_state": "*i64", "M": "i32", "threshold": "i32",
              "N": "i32" if aligned else "constexpr", "keep_scale": "fp32", "chunks": "constexpr",
@@ -112,20 +117,20 @@ def test_long_integers_and_descriptors():
     """An int beyond 32 bits is an i64; a host-side tensor descriptor is compiled as one."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    big = static.compile_launch(Launch(copy_kernel, (1,), (*tensors(2, 64), 2**40), {"BLOCK": 64}), "sm_80")
+    big = static_triton.compile_launch(Launch(copy_kernel, (1,), (*tensors(2, 64), 2**40), {"BLOCK": 64}), "sm_80")
     assert big.src.signature["N"] == "i64"
     x, y = tensors(2, 128, 64)
     blocks = [TensorDescriptor(t, [128, 64], [64, 1], [64, 64]) for t in (y, x)]
-    found = static.compile_launch(Launch(descriptor_kernel, (2,), tuple(blocks), {}), "sm_90")
-    assert "UTMALDG" in {i.base for i in static._read(found.asm["cubin"]).instructions}
-    assert static.facts(found, "sm_90").wide == 1.0
+    found = static_triton.compile_launch(Launch(descriptor_kernel, (2,), tuple(blocks), {}), "sm_90")
+    assert "UTMALDG" in {i.base for i in static_triton._read(found.asm["cubin"]).instructions}
+    assert static_triton.facts(found, "sm_90").wide == 1.0
 
 
 def test_the_driver_comes_back():
-    before = static.driver._active
-    with pytest.raises(RuntimeError), static.pretending("sm_90"):
+    before = static_triton.driver._active
+    with pytest.raises(RuntimeError), static_triton.pretending("sm_90"):
         raise RuntimeError
-    assert static.driver._active is before
+    assert static_triton.driver._active is before
 
 
 # ---- gates seen red ----
@@ -164,7 +169,7 @@ def row(kernel, *args, arch="sm_80", wide=0.0, matrix="", monkeypatch=None, **pa
     case = Case(problem, arch, "bf16")
     launch = Launch(kernel, (1,), args, parameters)
     monkeypatch.setattr(Case, "launches", lambda self: [launch])
-    (found,) = static.rows(case)
+    (found,) = static_triton.rows(case)
     return found
 
 
@@ -175,7 +180,7 @@ def test_red_spills(monkeypatch):
     assert re.fullmatch(r"spills: \d+ accesses to local memory", fault)
     (fault,) = row(copy_kernel, *tensors(2, 2**16), 2**16, arch="gfx942", **{**at, "BLOCK": 2**16}).faults()
     assert fault.startswith("spills")
-    monkeypatch.setitem(static.SPILLS, "none-none.* copy_kernel", "a test")
+    monkeypatch.setitem(gates.SPILLS, "none-none.* copy_kernel", "a test")
     assert row(copy_kernel, *tensors(2, 8192), 8192, maxnreg=24, **at).faults() == []
 
 
@@ -187,7 +192,7 @@ def test_red_narrow_accesses(arch, monkeypatch):
         "moves 0% of its bytes 16 at a time, expected 90%"
     ]
     assert row(copy_kernel, *tensors(2, 4096), 4097, **at).faults(), "rows of an odd length"
-    monkeypatch.setitem(static.NARROW, "none-none.* copy_kernel", "a test")
+    monkeypatch.setitem(gates.NARROW, "none-none.* copy_kernel", "a test")
     assert row(copy_kernel, *tensors(2, 4096), 4097, **at).faults() == []
 
 
@@ -196,7 +201,7 @@ def test_red_narrow_accesses(arch, monkeypatch):
     [({"CHUNK": 512, "CHUNKS": 3}, 1280, 5 / 6), ({"BLOCK_N": 1024}, 768, 0.75), ({"BLOCK_N": 1024}, 0, 1), ({}, 768, 1)],
 )
 def test_idle_lanes(parameters, columns, share):
-    assert static.useful(Launch(copy_kernel, (1,), (), parameters), columns) == share
+    assert static_triton.useful(Launch(copy_kernel, (1,), (), parameters), columns) == share
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -229,42 +234,42 @@ def test_red_launcher(monkeypatch):
         raise RuntimeError("op: x must be nice")
 
     monkeypatch.setattr(Case, "launches", refuses)
-    (found,) = static.rows(PR[0])
+    (found,) = static_triton.rows(PR[0])
     assert found.faults() == ["does not launch: op: x must be nice"]
 
 
 def test_red_budget(monkeypatch):
     found = row(copy_kernel, *tensors(2, 4096), 4096, BLOCK=4096, monkeypatch=monkeypatch)
     budget = found.budget()
-    assert found.overruns({"kernels": {}}) == ["is not in the baseline: --write-baseline"]
-    assert found.overruns({"kernels": {found.id: budget}}) == []
+    assert found.overruns({}) == ["is not in the baseline: --write-baseline"]
+    assert found.overruns({found.id: budget}) == []
     for name, slack in (("registers", 8), ("code", 256)):
-        assert found.overruns({"kernels": {found.id: {**budget, name: budget[name] - slack}}}) == []
-        (over,) = found.overruns({"kernels": {found.id: {**budget, name: budget[name] - slack - 1}}})
+        assert found.overruns({found.id: {**budget, name: budget[name] - slack}}) == []
+        (over,) = found.overruns({found.id: {**budget, name: budget[name] - slack - 1}})
         assert over == f"{name} {budget[name]}, the baseline has {budget[name] - slack - 1}"
     for name in ("shared", "spills"):
-        assert len(found.overruns({"kernels": {found.id: {**budget, name: budget[name] - 1}}})) == 1
-    assert found.changes({"kernels": {found.id: {**budget, "code": 1}}}) == f"code 1 -> {budget['code']}"
+        assert len(found.overruns({found.id: {**budget, name: budget[name] - 1}})) == 1
+    assert found.changes({found.id: {**budget, "code": 1}}) == f"code 1 -> {budget['code']}"
 
 
 # ---- the command ----
 
 
-def command(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["static", *map(str, flags)])
-    return static.main()
+def command(*flags):
+    return static.main([*map(str, flags)])
 
 
 def test_command(monkeypatch, tmp_path, capsys):
     """Table, JSON, Markdown; the baseline is renewed, and compared with."""
-    monkeypatch.setattr(static, "BASELINE", tmp_path / "new" / "triton.json")
+    monkeypatch.setattr(gates, "BUDGETS", tmp_path / "new")
+    kept = tmp_path / "new" / "triton.json"
     only = ("--op", "dropout", "--arch", "sm_80")
-    assert command(monkeypatch, *only, "--facts") == 1, "no baseline yet"
+    assert command(*only, "--facts") == 1, "no baseline yet"
     assert "not in the baseline" in capsys.readouterr().err
-    assert command(monkeypatch, *only, "--facts", "--write-baseline") == 0
-    first = static.BASELINE.read_text()
-    assert command(monkeypatch, *only, "--json", tmp_path / "t.json", "--markdown", tmp_path / "t.md") == 0
-    assert "nothing was executed" in capsys.readouterr().out and static.BASELINE.read_text() == first
+    assert command(*only, "--facts", "--write-baseline") == 0
+    first = kept.read_text()
+    assert command(*only, "--json", tmp_path / "t.json", "--markdown", tmp_path / "t.md") == 0
+    assert "nothing was executed" in capsys.readouterr().out and kept.read_text() == first
     (figures,) = json.loads((tmp_path / "t.json").read_text())["kernels"]
     assert (
         figures["kernel"] == "dropout_fwd_kernel" and 0 < figures["regions"][0]["model"] <= figures["regions"][0]["bound"] <= 1
@@ -274,27 +279,27 @@ def test_command(monkeypatch, tmp_path, capsys):
 
     smaller = json.loads(first)
     smaller["kernels"][figures["id"]]["registers"] -= 20
-    static.BASELINE.write_text(json.dumps(smaller))
-    assert command(monkeypatch, *only, "--facts") == 1
+    kept.write_text(json.dumps(smaller))
+    assert command(*only, "--facts") == 1
     streams = capsys.readouterr()
     assert "registers" in streams.err and "registers" in streams.out and "->" in streams.out
-    static.BASELINE.write_text(json.dumps({**smaller, "triton": "3.0.0"}))
-    assert command(monkeypatch, *only, "--facts") == 0, "the figures of another Triton are not compared"
+    kept.write_text(json.dumps({**smaller, "triton": "3.0.0"}))
+    assert command(*only, "--facts") == 0, "the figures of another Triton are not compared"
     assert "not compared" in capsys.readouterr().out
 
 
-def test_liger(monkeypatch, capsys):
+def test_liger():
     pytest.importorskip("liger_kernel")
     problem = next(p for p in ALL if p.op == "layer_norm" and p.main)
-    forward, backward = static.rows(Case(problem, "sm_90", "bf16"), "liger", figures=True)
+    forward, backward = static_triton.rows(Case(problem, "sm_90", "bf16"), "liger", figures=True)
     assert backward.kernel == "_layer_norm_backward_kernel" and backward.regions[0].in_flight_sm == 40 * 128, "one CTA on an SM"
     assert forward.regions[0].bound == 1.0 and forward.facts.wide > 0.8
-    assert static.show(backward, {"triton": "0", "kernels": {}})["occupancy"].endswith("%")
+    assert static.show(backward, Budget("triton", "0", {}))["occupancy"].endswith("%")
 
 
-def test_where_liger_has_no_kernel_is_said(monkeypatch, capsys):
+def test_where_liger_has_no_kernel_is_said(capsys):
     pytest.importorskip("liger_kernel")
-    assert command(monkeypatch, "--op", "dropout", "--arch", "sm_80", "--against", "liger", "--facts") == 0
+    assert command("--op", "dropout", "--arch", "sm_80", "--against", "liger", "--facts") == 0
     assert "liger has no kernel beside ours for dropout-8192x768-residual" in capsys.readouterr().out
 
 
@@ -306,14 +311,15 @@ def test_where_liger_has_no_kernel_is_said(monkeypatch, capsys):
         (["--problem", "nothing like this"], "no case is left"),
     ],
 )
-def test_command_line_errors(monkeypatch, capsys, flags, why):
+def test_command_line_errors(capsys, flags, why):
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, *flags)
+        command(*flags)
     assert stop.value.code == 2 and why in capsys.readouterr().err
 
 
-def test_interpreted_kernels_are_refused():
-    command = [sys.executable, "-m", "benchmarks.static"]
+@pytest.mark.parametrize("module", ["tools.static", "benchmarks.static"])
+def test_interpreted_kernels_are_refused(module):
+    command = [sys.executable, "-m", module]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr
 
@@ -343,7 +349,7 @@ def other_triton(request, tmp_path_factory):
 def test_matrix_on_every_other_triton(other_triton, arch):
     """Facts alone: the budgets are of the pinned Triton."""
     version, env = other_triton
-    command = [sys.executable, "-m", "benchmarks.static", "--facts", "--subset", "pr" if arch not in PR_ARCHS else "full"]
+    command = [sys.executable, "-m", "tools.static", "--facts", "--subset", "pr" if arch not in PR_ARCHS else "full"]
     result = subprocess.run([*command, "--arch", arch], cwd=ROOT, env=env, capture_output=True, text=True)
     assert f"triton {version}:" in result.stdout, result.stderr
     assert result.returncode == 0, result.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gpt_kernels import cache, cli, info, triton
+from gpt_kernels.architectures import ARCHITECTURES
 from gpt_kernels.triton import common, tune, tuned, tuning, workload
 from gpt_kernels.triton.tuned import Tuned, text
 from gpt_kernels.triton.tuning import Tunable, measure
@@ -518,7 +519,7 @@ def test_progress_without_tqdm(monkeypatch):
 
 def every_question():
     """(arch, tunable, key) of every launch of a GPT-2's training step, on every architecture"""
-    for arch in common.FAMILIES:
+    for arch in ARCHITECTURES:
         for t, key in tune.discover(arch, tune.DTYPES.values(), workload.SIZES.values()):
             yield arch, t, key
 

@@ -13,72 +13,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..architectures import ARCHITECTURES, family
 from . import INTERPRETED, Declined
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-# ---- architectures ----
-
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture for which launch parameters were chosen; others are taken for the nearest one."""
-
-    processors: int  # of one of its GPUs, for the machine code read where there is none
-    shared: int  # KB of shared memory that a program may have
-    wave: int = 32  # lanes that run together
-
-
-FAMILIES = {
-    "sm_80": Family(108, 163),
-    "sm_86": Family(84, 99),
-    "sm_89": Family(128, 99),
-    "sm_90": Family(132, 227),
-    "sm_100": Family(148, 227),
-    "sm_120": Family(170, 99),
-    "gfx90a": Family(104, 64, wave=64),
-    "gfx942": Family(304, 64, wave=64),
-    "gfx1100": Family(48, 64),
-    "gfx1201": Family(32, 64),
-}
-
-
-def family(arch: str, shared: int | None = None) -> str | None:
-    """The one of FAMILIES that serves architecture `arch`, whose GPU gives a program `shared` KB of shared memory; None where
-    Triton compiles for none of its kind.
-
-    The newest of the generation that is not newer, sm_100 for sm_103 and sm_110; of a generation that is newer than all,
-    the newest. Where the GPU has less shared memory than that one asks for, sm_86, which asks for the least.
-    """
-    if arch in FAMILIES:
-        name = arch
-    elif found := re.fullmatch(r"sm_(\d+)\d[af]?", arch):
-        generation = int(found[1])
-        name = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(generation, "sm_120" if generation > 11 else "sm_86")
-    elif found := re.fullmatch(r"gfx(\d+)([0-9a-f]{2})", arch):
-        generation, member = int(found[1]), int(found[2], 16)
-        if generation > 9:
-            name = "gfx1201" if generation > 11 else "gfx1100"
-        elif generation == 9 and member >= 0x40:
-            name = "gfx942"
-        elif arch in ("gfx908", "gfx90a"):
-            name = "gfx90a"
-        else:
-            return None
-    else:
-        return None
-    small = shared is not None and shared < FAMILIES[name].shared and name.startswith("sm_")
-    return "sm_86" if small else name
-
-
-def unserved(op: str, arch: str) -> str | None:
-    """Why the reference serves `op` on architecture `arch`; None where our kernels do."""
-    if family(arch) is None:
-        return f"{arch}: Triton compiles for no architecture of its kind"
-    if op.startswith("attention") and re.fullmatch(r"sm_[1-7]\d|gfx10..", arch):
-        return f"{arch} has no matrix instructions that the attention kernels could use; sm_80, gfx908 and gfx1100 do"
-    return None
 
 
 # ---- checks: op, argument, value, limit ----
@@ -145,6 +83,16 @@ def check_column(op: str, name: str, t: Tensor, N: int, x: Tensor) -> None:
 
 # ---- the GPU at hand ----
 
+
+def unserved(op: str, arch: str) -> str | None:
+    """Why the reference serves `op` on architecture `arch`; None where our kernels do."""
+    if family(arch) is None:
+        return f"{arch}: Triton compiles for no architecture of its kind"
+    if op.startswith("attention") and re.fullmatch(r"sm_[1-7]\d|gfx10..", arch):
+        return f"{arch} has no matrix instructions that the attention kernels could use; sm_80, gfx908 and gfx1100 do"
+    return None
+
+
 _arch_override: list[str] = []
 
 
@@ -176,7 +124,7 @@ def target(device: torch.device) -> str:
 
 
 def arch(device: torch.device) -> str:
-    """The one of FAMILIES whose launch parameters serve the device. Raises Declined where none does."""
+    """The one of ARCHITECTURES whose launch parameters serve the device. Raises Declined where none does."""
     if _arch_override:
         return str(family(_arch_override[-1]))
     if device.type != "cuda":
@@ -188,13 +136,13 @@ def arch(device: torch.device) -> str:
 
 
 def wave_of(arch: str) -> int:
-    return FAMILIES[arch].wave
+    return ARCHITECTURES[arch].wave
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device. Few under the interpreter, so that small tests loop over rows."""
     if _recording is not None:
-        return FAMILIES[arch(device)].processors
+        return ARCHITECTURES[arch(device)].processors
     return _processors_of(device.index) if device.type == "cuda" else 3
 
 
@@ -207,7 +155,7 @@ def overridden() -> bool:
 def use_arch(name: str) -> Iterator[None]:
     """Choose launch parameters as on architecture `name` inside the block: for tests and compilation without a GPU."""
     if family(name) is None:
-        raise ValueError(f"use_arch: unknown architecture {name!r}, expected one like {', '.join(FAMILIES)}")
+        raise ValueError(f"use_arch: unknown architecture {name!r}, expected one like {', '.join(ARCHITECTURES)}")
     _arch_override.append(name)
     try:
         yield
@@ -220,7 +168,7 @@ def use_arch(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it would have happened: what benchmarks/static.py compiles."""
+    """One launch as it would have happened: what tools/static_triton.py compiles."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import CompiledKernel
 
+from gpt_kernels.architectures import ARCHITECTURES, family
 from gpt_kernels.triton import OPS, common, replay, workload
 
 LIBRARY, ARCH, WHAT = sys.argv[1:]
-NUMBER, FAMILY = int(ARCH[3:]), common.FAMILIES[common.family(ARCH)]
+NUMBER, FAMILY = int(ARCH[3:]), ARCHITECTURES[family(ARCH)]
 cuda = ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
 cuda.pretend_reason.restype = cuda.pretend_name.restype = ctypes.c_char_p
 BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -44,7 +45,7 @@ def pretend() -> None:
     triton.runtime.driver.set_active(driver)
     torch.cuda.current_device = lambda: None  # a CPU tensor's index
     found = {
-        "arch": lambda device: common.family(ARCH),
+        "arch": lambda device: family(ARCH),
         "target": lambda device: ARCH,
         "processors": lambda device: FAMILY.processors,
     }

@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
             return 1
         python = ROOT / ".venv" / "bin" / "python"
     build(python)
-    return subprocess.run([python, "-m", "benchmarks.gpu", *arguments], cwd=ROOT).returncode
+    return subprocess.run([python, "-m", "tools.gpu", *arguments], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a minute on a GPU tells: attention and the row ops in bfloat16, on our backends and PyTorch, device and host apart.
 
-python -m benchmarks.gpu_minute. Device time is that of a CUDA graph's replays (triton.testing), without Python in it; PyTorch's
+python -m tools.gpu_minute. Device time is that of a CUDA graph's replays (triton.testing), without Python in it; PyTorch's
 backward passes, which autograd runs, are timed by events. Host time is until a call returns, the GPU not waited for. One line
 each, as it is measured: a lease that ends leaves what was read so far. `make gpu` is the whole kit, `bench` the benchmark.
 """

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda compiled by nvcc on this machine: what `python -m benchmarks.static --backend cuda` reads.
+"""The kernels of csrc/cuda compiled by nvcc on this machine: what `python -m tools.static --backend cuda` reads.
 
 A case is a source file on an architecture, its rows are the kernels in it, by their template arguments. Shared memory is what
 a kernel declares: what a launcher adds is not in the machine code, and is counted by the simulator (csrc/sim).
@@ -15,17 +15,15 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from . import sass
-from .static import Facts, Row
-from .static_cases import Problem
+from gpt_kernels.architectures import NVIDIA, Nvidia, passes
+
+from . import loops, model, sass
+from .gates import Facts, Row
+from .problems import Problem
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
-# {"sm_90": "sm_90a", ...}: what setup.py builds
-TARGETS = {
-    f"sm_{a.rstrip('af')}": f"sm_{a}" for a in re.search(r'CUDA_ARCHS = "(.+)"', (ROOT / "setup.py").read_text())[1].split()
-}
 PR_ARCHS = ("sm_80", "sm_90")
 # kernel -> least share of a hot loop's bytes that moves 16 at a time; the rest are scalars per row. Other kernels take rows off
 # the 16-byte boundaries, or columns of the partial sums; those of softmax and cross_entropy have their ends element by element
@@ -75,8 +73,8 @@ def sources() -> list[str]:
 
 
 def matrix(subset: str, archs=()) -> list[Source]:
-    chosen = archs or (PR_ARCHS if subset == "pr" else TARGETS)
-    return [Source(name, arch) for arch in TARGETS if arch in chosen for name in sources()]
+    chosen = archs or (PR_ARCHS if subset == "pr" else NVIDIA)
+    return [Source(name, arch) for arch in NVIDIA if arch in chosen for name in sources()]
 
 
 @functools.cache
@@ -88,12 +86,11 @@ def version() -> str:
 def compile_source(path: pathlib.Path, arch: str) -> bytes:
     """A cubin. Raises RuntimeError with nvcc's words; a warning is an error."""
     # as setup.py does
-    own = not arch.startswith("sm_8") and "tile_arch" in path.read_text()
-    virtual, real = (TARGETS[arch].replace("sm", "compute"), TARGETS[arch]) if own else ("compute_80", arch)
+    ptx = next(ptx for ptx, codes in passes(path.name, NVIDIA).items() if arch in codes)
     torch = pathlib.Path(find_spec("torch").origin).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         command = [
-            NVCC, "-std=c++17", "-O3", f"-gencode=arch={virtual},code={real}", "-cubin", "-Werror", "all-warnings",
+            NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{ptx},code={arch}", "-cubin", "-Werror", "all-warnings",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DGK_CUDA_ARCHS=""',
             "-isystem", str(torch / "include"), str(path), "-o", cubin.name,
         ]  # fmt: skip
@@ -111,11 +108,11 @@ def names(kernels: list[sass.Kernel]) -> list[str]:
     return [re.sub(r"^void |gk::|\(.*", "", re.sub(r"\(gk::\w+\)", "", name)) for name in said.splitlines()]
 
 
-def dq_stream(gpu: sass.GPU, name: str, ctas: int) -> str:
+def dq_stream(gpu: Nvidia, name: str, ctas: int) -> str:
     """Of attention's backward pass, whose model counts no L2: each block of keys reads and writes its threads' own float32
     sums of dq, all T x D of them. Up to which T do the sums of all blocks that are on the GPU at once stay in its L2?"""
     D = int(re.search(r"<\w+, (\d+)", name)[1])
-    tokens = gpu.l2_mb * 2**20 // (gpu.sms * max(1, ctas) * 4 * D)
+    tokens = gpu.l2_mb * 2**20 // (gpu.processors * max(1, ctas) * 4 * D)
     return f"dq's sums: {8 * D} T bytes per block of keys, in L2 up to T = {tokens}"
 
 
@@ -123,13 +120,13 @@ def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
     try:
         kernels = sass.read(compile_source(FOLDER / f"{case.name}.cu", case.arch))
     except RuntimeError as e:
-        return [Row(case, whose, "(file)", error=f"does not compile: {e}")]
+        return [Row(case, whose, "(file)", version(), error=f"does not compile: {e}")]
     found = []
     for name, kernel in sorted(zip(names(kernels), kernels, strict=True), key=lambda pair: pair[0]):
-        hot, threads = sass.regions(kernel), kernel.threads or 128
+        hot, threads = loops.regions(kernel), kernel.threads or 128
         ctas, limit = sass.occupancy(kernel.gpu, kernel.registers, threads, kernel.shared)
         facts = Facts(kernel.registers, kernel.spills, kernel.shared, kernel.code, threads, ctas, limit, kernel.matrix,
-                      sass.wide_share(hot[0]), False)  # fmt: skip
+                      loops.wide_share(hot[0]), False)  # fmt: skip
         has = {i.base for i in kernel.instructions}
         lacks = [f"has no {op}" for p, ops in HOLDS.items() if re.match(p, name) for op in ops if op not in has]
         declared = facts.shared - (1024 if int(case.arch[3:]) >= 90 else 0)
@@ -138,7 +135,7 @@ def rows(case: Source, whose: str = "ours", figures: bool = False) -> list[Row]:
         least = next((share for p, share in WIDE.items() if re.match(p, name)), 0.0)
         if facts.wide < least:
             lacks.append(f"moves {facts.wide:.0%} of its bytes 16 at a time, expected {least:.0%}")
-        regions = tuple(sass.region(kernel, code, threads // 32, max(1, ctas), 1.0) for code in hot) if figures else ()
+        regions = tuple(model.region(kernel, code, threads // 32, max(1, ctas), 1.0) for code in hot) if figures else ()
         states = dq_stream(kernel.gpu, name, ctas) if name.startswith("attention_bwd<") else ""
-        found.append(Row(case, whose, name, facts, regions=regions, lacks=tuple(lacks), states=states))
+        found.append(Row(case, whose, name, version(), facts, regions=regions, lacks=tuple(lacks), states=states))
     return found
