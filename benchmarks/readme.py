@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from gpt_kernels.bench import plots
 from gpt_kernels.bench.report import duration, growth_text, markdown_cell
-from gpt_kernels.bench.run import load, write_text
-from gpt_kernels.demo import table
+from gpt_kernels.bench.run import load
+from gpt_kernels.commands.demo import table
+from gpt_kernels.process import write
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -118,12 +119,12 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     drawn = [plot for plot in PLOTS if plot in svgs]
     for plot in drawn:
-        write_text(folder / f"{plot}.svg", svgs[plot])
+        write(folder / f"{plot}.svg", svgs[plot])
     readme = README.read_text()
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
     names = (args.result.name, args.reuse.name, args.demo.name)
-    write_text(README, before + BEGIN + numbers(result, reuse, demo, names, drawn) + END + after)
+    write(README, before + BEGIN + numbers(result, reuse, demo, names, drawn) + END + after)
 
 
 if __name__ == "__main__":
