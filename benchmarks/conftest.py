@@ -5,7 +5,7 @@ import torch
 
 from gpt_kernels.bench import run
 from gpt_kernels.bench.measure import Settings, configure
-from gpt_kernels.cli import FAMILIES
+from gpt_kernels.names import families
 
 BACKENDS = ("eager", "compile", "ours", "reference")
 
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
         return
     chosen = settings(metafunc.config)
     backends = metafunc.config.getoption("--backends").split(",")
-    cases = [case for op in FAMILIES for case in run.cases(op, chosen)]
+    cases = [case for op in families() for case in run.cases(op, chosen)]
     parameters = [
         pytest.param(case, case.op, case.shape, str(case.dtype).removeprefix("torch."), direction, backend,
                      id=f"{case.op}-{case.shape}-{str(case.dtype).removeprefix('torch.')}-{direction}-{backend}")

@@ -12,13 +12,12 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import cache, dispatch, triton
+from .table import print_table
 from .version import __version__
 
 PACKAGES = ("transformers", "tokenizers", "safetensors", "triton", "numpy", "tqdm", "rich", "matplotlib")
@@ -172,28 +171,6 @@ def print_info(as_json: bool = False) -> None:
         [(op, w["CPU"], w["CUDA"]) for op, w in facts["ops"].items()],
         title="which backend serves each op",
     )
-
-
-def print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]], title: str = "", right: bool = False) -> None:
-    """A table for people: rich where it is installed, aligned columns else. `right` aligns all but the first column."""
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(row[i]) for row in [tuple(header), *rows]) for i in range(len(header))]
-        print(f"\n{title}")
-        for row in [tuple(header), *rows] if any(header) else rows:
-            cells = (c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            print("  ".join(cells).rstrip())
-        return
-    table = Table(title=title, show_header=any(header), title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(escape(name), justify="right" if right and i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    # a pipe has no width: wide enough that no cell is folded
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 # ---- what the ops can do, found by doing it ----

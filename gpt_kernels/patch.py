@@ -34,6 +34,7 @@ from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .table import aligned
 
 # package in which a module's class lives -> file in integrations/ that knows it
 FAMILIES = {"transformers": "huggingface"}
@@ -81,11 +82,7 @@ class Plan:
         folded = Counter(row._replace(path=re.sub(r"\b\d+\b", "*", row.path)) for row in self.rows)
         lines = [("module", "class", "n", "swapped by", "")]
         lines += [(r.path or "(model)", r.cls, str(n), r.op or "-", r.why) for r, n in folded.items()]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        table = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]]).rstrip() for line in lines
-        ]
-        return "\n".join([self.summary(), *table])
+        return "\n".join([self.summary(), *aligned(lines)])
 
 
 # ---- the registry ----

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .dispatch import use_backend
 from .gpt import GPT, evaluating
 from .patch import patched, unpatch
+from .table import aligned
 
 # gradients pass through more roundings than outputs, and kernels order their sums differently
 OUTPUT_FACTOR, GRADIENT_FACTOR = 1.5, 3.0
@@ -77,20 +78,13 @@ class Report:
             lines.append(
                 (name, str(len(rows)), *(f"{x:.2e}" for x in (worst.error, worst.eager_error, worst.allowed)), verdict)
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        table = [
-            f"{line[0]:<{widths[0]}}  "
-            + "  ".join(c.rjust(w) for c, w in zip(line[1:5], widths[1:5], strict=True))
-            + f"  {line[5]}"
-            for line in lines
-        ]
         bad = [row.name for row in self.rows if not row.ok]
         verdict = (
             "every tensor is as close to float64 as eager is"
             if self.ok
             else f"{len(bad)} worse than eager: {', '.join(bad[:4])}"
         )
-        return "\n".join([f"{self.model} in {self.dtype}; {self.swapped}", *(t.rstrip() for t in table),
+        return "\n".join([f"{self.model} in {self.dtype}; {self.swapped}", *aligned(lines, right=range(1, 5)),
                           f"{'OK' if self.ok else 'FAIL'}: of {len(self.rows)} tensors, {verdict}"])  # fmt: skip
 
 

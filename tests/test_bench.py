@@ -17,10 +17,11 @@ import bench_tools
 import pytest
 import torch
 
-from gpt_kernels import cache, cli, worker
+from gpt_kernels import cache, cli, errors, process
 from gpt_kernels.bench import environment, measure, plots, report, run
-from gpt_kernels.bench.measure import Settings
-from gpt_kernels.cli import UserError
+from gpt_kernels.bench.settings import Settings
+from gpt_kernels.errors import UserError
+from gpt_kernels.names import families
 
 FILES = ["bench.csv", "bench.json", "plots", "report.html"]
 
@@ -65,7 +66,7 @@ def workers(monkeypatch, tmp_path):
         (("relu",), "target: unknown 'relu', expected all, ops, attention,"),
         (("--against", "liger,tinygrad"), "--against: unknown 'tinygrad', expected liger, flash_attn, xformers, apex"),
         (("--backends", "vulkan"), "--backends: unknown 'vulkan', expected reference, cpu"),
-        (("--dtypes", "float64"), "--dtypes: unknown 'float64', expected float32, float16, bfloat16"),
+        (("--dtypes", "float64"), "--dtypes: unknown 'float64', expected float32, bfloat16, float16"),
         (("--dtypes", ","), "--dtypes: none is left"),
         (("--threads", "0"), "--threads: must be at least 1, got 0"),
         (("--cases", "no"), "--cases: expected a whole number, got 'no'"),
@@ -90,8 +91,8 @@ def test_what_cannot_be_is_said(capsys, workers, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     code, error = ended(capsys, "bench", "--out", str(tmp_path / "file" / "sub"))
     assert code == 2 and "Not a directory" in error
-    find_spec = run.importlib.util.find_spec
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda m: None if m in ("matplotlib", "scipy") else find_spec(m))
+    find_spec = errors.importlib.util.find_spec
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda m: None if m in ("matplotlib", "scipy") else find_spec(m))
     for arguments in ((), ("report", "a.json"), ("diff", "a.json", "b.json")):
         code, error = ended(capsys, "bench", *arguments)
         assert code == 2 and re.search("(matplotlib|scipy) not installed: pip install 'gpt-kernels\\[bench\\]'", error)
@@ -101,7 +102,7 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
     flags = "rms_norm sweep --quick --huge --reuse --device cpu --threads 3 --dtypes float16 --against liger,apex"
     flags += " --backends reference"
     assert cli.main(["bench", *flags.split(), "--no-compile", "--cases", "2", "--out", "here"]) == 0
-    assert [(command, job["run"]) for command, job in workers[0]] == [("bench-worker", "rms_norm"), ("bench-worker", "sweep")]
+    assert [(command, job["run"]) for command, job in workers[0]] == [(run.__name__, "rms_norm"), (run.__name__, "sweep")]
     given = Settings(**workers[0][0][1]["settings"])
     assert dataclasses.asdict(given) == {
         "targets": ["rms_norm", "sweep"], "quick": True, "huge": True, "reuse": True, "device": "cpu", "threads": 3,
@@ -115,10 +116,10 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
 
 def test_targets(workers):
     assert cli.main(["bench"]) == 0
-    assert [job["run"] for _, job in workers[0]] == [*cli.FAMILIES, "sweep", "gpt", "decode"]
+    assert [job["run"] for _, job in workers[0]] == [*families(), "sweep", "gpt", "decode"]
     workers[0].clear()
     assert cli.main(["bench", "gpt", "ops", "gelu"]) == 0
-    assert [job["run"] for _, job in workers[0]] == ["gpt", *cli.FAMILIES], "each once"
+    assert [job["run"] for _, job in workers[0]] == ["gpt", *families()], "each once"
     assert json.loads(open("bench-out/bench.json").read())["command"].endswith("bench gpt ops gelu")
 
 
@@ -169,14 +170,14 @@ def test_files_are_whole_or_as_they_were(workers, monkeypatch):
     assert not [name for name in os.listdir("bench-out") if name.startswith(".")]
 
 
-def process(out, *flags):
+def started(out, *flags):
     command = [sys.executable, "-m", "gpt_kernels", "bench", *flags, "--quick", "--device", "cpu", "--no-compile", "--out", out]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_the_whole_of_it(tmp_path):
     """One case, measured for real, in its own process."""
-    done = process(tmp_path / "out", "dropout", "--cases", "1", "--threads", "1", "--against", "liger")
+    done = started(tmp_path / "out", "dropout", "--cases", "1", "--threads", "1", "--against", "liger")
     out, error = done.communicate(timeout=300)
     assert done.returncode == 0, error
     assert "dropout 1x64 float32 fwd+bwd" in error and "no numbers for liger: " in out and "written: bench.json" in out
@@ -187,7 +188,7 @@ def test_the_whole_of_it(tmp_path):
 
 
 def test_a_real_interrupt_leaves_no_process_and_whole_files(tmp_path):
-    bench = process(tmp_path / "out", "sweep")
+    bench = started(tmp_path / "out", "sweep")
     assert any("attention" in bench.stderr.readline() for _ in range(2)), "after a word about a busy machine, perhaps"
     children = subprocess.run(["ps", "--ppid", str(bench.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
     assert children
@@ -201,16 +202,14 @@ def test_a_real_interrupt_leaves_no_process_and_whole_files(tmp_path):
 
 def test_worker(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr(run, "start", lambda path: ({"run": "rms_norm", "settings": {"cases": 1}}, lambda **f: sent.append(f)))
     monkeypatch.setattr(measure, "configure", lambda settings, models: None)
     monkeypatch.setattr(measure, "Limits", lambda dtype: {"copy": 1.0, "gemm": 1.0})
     monkeypatch.setattr(measure, "measure", lambda case, direction, limits, settings: {"shape": case.shape, "limits": limits})
-    assert run.worker("job") == 0
+    run.worker({"run": "rms_norm", "settings": {"cases": 1}}, lambda **f: sent.append(f))
     assert [next(iter(f)) for f in sent] == ["environment", "doing", "row", "doing", "row"]
     assert sent[2] == {"row": {"target": "rms_norm", "shape": "1x64", "limits": {"copy": 1.0, "gemm": 1.0}}}
     sent.clear()
-    monkeypatch.setattr(run, "start", lambda path: ({"run": "gpt", "settings": {}}, lambda **f: sent.append(f)))
-    assert run.worker("job") == 0
+    run.worker({"run": "gpt", "settings": {}}, lambda **f: sent.append(f))
     assert [f["apart"] for f in sent if "row" in f] == [0, 1, 2], "whose memory is asked for by these numbers"
 
 
@@ -294,7 +293,7 @@ def test_an_interrupt_ends_the_process_that_measures_memory(workers, monkeypatch
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     def events(command, job, folder):
-        return (worker.events if "variant" in job else targets)(command, job, folder)
+        return (process.events if "variant" in job else targets)(command, job, folder)
 
     monkeypatch.setattr(run, "events", events)
     monkeypatch.setattr(subprocess, "Popen", Process)
@@ -307,7 +306,7 @@ def test_an_interrupt_ends_the_process_that_measures_memory(workers, monkeypatch
 @pytest.mark.slow
 def test_memory_of_a_model_for_real(tmp_path):
     pytest.importorskip("transformers")
-    done = process(tmp_path / "out", "gpt", "--threads", "1")
+    done = started(tmp_path / "out", "gpt", "--threads", "1")
     _, error = done.communicate(timeout=600)
     assert done.returncode == 0, error
     (row,) = run.load(tmp_path / "out" / "bench.json")["rows"]
@@ -320,10 +319,9 @@ def test_memory_of_a_model_for_real(tmp_path):
 def test_worker_of_one_variant(monkeypatch, target, models):
     sent, configured = [], []
     job = {"run": target, "settings": {"quick": True}, "case": 0, "variant": "ours"}
-    monkeypatch.setattr(run, "start", lambda path: (job, lambda **facts: sent.append(facts)))
     monkeypatch.setattr(measure, "configure", lambda settings, models: configured.append((settings.quick, models)))
     monkeypatch.setattr(measure, "memory_apart", lambda case, name: f"{case.op} {name}")
-    assert run.worker("job") == 0
+    run.worker(job, lambda **facts: sent.append(facts))
     assert sent == [{"memory": f"{target} ours"}] and configured == [(True, models)]
 
 

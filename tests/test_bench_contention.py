@@ -10,7 +10,7 @@ import bench_tools
 import pytest
 import torch
 
-from gpt_kernels import cli
+from gpt_kernels import cli, process
 from gpt_kernels.bench import contention, diff, measure, report, run
 from gpt_kernels.bench.measure import Settings, Variant
 
@@ -171,7 +171,7 @@ def test_the_start_says_it(facts, said, capsys):
 
 def test_a_bench_on_a_busy_machine(tmp_path, capsys, monkeypatch):
     """The whole command: at the start, in the first line of what it prints, in the file."""
-    monkeypatch.setattr(run.signal, "signal", lambda *given: None)
+    monkeypatch.setattr(process.signal, "signal", lambda *given: None)
 
     def events(command, job, folder):
         yield {"environment": {"cores": 2, "threads": 2, "processors in use by others": 1.5}}

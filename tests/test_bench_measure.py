@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import gpt_kernels
 from gpt_kernels.bench import attention, contention, measure, models, peers, run
 from gpt_kernels.bench.measure import Case, Settings, Variant
-from gpt_kernels.cli import FAMILIES
+from gpt_kernels.names import families
 from gpt_kernels.triton import tuning
 
 LIMITS = {"copy": 2e9, "gemm": 4e9}
@@ -468,7 +468,7 @@ def test_bad_direction():
 
 
 def all_cases(**options):
-    return [made for target in FAMILIES for made in run.cases(target, Settings(**options))]
+    return [made for target in families() for made in run.cases(target, Settings(**options))]
 
 
 def test_quick_is_a_part_of_the_whole_and_huge_is_asked_for():
@@ -478,21 +478,21 @@ def test_quick_is_a_part_of_the_whole_and_huge_is_asked_for():
     assert names(quick=True) < names() < names(huge=True)
     assert any("65536x4096" in shape for _, shape, _ in names(huge=True) - names())
     assert {dtype for _, _, dtype in names(dtypes=("float16",))} == {torch.float16}
-    assert {op for op, _, _ in names(quick=True)} == set(FAMILIES)
+    assert {op for op, _, _ in names(quick=True)} == set(families())
     bigger = {c.shape for c in all_cases(device="cuda") if c.op == "layer_norm"}
     assert "65536x768" in bigger and "1x64" in bigger
 
 
 def test_each_op_has_main_and_tiny_cases():
     cases = all_cases()
-    for op in FAMILIES:
+    for op in families():
         mine = [c for c in cases if c.op == op]
         assert {c.dtype for c in mine if c.main} == {torch.float32, torch.bfloat16}, op
     assert [c.length for c in attention.sweep(Settings())] == [512, 1024, 2048, 4096, 8192, 16384]
     assert all(c.naive for c in attention.sweep(Settings()))
 
 
-@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("op", families())
 def test_the_first_case_of_each_op_is_measured(op, monkeypatch):
     if op == "attention":
         monkeypatch.setattr(attention, "SHAPES", ((1, 2, 24, 16, True, 0.0), (1, 2, 24, 16, True, 0.1)))

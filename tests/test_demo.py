@@ -1,4 +1,4 @@
-"""The demo: text in, tokens, three runs in their own processes, a table, files that are whole, and a clean Ctrl-C."""
+"""The demo: three runs in their own processes, a table, files that are whole, and a clean Ctrl-C."""
 
 import json
 import math
@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 
-import numpy
 import pytest
 
-from gpt_kernels import cache, demo
-from gpt_kernels.cli import UserError
+from gpt_kernels import process
+from gpt_kernels.commands import demo
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -30,98 +29,6 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {i} says that {i * i} is the square of {i}\n" for i in range(4000)))
     return path
-
-
-# ---- text ----
-
-
-def test_standard_library_is_large_and_the_same_every_time():
-    documents = demo.standard_library()
-    assert sum(len(d.encode()) for d in documents) >= 5_000_000
-    assert documents == demo.standard_library()
-    text = "".join(documents)
-    assert "def main(" in text and "\0" not in text
-
-
-def test_a_small_standard_library_asks_for_a_file(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text("a = 1\n")
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match=r"only 0.0 MB of text: name a file with --data"):
-        demo.standard_library()
-
-
-def test_tests_and_caches_are_no_text(tmp_path, monkeypatch):
-    for name in ("b.py", "test/t.py", "x/tests/t.py", "__pycache__/c.py", "site-packages/s.py", "x/y.rst", "x/z.so"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name + "\n" * 3_000_000)
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert sorted(d.strip() for d in demo.standard_library()) == ["b.py", "x/y.rst"]
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [(b"text\0more", r"a binary file \(a zero byte at 4\)"), (b"text \xff", r"not UTF-8 text \(byte 5: invalid start byte\)")],
-)
-def test_user_file_that_is_not_text(tmp_path, content, words):
-    (tmp_path / "f").write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        demo.user_text(str(tmp_path / "f"))
-
-
-def test_user_file_that_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="No such file"):
-        demo.user_text(str(tmp_path / "absent"))
-    path = tmp_path / "secret"
-    path.touch()
-    path.chmod(0)
-    if not os.access(path, os.R_OK):  # root reads everything
-        with pytest.raises(UserError, match="Permission denied"):
-            demo.user_text(str(path))
-
-
-def test_a_large_file_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "MOST_TEXT", 10)
-    (tmp_path / "f").write_text("123456789äöü")
-    assert demo.user_text(str(tmp_path / "f")) == ["123456789"]
-
-
-@pytest.mark.parametrize("documents", [["abcdefghij" * 10], ["a" * 7, "b" * 50, "c" * 3, "d" * 40], ["x" * 1, "y" * 19]])
-def test_split_holds_out_the_last_twentieth(documents):
-    training, held_out = demo.split(documents)
-    assert "".join(training + held_out) == "".join(documents)
-    assert len("".join(training)) == sum(map(len, documents)) * 19 // 20
-
-
-# ---- tokenizer ----
-
-
-def test_tokenizer_round_trip_and_cache():
-    texts = ["the cat sat on the mat\n" * 50, "ünïcode \t  tabs"]
-    tokenizer, origin = demo.train_tokenizer(texts, 300)
-    assert origin == "trained" and tokenizer.get_vocab_size() <= 300
-    for text in (*texts, "never seen: 漢字 \r\n"):
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-    again, origin = demo.train_tokenizer(texts, 300)
-    assert origin == "from the cache" and again.to_str() == tokenizer.to_str()
-    assert demo.train_tokenizer(texts, 301)[1] == demo.train_tokenizer(texts[:1], 300)[1] == "trained"
-
-
-def test_a_damaged_or_refused_cache_costs_only_time():
-    texts = ["some text " * 100]
-    demo.train_tokenizer(texts, 300)
-    (file,) = cache.directory().iterdir()
-    file.write_bytes(b"{")
-    assert demo.train_tokenizer(texts, 300)[1].startswith("trained (")
-    assert demo.train_tokenizer(texts, 300)[1] == "from the cache"  # mended
-    cache.directory().chmod(0o777)
-    assert "cache refused" in demo.train_tokenizer(texts, 300)[1]
-
-
-def test_encode_puts_an_end_after_each_text():
-    tokenizer, _ = demo.train_tokenizer(["ab " * 100], 300)
-    end = tokenizer.token_to_id(demo.END)
-    row = demo.encode(tokenizer, ["ab ab", "b"])
-    assert row.dtype == numpy.int32 and row.tolist() == [*tokenizer.encode("ab ab").ids, end, *tokenizer.encode("b").ids, end]
 
 
 # ---- table and picture ----
@@ -158,8 +65,8 @@ def test_plot_writes_a_whole_picture(tmp_path, runs):
 
 def test_a_worker_that_dies_is_reported_with_its_last_words(tmp_path):
     job = {"run": "eager", "settings": {"no_such_setting": 1}}
-    with pytest.raises(demo.RunFailed, match=r"(?s)the eager process ended with exit code 1.*no_such_setting"):
-        list(demo.events("demo-worker", job, str(tmp_path)))
+    with pytest.raises(process.RunFailed, match=r"(?s)the eager process ended with exit code 1.*no_such_setting"):
+        list(process.events(demo.__name__, job, str(tmp_path)))
 
 
 def test_no_compile_reasons(monkeypatch):

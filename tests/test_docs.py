@@ -8,10 +8,10 @@ import re
 import bench_tools
 import pytest
 
-from benchmarks.static_cases import PR_ARCHS
 from gpt_kernels import dispatch
 from gpt_kernels.bench import plots
 from tools import docs
+from tools.problems import PR_ARCHS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [

@@ -14,8 +14,8 @@ import torch
 
 import gpt_kernels
 from gpt_kernels import cache, cli, dispatch, triton
-from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, print_table, support
-from tools.problems import PR_ARCHS
+from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, support
+from gpt_kernels.table import print_table
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_info_prints_a_table_and_json(home, capsys):
 
 def test_table_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    print_table(["", "x"], [("a", "1.5"), ("long name", "12.25")], title="t", right=True)
+    print_table(["", "x"], [("a", "1.5"), ("long name", "12.25")], title="t", right=[1])
     assert capsys.readouterr().out == "\nt\n               x\na            1.5\nlong name  12.25\n"
 
 

@@ -15,9 +15,13 @@ import bench_tools
 import pytest
 
 import gpt_kernels
-from gpt_kernels import cache, cli, demo, worker
+from gpt_kernels import cache, cli, process
 from gpt_kernels.bench import diff, environment, plots, report, run
+from gpt_kernels.commands import demo
+from gpt_kernels.errors import UserError
+from gpt_kernels.streams import streams
 from gpt_kernels.triton.tuned import Tuned
+from gpt_kernels.workflows import text
 
 CACHE = sys.modules["gpt_kernels.cache"]
 
@@ -67,7 +71,7 @@ def quick(monkeypatch, tmp_path):
     """Commands whose workers answer at once, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.sys, "argv", ["gpt_kernels"])
-    monkeypatch.setattr(run.signal, "signal", lambda *given: None)
+    monkeypatch.setattr(process.signal, "signal", lambda *given: None)
     (tmp_path / "r.json").write_text(run.dumps(bench_tools.result()))
     monkeypatch.setattr(run, "events", one_row)
     monkeypatch.setattr(plots, "draw", lambda result: ({}, {}))
@@ -79,7 +83,7 @@ def quick(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "_run_all", trained)
     monkeypatch.setattr(demo, "plot", lambda *given: None)
-    monkeypatch.setattr(demo, "standard_library", lambda: ["text"])
+    monkeypatch.setattr(text, "standard_library", lambda: ["text"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -112,7 +116,7 @@ def test_no_stream_ends_a_command(command, quick, monkeypatch):
 def test_what_a_terminal_cannot_say_is_spelled(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with cli.streams():
+    with streams():
         print("8.6 µs ±3 % 漢", flush=True)
     assert raw.getvalue() == b"8.6 us +-3 % \\u6f22\n"
 
@@ -123,7 +127,7 @@ def test_a_real_pipe_without_a_reader_is_quiet_at_exit(tmp_path):
     os.close(read)
     command = [sys.executable, "-m", "gpt_kernels", "bench", "diff", *2 * [str(tmp_path / "r.json")]]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = worker.subprocess.run(command, stdout=write, stderr=worker.subprocess.PIPE, text=True, env=buffered)
+    done = process.subprocess.run(command, stdout=write, stderr=process.subprocess.PIPE, text=True, env=buffered)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -179,12 +183,12 @@ def test_a_full_disk_shows_what_it_cannot_keep(quick, monkeypatch, capsys):
 
 
 def test_half_a_line_of_a_killed_worker_is_no_traceback(tmp_path, monkeypatch):
-    real = worker.subprocess.Popen
+    real = process.subprocess.Popen
     script = ["/bin/sh", "-c", "echo '{\"a\": 1}'; printf '{\"b\": '; kill -9 $$"]
-    monkeypatch.setattr(worker.subprocess, "Popen", lambda arguments, **more: real(script, **more))
-    events = worker.events("bench-worker", {"run": "gelu"}, str(tmp_path))
+    monkeypatch.setattr(process.subprocess, "Popen", lambda arguments, **more: real(script, **more))
+    events = process.events("gpt_kernels.bench.run", {"run": "gelu"}, str(tmp_path))
     assert next(events) == {"a": 1}
-    with pytest.raises(worker.RunFailed, match="the gelu process ended with signal 9"):
+    with pytest.raises(process.RunFailed, match="the gelu process ended with signal 9"):
         next(events)
 
 
@@ -224,8 +228,8 @@ READERS = {
 def test_every_command_refuses_files_that_are_no_such(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "events", lambda *given, **more: pytest.fail("it began"))
-    monkeypatch.setattr(demo.signal, "signal", lambda *given: None)
+    monkeypatch.setattr(process, "events", lambda *given, **more: pytest.fail("it began"))
+    monkeypatch.setattr(process.signal, "signal", lambda *given: None)
     (tmp_path / "good.json").write_text(run.dumps(bench_tools.result()))
     if name == "a folder":
         (tmp_path / "file").mkdir()
@@ -272,14 +276,14 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
             file.write_text(json.dumps(changed))
             try:
                 read.setdefault(json.dumps(run.load(file)), path)
-            except cli.UserError as error:
+            except UserError as error:
                 assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
                 refused += 1
     assert refused > 300 and len(read) > 50
-    monkeypatch.setattr(report.sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
     drawn: set = set()
-    for text, path in read.items():
-        result = json.loads(text)
+    for said, path in read.items():
+        result = json.loads(said)
         report.show(result)
         report.html(result, {})
         report.csv_text(result["rows"])
@@ -288,7 +292,7 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
             drawn.add(path)
             for plot in plots.PLOTS.values():
                 plot(result)
-    run.write_text(file, "\ud800 µ")
+    process.write(file, "\ud800 µ")
     assert file.read_text() == "? µ"
 
 
@@ -334,7 +338,7 @@ def test_a_home_that_is_none(name, capsys, monkeypatch, tmp_path):
         with pytest.raises(OSError):
             cache.write("file", b"")
     if name == "none":
-        assert "no home directory" in demo.train_tokenizer(["some text " * 100], 300)[1]
+        assert "no home directory" in text.train_tokenizer(["some text " * 100], 300)[1]
 
 
 def test_a_home_that_may_not_be_looked_into(monkeypatch, tmp_path):

@@ -22,11 +22,12 @@ from matplotlib.figure import Figure
 import gpt_kernels
 from gpt_kernels import dispatch, gpu
 from gpt_kernels.bench import plots, run
-from gpt_kernels.bench.measure import Settings
 from gpt_kernels.bench.report import duration, figure, growth_text, markdown_cell, mib
-from gpt_kernels.bench.run import load, write_text
-from gpt_kernels.demo import COLORS, LABELS, table
+from gpt_kernels.bench.run import load
+from gpt_kernels.bench.settings import Settings
+from gpt_kernels.commands.demo import COLORS, LABELS, table
 from gpt_kernels.info import support
+from gpt_kernels.process import write
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
@@ -54,7 +55,7 @@ def block(document: str, name: str) -> str:
 def replace(file: pathlib.Path, name: str, text: str) -> None:
     document = file.read_text()
     old = block(document, name)
-    write_text(file, document.replace(f"<!-- {name} -->\n{old}\n<!--", f"<!-- {name} -->\n{text}\n<!--"))
+    write(file, document.replace(f"<!-- {name} -->\n{old}\n<!--", f"<!-- {name} -->\n{text}\n<!--"))
 
 
 def sources() -> dict[str, str]:
@@ -365,7 +366,7 @@ def main() -> None:
     svgs = {plot: svgs[plot] for plot in PLOTS if plot in svgs}
     svgs["headline"] = drawing(json.loads((ROOT / RESULTS / names["demo"]).read_text()))
     for plot, svg in svgs.items():
-        write_text(folder / f"{plot}.svg", svg)
+        write(folder / f"{plot}.svg", svg)
     for (file, name), text in blocks(names).items():
         replace(file, name, text)
     replace(SUPPORT, "support", support())

@@ -24,7 +24,7 @@ import torch
 
 from gpt_kernels import triton
 from gpt_kernels.bench.environment import ROOT
-from gpt_kernels.cli import streams
+from gpt_kernels.streams import streams
 
 from . import gpu_calls, gpu_report, gpu_stages
 from .gpu_calls import DRY

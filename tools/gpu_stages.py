@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gpt_kernels.bench.environment import ROOT
 from gpt_kernels.bench.run import TARGETS, scrub
-from gpt_kernels.cli import FAMILIES
+from gpt_kernels.names import families
 
 from .gpu_calls import DRY, backends
 
@@ -94,7 +94,7 @@ def op_tests(device: str, quick: bool, backend: str) -> Stage:
     name = f"op tests, {backend}"
     if device == "cpu":
         return pytest_stage(name, ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
-    files = [f"tests/test_{op}.py" for op in FAMILIES]
+    files = [f"tests/test_{op}.py" for op in families()]
     chosen = ["-k", f"{backend} and (truth or float64 or bad_input)"] if quick else ["-k", backend]
     return pytest_stage(name, [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device, GPT_KERNELS_TEST_BACKEND=backend)
 

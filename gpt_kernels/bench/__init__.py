@@ -8,6 +8,7 @@
 | models.py       | a GPT-2's training step and its token-by-token generation                                |
 | peers.py        | other people's kernels, and why one is not there                                         |
 | environment.py  | what the figures are valid for                                                           |
+| settings.py     | what a user chooses: targets and flags                                                   |
 | run.py          | the command: every target in a process of its own, one result                            |
 | report.py, plots.py, report.html | table, CSV, plots, Markdown, HTML: all from the result's JSON          |
 | diff.py         | two results compared, noise told from change                                             |

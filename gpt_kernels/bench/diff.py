@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..info import print_table
+from ..errors import need
+from ..table import print_table
 from .report import disturbance, duration
-from .run import load, need
+from .run import load
 
 MEMORY_STEP = 1 << 20  # bytes; less is what an allocator rounds
 IDENTITY = ("cpu", "gpu", "threads", "isa", "torch", "triton", "variables")  # of an environment
@@ -102,7 +103,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], threshold: float, alpha: float
 
 def diff(a: str, b: str, threshold: float, alpha: float) -> int:
     """The command: prints what changed; 1 for a regression, else 0."""
-    need("scipy", "numpy")
+    need("bench", "scipy", "numpy")
     results = load(a), load(b)
     changes = compare(*results, threshold, alpha)
     for name in IDENTITY:
@@ -123,7 +124,7 @@ def diff(a: str, b: str, threshold: float, alpha: float) -> int:
             (c.name, duration(c.before), duration(c.after), f"{c.ratio:.2f}", f"{c.low:.2f} to {c.high:.2f}", f"{c.p:.1g}",
              "-" if c.eager is None else f"{c.eager:.2f}", c.verdict) for c in shown
         ]  # fmt: skip
-        print_table(header, rows, right=True)
+        print_table(header, rows, right=range(1, len(header)))
     counted = collections.Counter(change.verdict for change in changes)
     print(f"{len(changes)} rows in both: {', '.join(f'{n} {verdict}' for verdict, n in counted.items()) or 'none'}")
     return int(any(change.regression for change in changes))

@@ -26,7 +26,6 @@ GPU the host's time per call stands beside the device's: small calls cost what t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import pathlib
@@ -41,11 +40,13 @@ from torch import Tensor
 
 import gpt_kernels
 
+from .. import process
 from ..dispatch import ops
 from ..memory import hold_heap
 from ..triton.tuning import event_timer
 from . import contention, peers
 from .contention import Samples
+from .settings import Settings
 
 # largest error over the largest value, beyond what eager itself errs; tests/ hold the kernels to much less
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -78,29 +79,6 @@ class Trial:
     mismatch: str | None = None  # why ours has none, and the whole row with it
     units: int = 1  # that one call does: its time, bytes and flops are divided by them
     first: dict[str, float] = field(default_factory=dict)  # variant -> seconds of the call that checked it
-
-
-@dataclass(eq=False)
-class Settings:
-    """What a user chose; the command line's flags in gpt_kernels/cli.py say what each does."""
-
-    targets: Sequence[str] = ("all",)
-    quick: bool = False
-    huge: bool = False
-    reuse: bool = False
-    device: str = "auto"  # which run.py settles
-    threads: int | None = None
-    dtypes: Sequence[str] = ("float32", "bfloat16")
-    against: Sequence[str] = ()
-    backends: Sequence[str] = ()
-    compile: bool = True
-    cases: int | None = None
-    out: str = "bench-out"
-
-    @property
-    def seconds(self) -> float:
-        """Timing of one variant of one row, about."""
-        return 0.1 if self.quick else 0.25
 
 
 @dataclass(eq=False)
@@ -303,15 +281,7 @@ def peak_memory(call: Callable) -> int | None:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # freed blocks kept by malloc would hide what the call needs
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
+    return process.rise(call)
 
 
 def least_peak(call: Callable) -> int | None:
@@ -325,11 +295,6 @@ def memory_apart(case: Any, name: str) -> int | None:
     with variant.around():
         variant.call()  # compiles, and makes what stays from call to call
         return least_peak(variant.call)
-
-
-def _status(key: str) -> int:
-    line = next(s for s in pathlib.Path("/proc/self/status").read_text().splitlines() if s.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def stopwatch(call: Callable, repeats: int = 1) -> float:

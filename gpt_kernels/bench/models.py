@@ -16,6 +16,7 @@ from torch import nn
 
 import gpt_kernels
 
+from ..workflows.models import autocast, gpt2, next_token_loss
 from .measure import TOLERANCE, Settings, Trial, Variant, first_line, on_gpu
 
 
@@ -42,15 +43,10 @@ def sizes_for(settings: Settings) -> Sizes:
 
 
 def build(sizes: Sizes, dropout: float) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=sizes.vocab, n_positions=max(sizes.length, sizes.prompt + sizes.new), n_embd=sizes.width,
-        n_layer=sizes.layers, n_head=sizes.heads, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout,
-        bos_token_id=0, eos_token_id=0,
+    context = max(sizes.length, sizes.prompt + sizes.new)
+    model = gpt2(
+        vocab=sizes.vocab, context=context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, dropout=dropout
     )  # fmt: skip
-    model: Any = GPT2LMHeadModel(config)
     return model.to(torch.get_default_device())
 
 
@@ -103,14 +99,13 @@ def wrong_step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> str | None:
     return None if report.ok else str(report).splitlines()[-1]
 
 
-def step(model: Any, forward: Callable, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+def step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Forward, backward and the optimizer; weights in float32, a 16-bit dtype by autocast."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    autocast = torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32)
 
     def call():
-        with autocast:
-            loss = forward(ids)
+        with autocast(ids, dtype):
+            loss = next_token_loss(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,12 +121,12 @@ def training_start(case: ModelCase) -> tuple[Any, torch.Tensor]:
 def training_variant(case: ModelCase, name: str, model: Any, ids: torch.Tensor) -> Variant:
     """The loss is part of what is compiled, which is compiled at its first call."""
     if name == "GPT":
-        own = gpt_kernels.GPT.from_hf(model).train()
-        return Variant(step(own, lambda x: own(x, targets=nn.functional.pad(x[:, 1:], (0, 1), value=-1))[1], ids, case.dtype))
-    if name == "ours":
+        model = gpt_kernels.GPT.from_hf(model).train()
+    elif name == "ours":
         patched(model)
-    run = torch.compile(model) if name == "compile" else model
-    return Variant(step(model, lambda x: run(input_ids=x, labels=x, use_cache=False).loss, ids, case.dtype))
+    elif name == "compile":
+        model = torch.compile(model)
+    return Variant(step(model, ids, case.dtype))
 
 
 def training(case: ModelCase, settings: Settings) -> Trial:

@@ -8,12 +8,13 @@ import io
 import math
 import pathlib
 import statistics
-import sys
 from collections.abc import Sequence
 
-from ..cli import UserError
+from .. import process
+from ..errors import need
+from ..table import print_table
 from .contention import STAYED
-from .run import dumps, load, need, write_text
+from .run import dumps, load
 
 VARIANTS = ("eager", "compile", "ours")  # columns of their own; others share one
 
@@ -153,26 +154,19 @@ def growth_text(rows: Sequence[dict]) -> list[str]:
 
 def show(result: dict) -> None:
     """On the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    # wide enough for every column also where there is no terminal
-    console = Console(width=None if sys.stdout.isatty() else 240)
     facts = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
-    table = Table(caption=escape(f"{facts}\n{limits_text(result)}"))
-    for head in heads(result):
-        table.add_column(head, justify="right" if head in (*VARIANTS, "ours cold", "ours warm", "vs better") else "left")
-    for row in result["rows"]:
-        table.add_row(*map(escape, cells(row)))
+    columns = heads(result)
+    right = [i for i, head in enumerate(columns) if head in (*VARIANTS, "ours cold", "ours warm", "vs better")]
     if line := disturbance(result):
-        console.print(line, markup=False, highlight=False)
+        print(line)
     if result["rows"]:
-        console.print(table)
+        caption = f"{facts}\n{limits_text(result)}"
+        # wide enough for every column also where there is no terminal
+        print_table(columns, [cells(row) for row in result["rows"]], right=right, caption=caption, width=240)
     for line in [*growth_text(result["rows"]), *(f"no numbers for {line}" for line in left_out(result["rows"]))]:
-        console.print(line, markup=False, highlight=False)
+        print(line)
     for target, reason in result["failed"].items():
-        console.print(f"failed: {target}: {reason.splitlines()[0]}", markup=False)
+        print(f"failed: {target}: {reason.splitlines()[0]}")
 
 
 # ---- Markdown: the GPU kit's report and the README ----
@@ -266,35 +260,31 @@ def html(result: dict, figures: dict[str, str]) -> str:
 
 def write(result: dict, folder: pathlib.Path) -> str:
     """Everything but the table; each file is whole or as it was. Returns what was written, in words."""
-    write_text(folder / "bench.json", dumps(result))
+    process.write(folder / "bench.json", dumps(result))
     return render(result, folder, ["bench.json"])
 
 
 def render(result: dict, folder: pathlib.Path, written: list[str]) -> str:
     from . import plots
 
-    write_text(folder / "bench.csv", csv_text(result["rows"]))
+    process.write(folder / "bench.csv", csv_text(result["rows"]))
     svgs, pngs = plots.draw(result)
     (folder / "plots").mkdir(exist_ok=True)
     for name in plots.TITLES:
         for kind, drawn in (("svg", svgs), ("png", pngs)):
             path = folder / "plots" / f"{name}.{kind}"
             if name in drawn:
-                write_text(path, drawn[name])
+                process.write(path, drawn[name])
             else:
                 path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
-    write_text(folder / "report.html", html(result, svgs))
+    process.write(folder / "report.html", html(result, svgs))
     return f"written: {', '.join([*written, 'bench.csv', 'report.html', f'{len(svgs)} plots'])} in {folder}"
 
 
 def rewrite(result: str, out: str) -> None:
     """`bench report`: from a result's JSON."""
-    need("rich", "matplotlib", "numpy", "jinja2")
+    need("bench", "rich", "matplotlib", "numpy", "jinja2")
     loaded = load(result)
-    try:
-        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
-    written = render(loaded, pathlib.Path(out), [])
+    written = render(loaded, process.out_folder(out), [])
     show(loaded)
     print(written)

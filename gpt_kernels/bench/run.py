@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import itertools
 import json
 import os
 import pathlib
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -23,26 +21,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .. import cache
-from ..cli import FAMILIES, UserError
-from ..worker import RunFailed, events, start
-from .measure import Settings
+from .. import arguments, cache, process
+from ..errors import UserError, need
+from ..names import families
+from ..process import RunFailed, events
+from .settings import GROUPS, OUT, TARGETS, Settings
 
-TARGETS = {op: (op, "cases") for op in FAMILIES} | {
-    "sweep": ("attention", "sweep"),
-    "gpt": ("models", "gpt"),
-    "decode": ("models", "decode"),
-}
-GROUPS = {"all": tuple(TARGETS), "ops": FAMILIES}
 SCHEMA = 1
 LARGEST = 64 << 20  # bytes of a result: a row has some thousand
 PACKAGES = ("rich", "matplotlib", "numpy", "jinja2", "transformers")
-
-
-def need(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install 'gpt-kernels[bench]'")
 
 
 def cases(target: str, settings: Settings) -> Iterator[Any]:
@@ -54,17 +41,16 @@ def cases(target: str, settings: Settings) -> Iterator[Any]:
 # ---- the worker: one target ----
 
 
-def worker(job_path: str) -> int:
-    """Entry point of `bench-worker`: a target's rows, or the memory of one variant of one of its cases."""
+def worker(job: dict[str, Any], send: Callable[..., None]) -> None:
+    """A target's rows, or the memory of one variant of one of its cases."""
     from .measure import Limits, configure, measure, memory_apart
 
-    job, send = start(job_path)
     settings = Settings(**job["settings"])
     configure(settings, models=TARGETS[job["run"]][0] == "models")
     if "variant" in job:
         case = next(itertools.islice(cases(job["run"], settings), job["case"], None))
         send(memory=memory_apart(case, job["variant"]))
-        return 0
+        return
     from .environment import environment
 
     send(environment=environment())
@@ -74,7 +60,6 @@ def worker(job_path: str) -> int:
             send(doing=f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')} {direction}")
             row = {"target": job["run"]} | measure(case, direction, limits, settings)
             send(row=row, **{"apart": number} if case.apart else {})
-    return 0
 
 
 # ---- the parent ----
@@ -82,55 +67,18 @@ def worker(job_path: str) -> int:
 
 def check(settings: Settings) -> list[str]:
     """Completes the settings; returns the targets. Raises UserError for what cannot be."""
-    import torch
-
-    from ..dispatch import BACKENDS
-    from .measure import TOLERANCE
-    from .peers import PEERS
-
-    def choice(flag: str, given: Any, known: Any) -> None:
-        for name in given:
-            if name not in known:
-                raise UserError(f"{flag}: unknown {name!r}, expected {', '.join(known)}")
-
-    choice("target", settings.targets, (*GROUPS, *TARGETS))
-    choice("--against", settings.against, PEERS)
-    choice("--backends", settings.backends, BACKENDS)
-    choice("--dtypes", settings.dtypes, [str(d).removeprefix("torch.") for d in TOLERANCE if d != torch.float64])
+    arguments.check(settings)
     if not settings.dtypes:
         raise UserError("--dtypes: none is left")
-    need(*PACKAGES)
-    if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: torch {torch.__version__} sees no GPU here")
-    out = pathlib.Path(settings.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+    need("bench", *PACKAGES)
+    settings.device = arguments.chosen_device(settings.device)
+    process.out_folder(settings.out)
     return list(dict.fromkeys(t for name in settings.targets for t in GROUPS.get(name, (name,))))
-
-
-def plain(value: Any) -> Any:
-    """A flag's value as it is typed."""
-    return ",".join(value) if isinstance(value, (list, tuple)) else value
 
 
 def command(settings: Settings) -> str:
     """What was typed, without --out: that may name a folder of the machine."""
-    words = ["python", "-m", "gpt_kernels", "bench", *settings.targets]
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if f.name in ("targets", "out") or plain(value) == plain(default):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{f.name}" if value else f"--no-{f.name}")
-        else:
-            words += [f"--{f.name}", str(plain(value))]
-    return shlex.join(words)
+    return shlex.join(["python", "-m", "gpt_kernels", "bench", *arguments.typed(dataclasses.replace(settings, out=OUT))])
 
 
 def scrub(text: str) -> str:
@@ -145,51 +93,46 @@ def scrub(text: str) -> str:
 
 def bench(settings: Settings) -> int:
     """Everything, from the first row to the report; returns the exit code. Ctrl-C ends it with the rows there are."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as cleanly as Ctrl-C
+    process.kill_is_ctrl_c()
     typed = command(settings)
     targets = check(settings)
     from . import report
 
-    began, status, failure = time.monotonic(), 0, None
+    began = time.monotonic()
     out, partial = pathlib.Path(settings.out), pathlib.Path(settings.out, "bench.partial.json")
     result: dict[str, Any] = {"schema": SCHEMA, "command": typed, "environment": {}, "rows": [], "failed": {}}
 
-    def state() -> dict[str, Any]:
+    def state(interrupted: bool) -> dict[str, Any]:
         """The result as if it ended now."""
-        ended = {"interrupted": status == 130, "seconds": round(time.monotonic() - began, 1)}
+        ended = {"interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
         return result | ended | {"limits": medians(result["rows"])}
 
     def keep() -> None:
         try:
-            write_text(partial, dumps(state() | {"interrupted": True}))
+            process.write(partial, dumps(state(True)))
         except OSError as error:  # said now, when there may be time to make room
             print(f"\n{partial}: {error.strerror}", file=sys.stderr, flush=True)
 
-    try:
-        with tempfile.TemporaryDirectory(prefix="gpt_kernels-bench-", ignore_cleanup_errors=True) as folder:
-            collect(targets, settings, folder, result, keep)
-    except KeyboardInterrupt:
-        status = 130
-        print("\nstopped; the rows there are:", file=sys.stderr, flush=True)
-    except Exception as error:
-        if not result["rows"]:
-            raise
-        status, failure = 130, error
-    # a second Ctrl-C must not cut the files in half
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        result = state()
+    def work() -> None:
         try:
-            written = report.write(result, out)
+            with tempfile.TemporaryDirectory(prefix="gpt_kernels-bench-", ignore_cleanup_errors=True) as folder:
+                collect(targets, settings, folder, result, keep)
+        except KeyboardInterrupt:
+            print("\nstopped; the rows there are:", file=sys.stderr, flush=True)
+            raise
+
+    def write(interrupted: bool) -> None:
+        ended = state(interrupted)
+        try:
+            written = report.write(ended, out)
             partial.unlink(missing_ok=True)
         finally:  # where the disk is full, this is all there is
-            report.show(result)
+            report.show(ended)
         print(written, flush=True)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if failure is not None:
-        raise failure
-    return status or int(bool(result["failed"]) or any(row["mismatch"] for row in result["rows"]))
+
+    if process.reported(work, write, worth=lambda: bool(result["rows"])):
+        return 130
+    return int(bool(result["failed"]) or any(row["mismatch"] for row in result["rows"]))
 
 
 def collect(
@@ -201,7 +144,7 @@ def collect(
         job = {"run": target, "settings": dataclasses.asdict(settings)}
         apart: list[tuple[dict, int]] = []  # rows without memory, and the numbers of their cases
         try:
-            with contextlib.closing(events("bench-worker", job, folder)) as stream:
+            with contextlib.closing(events(__name__, job, folder)) as stream:
                 for event in stream:
                     if "doing" in event:
                         say(event["doing"])
@@ -237,7 +180,7 @@ def warn_of_others(environment: dict[str, Any]) -> None:
 def add_memory(row: dict[str, Any], name: str, job: dict[str, Any], folder: str) -> None:
     """A variant's peak memory from a process of its own; where that fails, the row says why there is none."""
     try:
-        with contextlib.closing(events("bench-worker", job, folder)) as stream:
+        with contextlib.closing(events(__name__, job, folder)) as stream:
             (row["variants"][name]["memory"],) = (event["memory"] for event in stream)
     except RunFailed as error:
         first, *log = scrub(str(error)).strip().splitlines()
@@ -332,7 +275,7 @@ TEXT = kind(str)
 # what a report reads: fields that must be there, those that may
 RESULT = {"command": TEXT, "environment": mapping(kind(str, int, float, type(None))), "rows": kind(list),
           "failed": mapping(TEXT), "interrupted": kind(bool), "seconds": number, "limits": mapping(positive)}  # fmt: skip
-ROW = {"target": one_of(*TARGETS), "op": one_of(*FAMILIES, "gpt", "decode"), "shape": TEXT, "dtype": TEXT, "direction": TEXT,
+ROW = {"target": one_of(*TARGETS), "op": one_of(*families(), "gpt", "decode"), "shape": TEXT, "dtype": TEXT, "direction": TEXT,
        "main": kind(bool), "length": or_none(lambda v: positive(v) and isinstance(v, int)), "served": TEXT,
        "mismatch": or_none(TEXT), "absent": mapping(TEXT)}  # fmt: skip
 MEASURED = {"timed": one_of("warm", "cold"), "variants": mapping(kind(dict)), "bytes": positive, "flops": number,
@@ -368,7 +311,3 @@ def validate(result: dict[str, Any]) -> None:
         check(row["variants"], f"row {i}", {"ours": kind(dict)})
         for name, figures in row["variants"].items():
             check(figures, f"row {i}, {name}", VARIANT, MAY)
-
-
-def write_text(path: pathlib.Path, text: str | bytes) -> None:
-    cache.write_atomically(path, text if isinstance(text, bytes) else text.encode(errors="replace"), mode=0o644)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..cli import UserError
-from ..info import print_table
+from ..errors import UserError
+from ..names import DTYPES as NAMES
+from ..table import print_table
 from . import INTERPRETED, absence, common
 from .tuned import Parameters, Tuned, tuned
 from .tuning import Timer, Tunable, asked, event_timer, gpu, measure
 from .workload import SIZES, Sizes, calls, launcher
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 def tune(op: str | None, dtype: str | None, sizes: str) -> int:
