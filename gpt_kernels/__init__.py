@@ -1,6 +1,10 @@
 """Fused kernels for a GPT: one API over C++ (CPU) and Triton (GPU) kernels and their PyTorch reference."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from . import gpu as _gpu
+from . import names as _names
 from . import triton as _triton
 from .dispatch import isa, set_isa, use_backend, use_isa, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
@@ -21,6 +25,17 @@ from .ops.softmax import softmax
 from .patch import Plan, patch, patched, unpatch
 from .verify import verify
 from .version import __version__
+
+# every op is there, whether or not a line above names it for readers and type checkers
+_homes = [_importlib.import_module(f"{__name__}.ops.{family}") for family in _names.families()]
+
+
+def __getattr__(name: str) -> _Any:
+    for home in _homes:
+        if name in home.__all__:
+            return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _triton.register()
 _gpu.settle()

@@ -40,8 +40,9 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, eager: Tensor, factor: 
         factor *= 3  # exponentials of a GPU's special function unit err by 2^-22
     a, t, e = actual.detach().double(), truth.detach(), eager.detach().double()
     for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-        # float16 may overflow where float64 does not: eager then shows the inf too
-        assert torch.equal(test(a), test(t) | test(e)), f"{name}: {kind} in other places than the truth has them"
+        # where the truth has it; also where eager has: float16 may overflow where float64 does not
+        wrong = (test(t) & ~test(a)) | (test(a) & ~(test(t) | test(e)))
+        assert not wrong.any(), f"{name}: {kind} in other places than the truth has them"
     ok = torch.isfinite(a) & torch.isfinite(t) & torch.isfinite(e)
     if not ok.any():
         return
@@ -59,11 +60,18 @@ def assert_close_to_truth(actual: Tensor, truth: Tensor, eager: Tensor, factor: 
         return
     # rows so small that the allowed error is a large part of them say nothing about their direction
     large = t.norm(dim=-1) > 30 * allowed * t.shape[-1] ** 0.5
-    deviation, limit = _deviation(a[large], t[large]), max(COSINE[actual.dtype], factor**2 * _deviation(e[large], t[large]))
-    assert deviation <= limit, f"{name}: a row's cosine with the truth is off by {deviation:.3e}, allowed {limit:.3e}"
+    if not large.any():
+        return
+    deviation, of_eager = _deviation(a[large], t[large]), _deviation(e[large], t[large]).max()
+    # eager may be exact in a row by luck: any row may err as much as eager's elements do on the average
+    usual = (e - t).square().mean() * t.shape[-1] / (2 * t[large].square().sum(-1))
+    limit = factor**2 * torch.maximum(usual, of_eager).clamp(min=COSINE[actual.dtype] / factor**2)
+    row = int((deviation / limit).argmax())
+    assert deviation[row] <= limit[row], (
+        f"{name}: a row's cosine with the truth is off by {deviation[row]:.3e}, allowed {limit[row]:.3e}"
+    )
 
 
-def _deviation(a: Tensor, t: Tensor) -> float:
-    """The worst row's 1 - cosine."""
-    cosine = (a * t).sum(-1) / (a.norm(dim=-1) * t.norm(dim=-1))
-    return (1 - cosine).max().item() if cosine.numel() else 0.0
+def _deviation(a: Tensor, t: Tensor) -> Tensor:
+    """Each row's 1 - cosine."""
+    return 1 - (a * t).sum(-1) / (a.norm(dim=-1) * t.norm(dim=-1))

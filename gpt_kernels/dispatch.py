@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import warnings
@@ -51,6 +52,7 @@ def define(schema: str, reference: Callable):
     written once) and any device that has no kernel.
     """
     name = schema.split("(")[0]
+    reference = _on_one_device(name, reference)
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _ops[name] = _Op(reference)
@@ -63,6 +65,20 @@ def define(schema: str, reference: Callable):
         if "cuda" in _ops[name].kernels:
             _ops[name].cuda = "cuda"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _on_one_device(name: str, reference: Callable) -> Callable:
+    """A reference beside which torch's own ops may not notice: a tensor without memory that nothing reads, or one of another
+    GPU that they copy."""
+
+    @functools.wraps(reference)
+    def call(*args):
+        devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}")
+        return reference(*args)
+
+    return call
 
 
 def kernel(

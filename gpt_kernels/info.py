@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
-import re
 import shutil
 import subprocess
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from . import cache, dispatch, triton
+from .names import families, family
 from .table import print_table
 from .version import __version__
 
@@ -180,62 +180,34 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUDA_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _examples() -> dict[str, tuple[Any, str, str]]:
-    """op -> (a small call in a dtype, the public functions, what they take)"""
-    from .ops.attention import flash_attn_func
-    from .ops.cross_entropy import cross_entropy
-    from .ops.dropout import dropout
-    from .ops.gelu import gelu
-    from .ops.layer_norm import layer_norm
-    from .ops.rms_norm import rms_norm
-    from .ops.softmax import softmax
+def _families() -> dict[str, Any]:
+    """Of each op: its home file, with its public functions in __all__, and its calls."""
+    from . import cases
 
-    def x(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.linspace(-2, 2, math.prod(shape)).view(shape).to(dtype).requires_grad_()
-
-    return {
-        "attention": (
-            lambda t: flash_attn_func(x(t, 1, 3, 2, 16), x(t, 1, 3, 1, 16), x(t, 1, 3, 1, 16), causal=True),
-            "`flash_attn_func`, `flash_attn_qkvpacked_func`, `flash_attn_kvpacked_func`, `scaled_dot_product_attention`",
-            "head dim to 256; MHA, GQA, MQA; other key length; causal, window, softcap, ALiBi, bias or mask, dropout; strides",
-        ),
-        "cross_entropy": (
-            lambda t: cross_entropy(x(t, 3, 8), torch.tensor([0, 7, -100])),
-            "`cross_entropy`",
-            "ignore_index, label smoothing, z-loss, logit softcap, gradient in place",
-        ),
-        "dropout": (
-            lambda t: dropout(x(t, 3, 8), residual=x(t, 3, 8)),
-            "`dropout`",
-            "residual added in the same pass; no stored mask",
-        ),
-        "gelu": (lambda t: gelu(x(t, 3, 8), x(t, 8)), "`gelu`", "bias; tanh or erf"),
-        "layer_norm": (lambda t: layer_norm(x(t, 3, 8), x(t, 8), x(t, 8)), "`layer_norm`", "weight and bias, both optional"),
-        "rms_norm": (lambda t: rms_norm(x(t, 3, 8), x(t, 8)), "`rms_norm`", "weight, optional"),
-        "softmax": (lambda t: softmax(x(t, 3, 8), causal=True), "`softmax`", "scale, causal, boolean or additive mask"),
-    }
+    return {op: (importlib.import_module(f"{__package__}.ops.{op}"), cases.of(op)) for op in families()}
 
 
 def _in_triton() -> dict[str, list[str]]:
     """op -> dtypes for which its Triton launchers, forward and backward, make their launches; recorded, not done."""
-    done: dict[str, list[str]] = {op: [] for op in _examples()}
+    from . import cases
+
+    done: dict[str, list[str]] = {op: [] for op in families()}
     if triton.absence():
         return done
-    from .triton import common, workload
+    from .triton import common
 
     for dtype in DTYPES:
-        refused = {op for op in done if f"{op}_fwd" not in triton.OPS}
-        for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=32), dtype, "meta"):
-            op = re.sub("_(fwd|bwd).*", "", name)
-            try:
-                with common.recording("sm_80") as launches:
-                    workload.launcher(name)(*args)
-            except (RuntimeError, ModuleNotFoundError):
-                launches = []
-            if not launches:
-                refused.add(op)
-        for op in done.keys() - refused:
-            done[op].append(str(dtype).removeprefix("torch."))
+        for op in done:
+            made = []
+            for name, args in cases.of(op).step(cases.Sizes(1, 8, 16, 1, vocab=32), cases.New(dtype, "meta")):
+                try:
+                    with common.recording("sm_80") as launches:
+                        triton.launcher(name)(*args)
+                    made.append(bool(launches))
+                except (KeyError, RuntimeError, ModuleNotFoundError):
+                    made.append(False)
+            if made and all(made):
+                done[op].append(str(dtype).removeprefix("torch."))
     return done
 
 
@@ -247,13 +219,20 @@ def support() -> str:
     """
     heads = ("op", "public functions", "forward and backward on a CPU", "in Triton, for GPUs", "in CUDA C++, for GPUs", "takes")
     lines, in_triton = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], _in_triton()
-    for op, (call, functions, takes) in _examples().items():
+    for op, (home, calls) in _families().items():
         done = []
         for dtype in DTYPES:
-            with dispatch.use_backend("cpu"), contextlib.suppress(RuntimeError):
-                call(dtype).sum().backward()
+            with (
+                contextlib.suppress(RuntimeError),
+                dispatch.use_backend("cpu", *(n for n in dispatch.ops() if family(n) == op)),
+            ):
+                for example in calls.small(dtype):
+                    given = [
+                        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in example.args
+                    ]
+                    example.ours(*given).sum().backward()
                 done.append(str(dtype).removeprefix("torch."))
-        lines.append(
-            f"| {op} | {functions} | {', '.join(done)} | {', '.join(in_triton[op])} | {', '.join(CUDA_DTYPES)} | {takes} |"
-        )
+        functions = ", ".join(f"`{name}`" for name in home.__all__)
+        cells = (op, functions, ", ".join(done), ", ".join(in_triton[op]), ", ".join(CUDA_DTYPES), calls.TAKES)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

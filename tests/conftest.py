@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpt_kernels import dispatch
+from gpt_kernels.names import families
 
 if grids.BACKEND == "cuda_sim":
     import sim_tools
@@ -30,12 +31,15 @@ if grids.DEVICE != "cpu":
     for _name in ("randn", "rand", "randint", "randperm"):
         setattr(torch, _name, drawn_on_the_cpu(getattr(torch, _name)))
 
-OPS = ("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax")
+
+def on_the_backend_under_test(module) -> bool:
+    """The ops' own files, and what says so of itself."""
+    return module.__name__ in [f"test_{op}" for op in families()] or getattr(module, "ON_THE_BACKEND_UNDER_TEST", False)
 
 
 def pytest_generate_tests(metafunc):
     """The op tests run on the backend under test, and their names say so; for the CPU backend there is nothing to push."""
-    if grids.BACKEND != "cpu" and metafunc.module.__name__ in [f"test_{op}" for op in (*OPS, "magnitudes")]:
+    if grids.BACKEND != "cpu" and on_the_backend_under_test(metafunc.module):
         metafunc.parametrize("backend", [grids.BACKEND], indirect=True)
 
 

@@ -1,4 +1,4 @@
-"""What the op tests iterate over, in one place: the backend under test, dtypes, instruction sets, boundary sizes.
+"""What the op tests iterate over, in one place: the backend under test, dtypes, instruction sets, how slow it is.
 
 The tests are the same for every backend. CPU kernels run them in full; with TRITON_INTERPRET=1 in the environment the Triton
 kernels do, in an interpreter some thousand times slower, on fewer sizes; with GPT_KERNELS_TEST_BACKEND=cuda_sim the CUDA
@@ -15,13 +15,10 @@ from gpt_kernels.triton import INTERPRETED
 
 DEVICE = os.environ.get("GPT_KERNELS_TEST_DEVICE", "cpu")
 BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED or DEVICE == "cuda" else "cpu")
-ROWS = (0, 1, 2, 17)
+SLOW = 0 if BACKEND == "cpu" else 2 if BACKEND == "triton" and INTERPRETED else 1  # as gpt_kernels.cases has it
 if BACKEND == "cpu":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     ISAS = tuple(dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(dispatch.best_isa()) + 1]) if dispatch.library else ()
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     ISAS = (dispatch.best_isa(),)  # of the CPU: nothing to the kernels under test
-COLUMNS = (1, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 4096)
-if INTERPRETED:
-    COLUMNS = (1, 7, 33, 64, 127, 257, 1000, 1025, 4096)

@@ -9,29 +9,11 @@ from grids import DTYPES, ISAS
 from op_checks import assert_same, forward_backward
 
 import gpt_kernels
+from gpt_kernels import cases
+from gpt_kernels.cases import STREAMED_PARTS
 
 gpt_kernels.reuse_memory()
-# bytes of an output: two are beyond the 32 MB from which on a call's rows are streamed, those of a part are not
-SIZE, PARTS = 17 * 2**20, 7
-RNG = torch.tensor([3, 5])
-
-
-def calls(x):
-    """(name, op, arguments after x, how many of the parts to compare): a row of dropout's mask depends on its place."""
-    w, b = torch.randn(2, x.shape[-1]).to(x.dtype)
-    yield "layer_norm", gpt_kernels.layer_norm, (w, b), PARTS
-    yield "rms_norm", gpt_kernels.rms_norm, (w,), PARTS
-    yield "softmax", gpt_kernels.softmax, (), PARTS
-    yield "causal softmax", lambda x: gpt_kernels.softmax(x, causal=True), (), PARTS
-    yield "gelu", lambda x: gpt_kernels.gelu(x, approximate="tanh"), (), PARTS
-    yield "gelu of a biased x", gpt_kernels.gelu, (b,), PARTS
-    yield "dropout", lambda x, r: gpt_kernels.dropout(x, 0.1, residual=r, rng_state=RNG), (torch.randn_like(x),), 1
-
-
-def gradient(logits):
-    """Of a sum, each row's is its own; rows of 50257 begin inside a line."""
-    loss = gpt_kernels.cross_entropy(logits.requires_grad_(), torch.arange(len(logits)) % 25, reduction="sum")
-    return torch.autograd.grad(loss, logits)
+PARTS = STREAMED_PARTS
 
 
 def faults() -> int:
@@ -55,10 +37,14 @@ def check(name: str, call, args: list, compared: int = PARTS) -> None:
         assert_same(same_rows, parts, f"{name} {tuple(args[0].shape)} {args[0].dtype} {isa}")
 
 
+def in_rows(streamed):
+    """Its results that have rows: of an op the output and the gradient of its first argument."""
+    if streamed.gradient:
+        return lambda *args: forward_backward(streamed.call, args, args[0])[:2]
+    return streamed.call
+
+
 for dtype in DTYPES:
-    for rows, columns in ((32, 768), (33, 1000)):  # 1000 of 16 bits are no whole lines: written as ever
-        x = torch.randn(-(-SIZE // (rows * columns * dtype.itemsize * PARTS)) * PARTS, rows, columns).to(dtype)
-        for name, op, rest, compared in calls(x):
-            check(name, lambda *args, op=op: forward_backward(op, args, args[0])[:2], [x, *rest], compared)
-    rows = 50 * PARTS if dtype.itemsize == 2 else 25 * PARTS
-    check("cross_entropy", gradient, [torch.randn(rows, 50257).to(dtype)])
+    for op in cases.families():
+        for streamed in cases.of(op).streamed(dtype):
+            check(streamed.what, in_rows(streamed), list(streamed.args), PARTS if streamed.all_parts else 1)

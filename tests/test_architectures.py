@@ -6,11 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_calls import every_call
 
-from gpt_kernels import dispatch, triton
+from gpt_kernels import cases, dispatch, triton
 from gpt_kernels.architectures import ARCHITECTURES, family
-from gpt_kernels.triton import common, workload
+from gpt_kernels.triton import common
 
 if triton.absence() is not None or triton.INTERPRETED:
     pytest.skip(str(triton.absence() or "the interpreter changes nothing here"), allow_module_level=True)
@@ -22,8 +21,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from gpt_kernels.triton import attention as fwd  # noqa: E402
 from gpt_kernels.triton import attention_bwd as bwd  # noqa: E402
 from tools import static_triton  # noqa: E402
-from tools.problems import Inputs  # noqa: E402
-from tools.static_cases import attention, cross_entropy, dropout, gelu, layer_norm, softmax  # noqa: E402
+from tools.problems import PROBLEMS, Inputs  # noqa: E402
 
 NO_CODE = ("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx932")  # Triton's passes know no such GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,15 +50,15 @@ def test_defaults_exist_for_every_architecture():
                "gfx950": "gfx942", "gfx1151": "gfx1100", "gfx1200": "gfx1201", "gfx1250": "gfx1201"}  # fmt: skip
     assert nearest.items() <= families.items()
     for dtype in DTYPES:
-        calls = [(name, args) for _, name, args in every_call(dtype, "meta") if name.startswith("attention")]
+        calls = [(name, args) for _, name, args in cases.calls(dtype, "meta") if name.startswith("attention")]
         for arch in set(families.values()):
             for name, args in calls:
                 with common.recording(arch):
-                    workload.launcher(name)(*args)
+                    triton.launcher(name)(*args)
     for arch in archs:  # the launchers ask by architecture, too
-        for name, args in workload.calls(workload.Sizes(1, 32, 128, 1, vocab=64), torch.bfloat16, "meta"):
+        for name, args in cases.step(cases.Sizes(1, 32, 128, 1, vocab=64), torch.bfloat16, "meta"):
             with common.recording(arch) as launches:
-                workload.launcher(name)(*args)
+                triton.launcher(name)(*args)
             assert launches, f"{name} {arch}"
 
 
@@ -76,7 +74,7 @@ def test_the_family_is_one_whose_memory_the_gpu_has(arch, shared, expected):
 def check_compiles(problem, arch):
     """All of its kernels, in what memory the GPU has."""
     with common.recording(arch) as launches:
-        problem.ours(Inputs(torch.bfloat16, True))
+        problem.of.launch(Inputs(torch.bfloat16, True))
     for launch in launches:
         compiled = static_triton.compile_launch(launch, arch)
         assert compiled.metadata.shared <= ARCHITECTURES[family(arch)].shared * 1024, f"{compiled.name} {arch}"
@@ -84,16 +82,16 @@ def check_compiles(problem, arch):
 
 @pytest.mark.parametrize("arch", ["sm_121", "gfx1100"])
 def test_a_slice_compiles(arch, compiled_here):
-    check_compiles(layer_norm(64, 768), arch)
+    check_compiles(next(p for p in PROBLEMS if p.of.main and p.op == "layer_norm"), arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_87", "sm_103", "sm_110", "sm_121", "gfx908", "gfx950", "gfx1100", "gfx1151", "gfx1200",
                                   "gfx1201", "gfx1250"])  # fmt: skip
 def test_training_compiles(arch, compiled_here):
-    for problem in (layer_norm(64, 768), gelu(64, 768), dropout(64, 768, True), softmax(64, 1024), cross_entropy(64, 50257),
-                    attention(2, 2, 256, 64), attention(2, 2, 256, 128), attention(1, 2, 256, 256)):  # fmt: skip
-        check_compiles(problem, arch)
+    for problem in PROBLEMS:
+        if problem.of.main or problem.of.name == "B2H8T1024D256":  # and the largest head
+            check_compiles(problem, arch)
 
 
 @pytest.fixture
@@ -116,7 +114,7 @@ def test_tf32_only_for_float32_where_the_target_has_it(tf32):
         for dtype in DTYPES:
             with common.recording(arch) as launches:
                 for name, args in attention_calls(dtype):
-                    workload.launcher(name)(*args)
+                    triton.launcher(name)(*args)
             with static_triton.pretending(arch):
                 target = static_triton.driver.active.get_current_target()
             allowed = make_backend(target).parse_options({}).allowed_dot_input_precisions
@@ -164,12 +162,12 @@ def tiny(monkeypatch):
 def test_a_tile_that_does_not_fit_is_made_smaller_once(tiny):
     launched, tried, _ = tiny
     for name, args in attention_calls():
-        workload.launcher(name)(*args)
+        triton.launcher(name)(*args)
     first, tries = launched.copy(), len(tried)
     assert {name for name, *_ in first} == {f"attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkv", "bwd_dq")}
     assert all(columns is None or (rows >= 16 and 512 <= rows * columns <= 1024) for _, rows, columns in first)
     for name, args in attention_calls():
-        workload.launcher(name)(*args)
+        triton.launcher(name)(*args)
     assert launched[len(first) :] == first and len(tried) == tries + len(first), "what fits is remembered"
 
 
@@ -178,7 +176,7 @@ def test_a_candidate_that_does_not_fit_is_none(tiny):
     (name, args), _ = attention_calls()
     with fwd.ATTENTION_FWD.override({"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}):
         with pytest.raises(OutOfResources):
-            workload.launcher(name)(*args)
+            triton.launcher(name)(*args)
 
 
 def test_where_nothing_fits_the_reference_serves_and_says_so(tiny, monkeypatch):

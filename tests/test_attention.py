@@ -1,8 +1,6 @@
 """attention: the core op with every score step against a plain PyTorch formula, and its two public faces."""
 
 import contextlib
-import itertools
-import math
 import subprocess
 import sys
 
@@ -14,13 +12,8 @@ from grids import BACKEND, INTERPRETED, ISAS
 from op_checks import (
     assert_same,
     check_compile,
-    check_gradcheck,
-    check_opcheck,
     check_raises,
-    check_second_derivative,
-    check_threads,
     check_truth,
-    every_dtype,
     every_isa,
     forward_backward,
     layouts,
@@ -29,16 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt_kernels
 from gpt_kernels import use_backend, use_isa
-from gpt_kernels.accuracy import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from gpt_kernels.cases.attention import FACTORS, INF, RNG, eager, empty, interpreted, ours, qkv
 from gpt_kernels.ops import attention as module
 from gpt_kernels.ops.attention import attention
 from gpt_kernels.ops.philox import dropout_threshold, philox_uint16
-
-RNG = torch.tensor([-1234567890123456789, 42])
-INF = float("inf")
-# o, dq, dk, dv, dbias: torch's own flash kernel is allowed 1, 4, 2, 2 and 12 to 22 (test_transformers.py)
-FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, WEIGHT_GRADIENT, 4.0)
-
 
 only_triton = pytest.mark.skipif(BACKEND != "triton", reason="launchers of the Triton kernels")
 
@@ -46,59 +33,8 @@ only_triton = pytest.mark.skipif(BACKEND != "triton", reason="launchers of the T
 @pytest.fixture(autouse=True)
 def small_tiles():
     """A few Triton tiles in a few dozen tokens: full, partly hidden and skipped ones, in every pass."""
-    if BACKEND != "triton":
+    with interpreted() if BACKEND == "triton" else contextlib.nullcontext():
         yield
-        return
-    from gpt_kernels.triton.attention import ATTENTION_FWD
-    from gpt_kernels.triton.attention_bwd import ATTENTION_BWD_DKV, ATTENTION_BWD_DQ
-
-    tall, wide = ({"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2} for m, n in ((32, 16), (16, 32)))
-    with ATTENTION_FWD.override(tall), ATTENTION_BWD_DKV.override(wide), ATTENTION_BWD_DQ.override(tall):
-        yield
-
-
-def eager(q, k, v, bias=None, *, slopes=None, rng=None, scale=None, softcap=0.0, dropout_p=0.0, offset=0, left=-1, right=-1):
-    """The formula of the module's docstring in plain PyTorch, in the dtype of its arguments; shares no code with it."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = torch.einsum("bhid,bhjd->bhij", q, k) * scale
-    if softcap:
-        s = softcap * (s / softcap).tanh()
-    i, j = torch.arange(s.shape[2]).view(-1, 1) + offset, torch.arange(s.shape[3])
-    if slopes is not None:
-        s = s - (slopes.view(-1, s.shape[1], 1, 1) * (i - j).abs()).to(s.dtype)
-    hidden = torch.zeros(s.shape, dtype=torch.bool)
-    if right >= 0:
-        hidden = hidden | (j > i + right)
-    if left >= 0:
-        hidden = hidden | (j < i - left)
-    if bias is not None and bias.dtype == torch.bool:
-        hidden = hidden | ~bias
-    elif bias is not None:
-        s = s + bias
-    blind = hidden.all(-1, keepdim=True)
-    p = s.masked_fill(hidden & ~blind, -INF).softmax(-1).masked_fill(blind, 0)
-    if dropout_p:
-        kept = philox_uint16(rng, *s.shape) >= dropout_threshold(dropout_p)
-        p = p * kept / (1 - dropout_threshold(dropout_p) / 65536)
-    return torch.einsum("bhij,bhjd->bhid", p, v)
-
-
-def ours(**options):
-    """The same arguments for our op, as a function of the differentiable ones; returns o alone."""
-
-    def call(q, k, v, bias=None):
-        o = dict(options)
-        slopes = o.pop("slopes", None)
-        if slopes is not None:
-            slopes = slopes.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        scale = o.pop("scale", None)
-        return attention(
-            q, k, v, bias, slopes, o.pop("rng", None), scale=scale,
-            causal_offset=o.pop("offset", 0), window_left=o.pop("left", -1), window_right=o.pop("right", -1), **o,
-        )[0]  # fmt: skip
-
-    return call
 
 
 def check(q, k, v, bias=None, name="", **options):
@@ -106,85 +42,12 @@ def check(q, k, v, bias=None, name="", **options):
     check_truth(ours(**options), lambda *a: eager(*a, **options), args, name=name or str(options), factors=FACTORS)
 
 
-def qkv(B, H, Hk, Tq, Tk, D, dtype=torch.float32, Dv=None):
-    return (
-        torch.randn(B, H, Tq, D).to(dtype),
-        torch.randn(B, Hk, Tk, D).to(dtype),
-        torch.randn(B, Hk, Tk, Dv or D).to(dtype),
-    )
-
-
-# B, H, Hk, Tq, Tk, D: both sides of every tile edge (6 rows, 64 keys, 96 queries, 2 "few" queries), odd head dims, GQA, MQA
-SHAPES = [
-    (1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 63, 16), (1, 2, 1, 2, 64, 40), (1, 2, 2, 3, 65, 64), (1, 1, 1, 5, 5, 7),
-    (1, 2, 2, 6, 63, 32), (2, 3, 1, 7, 129, 33), (1, 2, 2, 63, 64, 16), (1, 1, 1, 64, 65, 80),
-    (1, 2, 1, 65, 65, 64), (1, 1, 1, 95, 127, 96), (1, 4, 2, 96, 96, 59), (1, 1, 1, 97, 97, 128),
-    (1, 2, 2, 129, 33, 64), (1, 1, 1, 257, 257, 64), (1, 1, 1, 33, 31, 256),
-]  # fmt: skip
-TOKENS = BIAS_TOKENS = (70, 81)
-FEW_TOKENS = [(2, 70)]
-HEADS = (2, 4, 2)
-THREAD_SHAPES = [(1, 1, 1, 300, 600, 32), (2, 4, 2, 100, 130, 16)]  # one head (its keys in chunks) and many
-if BACKEND == "triton":
-    SHAPES = [
-        (1, 1, 1, 1, 1, 1), (1, 2, 1, 2, 64, 40), (2, 3, 1, 7, 49, 33), (1, 1, 1, 64, 65, 80), (1, 2, 2, 33, 31, 96),
-        (1, 1, 1, 5, 5, 256),
-    ]  # fmt: skip
-    TOKENS, BIAS_TOKENS = (50, 57), (34, 30)
-    FEW_TOKENS = []
-    HEADS = (1, 2, 1)
-    THREAD_SHAPES = [(1, 2, 1, 34, 30, 16)]
-
-
-def cases(all_cases, dtype, every=3):
-    """All of them; interpreted kernels take every third in 16 bits, where nothing but roundings is different."""
-    return list(all_cases)[:: 1 if BACKEND == "cpu" or dtype == torch.float32 else every]
-
-
-@every_dtype
-@every_isa
-def test_shapes(dtype, isa):
-    with use_isa(isa):
-        for shape in cases(SHAPES, dtype, 2):
-            Tq, Tk = shape[3:5]
-            # a lone query that sees a lone key has gradient 0: exactly so in eager, to a rounding in ours; no ratio tells
-            top_left = [{"right": 0}] if Tq > 1 else []
-            for options in ({}, *top_left, {"right": 0, "offset": Tk - Tq}):
-                check(*qkv(*shape, dtype), name=f"{shape} {options}", **options)
-
-
-@every_dtype
-@every_isa
-def test_score_steps(dtype, isa):
-    slopes = torch.tensor([0.5, 0.25])
-    dropout = {"dropout_p": 0.2, "rng": RNG}
-    steps = [
-        {"scale": 0.3}, {"scale": -0.3}, {"left": 5}, {"left": 1, "right": 0}, {"left": 17, "right": 3, "offset": 4},
-        {"softcap": 1.5}, {"softcap": 1.5, "right": 0}, {"slopes": slopes},
-        {"slopes": slopes.expand(2, 2), "right": 0, "offset": 11}, dropout,
-        {**dropout, "right": 0}, {**dropout, "softcap": 2.0, "slopes": slopes, "left": 40},
-    ]  # fmt: skip
-    with use_isa(isa):
-        for options, (Tq, Tk) in cases(itertools.product(steps, [TOKENS, *FEW_TOKENS]), dtype):
-            check(*qkv(2, 2, 1, Tq, Tk, 24, dtype), name=f"{Tq}x{Tk} {options}", **options)
-
-
-@every_dtype
-def test_bias_and_its_gradient(dtype):
-    Tq, Tk = BIAS_TOKENS
-    shapes = (2, 2, Tq, Tk), (1, 2, Tq, Tk), (2, 1, 1, Tk), (1, 1, Tq, 1), (1, 2, 1, 1)
-    steps = {}, {"softcap": 2.0, "right": 0, "offset": 11}, {"dropout_p": 0.3, "rng": RNG}
-    for shape, options in cases(itertools.product(shapes, steps), dtype, 4):
-        q, k, v = qkv(2, 2, 2, Tq, Tk, 16, dtype)
-        check(q, k, v, torch.randn(shape).to(dtype), name=f"bias {shape} {options}", **options)
+TOKENS = (50, 57) if BACKEND == "triton" else (70, 81)
 
 
 @every_isa
-def test_boolean_mask(isa):
+def test_boolean_mask_of_any_strides(isa):
     with use_isa(isa):
-        for shape in ((2, 2, 70, 81), (1, 1, 70, 81), (2, 1, 1, 81), (1, 1, 70, 1)):
-            mask = torch.rand(shape) > 0.4
-            check(*qkv(2, 2, 2, 70, 81, 16), mask, name=f"mask {shape}")
         # strides that are neither 1 nor 0, and a hidden key whose values are not numbers
         q, k, v = qkv(1, 2, 2, 9, 81, 16)
         mask = torch.rand(1, 1, 81, 9).gt(0.4).transpose(2, 3)
@@ -226,16 +89,6 @@ def test_lse(isa):
             s = 3 * torch.tanh((q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.5 / 3)
             s = s.masked_fill(torch.arange(81) > torch.arange(Tq)[:, None] + 20, -INF)
             torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=1e-6, atol=1e-6)
-
-
-@every_dtype
-def test_integer_inputs_are_exact(dtype):
-    # equal scores over 2^n visible keys: every probability is 2^-n and every sum exact, so the answer is too
-    q, k = torch.zeros(1, 1, 64, 32, dtype=dtype), torch.zeros(1, 1, 64, 32, dtype=dtype)
-    v = torch.randint(-8, 9, (1, 1, 64, 32)).to(dtype)
-    assert torch.equal(ours()(q, k, v), v.double().mean(2, keepdim=True).to(dtype).expand(1, 1, 64, 32))
-    # one key each: attention is a copy
-    assert torch.equal(ours(left=0, right=0)(q, k, v), v)
 
 
 def test_large_scores_do_not_overflow(multiply_adds):
@@ -315,25 +168,6 @@ def test_padding_between_rows_is_never_read():
     assert_same(forward_backward(ours(right=0), given), forward_backward(ours(right=0), [t.clone() for t in given]), "padding")
 
 
-@every_isa
-def test_gradcheck(isa):
-    with use_isa(isa):
-        options = {"softcap": 2.0, "slopes": torch.tensor([0.3, 0.1]), "dropout_p": 0.2, "rng": RNG, "right": 1, "left": 9}
-        check_gradcheck(ours(**options), (*qkv(1, 2, 1, 7, 9, 5), torch.randn(1, 1, 7, 9)))
-        check_gradcheck(ours(right=0, offset=-2), qkv(1, 1, 1, 6, 5, 4, Dv=3))
-    check_second_derivative(ours(), qkv(1, 1, 1, 6, 5, 4))
-
-
-def test_opcheck():
-    q, k, v = qkv(*HEADS, 9, 11, 16, torch.bfloat16)
-    bias, slopes = torch.randn(HEADS[0], 1, 9, 1).to(q.dtype), torch.rand(HEADS[1])
-    args = (bias, slopes, RNG, 0.25, 2.0, 0.1, 2, 5, 0)
-    for q_ in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
-        check_opcheck(module.fwd, (q_, k, v, *args))
-        o, lse = module.fwd(q_, k, v, *args)
-        check_opcheck(module.bwd, (torch.randn_like(o), q_, k, v, o, lse, *args, True))
-
-
 def test_compile():
     for face in (
         lambda q, k, v: gpt_kernels.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True),
@@ -342,24 +176,13 @@ def test_compile():
         check_compile(face, qkv(2, 4, 4, 8, 9, 16), qkv(3, 6, 6, 12, 21, 16))
 
 
-def test_threads():
-    for shape in THREAD_SHAPES:
-        check_threads(ours(right=0, offset=shape[4] - shape[3]), (*qkv(*shape), torch.randn(1, 1, shape[3], shape[4])))
-
-
-def test_empty():
-    for shape in ((0, 2, 2, 5, 5, 8), (1, 0, 0, 5, 5, 8), (1, 2, 2, 0, 5, 8), (1, 2, 2, 5, 0, 8), (1, 2, 2, 5, 4, 0)):
-        args = qkv(*shape)
-        for options in ({}, {"right": 0}, {"dropout_p": 0.1, "rng": torch.tensor([1, 2])}):
-            o, dq, dk, dv = forward_backward(ours(**options), args)
-            assert torch.equal(o, torch.zeros_like(args[0]))
-            for g, t in zip((dq, dk, dv), args, strict=True):
-                assert torch.equal(g, torch.zeros_like(t))
-            # a sum's gradient is expanded: it counts as contiguous and has stride 0
-            for face in (gpt_kernels.scaled_dot_product_attention, gpt_kernels.flash_attn_func):
-                given = [t.detach().requires_grad_() for t in args]
-                sizes = given if face is not gpt_kernels.flash_attn_func else [t.transpose(1, 2) for t in given]
-                assert not any(g.any() for g in torch.autograd.grad(face(*sizes).sum(), given))
+def test_faces_of_nothing():
+    """a sum's gradient is expanded: it counts as contiguous and has stride 0"""
+    for example in empty():
+        for face in (gpt_kernels.scaled_dot_product_attention, gpt_kernels.flash_attn_func):
+            given = [t.detach().requires_grad_() for t in example.args]
+            sizes = given if face is not gpt_kernels.flash_attn_func else [t.transpose(1, 2) for t in given]
+            assert not any(g.any() for g in torch.autograd.grad(face(*sizes).sum(), given))
 
 
 def test_head_dim_of_zero():
@@ -526,7 +349,7 @@ BAD = {
         "bias must be bool, float32 like q or float32",
     ),
     "bias dims": (lambda: ours()(Q, K, V, torch.zeros(6, 7)), "bias must be 4-dimensional"),
-    "bias device": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")), "device meta"),
+    "bias device": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")), "on one device, got cpu and meta"),
     "slopes": (lambda: ours(slopes=torch.zeros(3))(Q, K, V), r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
     "offset": (lambda: ours(offset=2**50)(Q, K, V), "causal_offset, window_left and window_right must be below 2\\^40"),
 }

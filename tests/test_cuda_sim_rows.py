@@ -5,10 +5,11 @@ import grids
 import pytest
 import torch
 from op_checks import check_truth, forward_backward
-from test_cross_entropy import DEFAULTS, check, inputs
-from test_softmax import eager, scores
+from test_cross_entropy import check
 
 import gpt_kernels
+from gpt_kernels.cases.cross_entropy import DEFAULTS, inputs
+from gpt_kernels.cases.softmax import eager, scores
 from gpt_kernels.ops.cross_entropy import fwd
 
 if grids.BACKEND != "cuda_sim":

@@ -5,148 +5,19 @@ import functools
 import pytest
 import torch
 import torch.autograd.functional as functional
-import torch.nn.functional as F
 from grids import DTYPES
 from torch.autograd import forward_ad
 
 import gpt_kernels
-from gpt_kernels import dispatch
-from gpt_kernels.ops.attention import attention
-from gpt_kernels.ops.philox import dropout_factor
+from gpt_kernels import cases
 
 pytestmark = pytest.mark.skipif(torch.float64 not in DTYPES, reason="this backend has no float64")
 
-OPS = dispatch.ops()  # at import: other tests may define their own
-RNG = torch.tensor([5, 7])
-
-
-# ---- the ops, ours and in torch's own words ----
-
-
-def plain_softmax(z):
-    """Not torch.softmax: torch cannot take the reverse derivative of its forward derivative."""
-    e = torch.exp(z - z.detach().amax(-1, keepdim=True))
-    return e / e.sum(-1, keepdim=True)
-
-
-def masked_softmax(x, mask=None, scale=1.0, causal=False):
-    z = x * scale
-    if mask is not None:
-        z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask
-    if causal:
-        T, S = x.shape[-2:]
-        z = z.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
-    return plain_softmax(z)
-
-
-def plain_attention(q, k, v, bias=None, slopes=None, *, scale, softcap=0.0, p=0.0, offset=0, left=None, right=None, mask=None):
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = q @ k.mT * scale
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    distance = torch.arange(s.shape[2])[:, None] + offset - torch.arange(s.shape[3])
-    if slopes is not None:
-        s = s - slopes.expand(s.shape[:2])[:, :, None, None] * distance.abs()
-    if bias is not None:
-        s = s + bias
-    for hidden in (left is not None and distance > left, right is not None and distance < -right, mask is not None and ~mask):
-        s = s if hidden is False else s.masked_fill(hidden, -torch.inf)
-    blind = (s == -torch.inf).all(-1, keepdim=True)
-    prob = plain_softmax(s.masked_fill(blind, 0)).masked_fill(blind, 0)
-    return prob * dropout_factor(RNG, p, s) @ v
-
-
-def plain_cross_entropy(x, target, smoothing=0.0, z=0.0, cap=0.0, reduction="mean"):
-    x = cap * torch.tanh(x / cap) if cap else x
-    kept = target != -100
-    top = x.detach().amax(-1)
-    lse = top + (x - top[:, None]).exp().sum(-1).log()
-    likely = (1 - smoothing) * x.gather(-1, (target * kept)[:, None])[:, 0] + smoothing * x.mean(-1)
-    loss = (lse - likely + z * lse.square()) * kept
-    return loss if reduction == "none" else loss.sum() / (kept.sum() if reduction == "mean" else 1)
-
-
-TARGET = torch.tensor([3, -100, 0])
-KEEP = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
-HEADS = ((1, 2, 3, 2), (1, 1, 4, 2), (1, 1, 4, 1))  # of q, k, v: (B, H, T, D)
-SQUARE = ((2, 1, 3, 2),) * 3
-TOKENS = ((1, 3, 2, 2),) * 3  # (B, T, H, D)
-SWAP = functools.partial(torch.transpose, dim0=1, dim1=2)
-
-
-def plain_layer_norm(x, weight=1.0, bias=0.0, eps=1e-5):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
-
-
-def plain_dropout(x, residual=0.0):
-    return x * dropout_factor(RNG, 0.4, torch.empty(1, 1, *x.shape, dtype=x.dtype))[0, 0] + residual
-
-
-def plain_rms_norm(x, weight=1.0, eps=1e-6):
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-
-def case(op, name, ours, theirs, *shapes):
-    return pytest.param(op, ours, theirs, shapes, id=f"{op} {name}".strip())
-
-
 CASES = [
-    case("layer_norm", "", gpt_kernels.layer_norm, plain_layer_norm, (3, 4)),
-    case("layer_norm", "affine", gpt_kernels.layer_norm, plain_layer_norm, (2, 3, 4), (4,), (4,)),
-    case("layer_norm", "bias", lambda x, b: gpt_kernels.layer_norm(x, None, b, 0.1),
-         lambda x, b: plain_layer_norm(x, 1.0, b, 0.1), (3, 4), (4,)),
-    case("rms_norm", "", gpt_kernels.rms_norm, plain_rms_norm, (3, 4)),
-    case("rms_norm", "weight", lambda x, w: gpt_kernels.rms_norm(x, w, 0.1), lambda x, w: plain_rms_norm(x, w, 0.1),
-         (2, 3, 4), (4,)),
-    case("gelu", "tanh", gpt_kernels.gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), (3, 4), (4,)),
-    case("gelu", "erf", lambda x: gpt_kernels.gelu(x, None, "none"), F.gelu, (3, 4)),
-    case("dropout", "", lambda x: gpt_kernels.dropout(x, 0.4, rng_state=RNG),
-         plain_dropout, (3, 4)),
-    case("dropout", "residual", lambda x, r: gpt_kernels.dropout(x, 0.4, residual=r, rng_state=RNG),
-         plain_dropout, (3, 4), (3, 4)),
-    case("softmax", "", gpt_kernels.softmax, masked_softmax, (3, 4)),
-    case("softmax", "bias, causal", lambda x, m: gpt_kernels.softmax(x, m, 0.7, True),
-         lambda x, m: masked_softmax(x, m, 0.7, True), (2, 3, 4), (3, 4)),
-    case("softmax", "mask", lambda x: gpt_kernels.softmax(x, KEEP[::2], 0.7),
-         lambda x: masked_softmax(x, KEEP[::2], 0.7), (2, 4)),
-    case("softmax", "hidden row", lambda x: gpt_kernels.softmax(x, KEEP),
-         lambda x: torch.cat((masked_softmax(x, KEEP)[:1], x[1:2] * 0, masked_softmax(x, KEEP)[2:])).nan_to_num(), (3, 4)),
-    case("cross_entropy", "", lambda x: gpt_kernels.cross_entropy(x, TARGET), lambda x: plain_cross_entropy(x, TARGET), (3, 4)),
-    case("cross_entropy", "sum", lambda x: gpt_kernels.cross_entropy(x, TARGET, -100, "sum", 0.1, 0.2, 2.0),
-         lambda x: plain_cross_entropy(x, TARGET, 0.1, 0.2, 2.0, "sum"), (3, 4)),
-    case("cross_entropy", "none", lambda x: gpt_kernels.cross_entropy(x, TARGET, -100, "none", 0.1, 0.2, 2.0),
-         lambda x: plain_cross_entropy(x, TARGET, 0.1, 0.2, 2.0, "none"), (3, 4)),
-    case("cross_entropy", "in place", lambda x: gpt_kernels.cross_entropy(x * 1, TARGET, inplace_backward=True),
-         lambda x: plain_cross_entropy(x, TARGET), (3, 4)),
-    case("cross_entropy", "z_loss", lambda x: gpt_kernels.cross_entropy(x, TARGET, lse_square_scale=0.2, return_z_loss=True)[0],
-         lambda x: plain_cross_entropy(x, TARGET, z=0.2), (3, 4)),
-    case("attention", "", lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, is_causal=True),
-         lambda q, k, v: plain_attention(q, k, v, scale=2**-0.5, right=0), *SQUARE),
-    case("attention", "grouped heads, bias",
-         lambda q, k, v, b: gpt_kernels.scaled_dot_product_attention(q, k, v, b, enable_gqa=True),
-         lambda q, k, v, b: plain_attention(q, k, v, b, scale=2**-0.5), *HEADS, (1, 2, 1, 4)),
-    case("attention", "mask",
-         lambda q, k, v: gpt_kernels.scaled_dot_product_attention(q, k, v, KEEP, scale=0.3, enable_gqa=True),
-         lambda q, k, v: plain_attention(q, k, v, scale=0.3, mask=KEEP), *HEADS),
-    case("attention", "dropout",
-         lambda q, k, v: attention(q, k, v, None, None, RNG, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
-         lambda q, k, v: plain_attention(q, k, v, scale=0.5, softcap=2.0, p=0.3), *HEADS),
-    case("attention", "tokens before heads, alibi",
-         lambda q, k, v, slopes: gpt_kernels.flash_attn_func(
-             q, k, v, window_size=(1, 1), softcap=2.0, alibi_slopes=slopes, softmax_scale=0.4),
-         lambda q, k, v, slopes: SWAP(plain_attention(
-             SWAP(q), SWAP(k), SWAP(v), None, slopes, scale=0.4, softcap=2.0, left=1, right=1)), *TOKENS, (2,)),
-    case("attention", "packed", lambda qkv: gpt_kernels.flash_attn_qkvpacked_func(qkv, causal=True),
-         lambda qkv: SWAP(plain_attention(*(SWAP(t) for t in qkv.unbind(2)), scale=0.5, right=0)), (1, 2, 3, 1, 4)),
-    case("attention", "one tensor for three", lambda x: gpt_kernels.scaled_dot_product_attention(x, x, x),
-         lambda x: plain_attention(x, x, x, scale=0.5), (1, 1, 3, 4)),
-]  # fmt: skip
-
-
-def test_every_op_is_here():
-    families = {name.removesuffix("_out").removesuffix("_fwd").removesuffix("_bwd") for name in OPS}
-    assert {c.values[0] for c in CASES} == families
+    pytest.param(op, f.ours, f.plain, f.shapes, id=f"{op} {f.what}".strip())
+    for op in cases.families()
+    for f in cases.of(op).derivatives()
+]
 
 
 # ---- the derivatives: each takes a function of tensors, and tensors, and gives tensors ----
@@ -520,31 +391,31 @@ def test_rows_that_do_not_count(name):
     """Whatever is in an ignored row; a row of -inf is a hidden one. No NaN comes of either."""
     derivative, rows = DERIVATIVES[name], (torch.randn(2, 4, dtype=torch.float64),)
     ignored = torch.tensor([torch.inf, -torch.inf, torch.nan, 0], dtype=torch.float64)
+    target = torch.tensor([3, -100, 0])
     results = [
-        derivative(
-            lambda x, row=row: gpt_kernels.cross_entropy(torch.stack((x[0], row, x[1])), TARGET, logit_softcap=3.0), rows
-        )
+        derivative(lambda x, r=row: gpt_kernels.cross_entropy(torch.stack((x[0], r, x[1])), target, logit_softcap=3.0), rows)
         for row in (ignored, torch.zeros(4, dtype=torch.float64))
     ]
     assert_equal(*results, "cross_entropy")
-    bias = torch.zeros(3, 4, dtype=torch.float64).masked_fill(~KEEP, -torch.inf)
+    keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    bias = torch.zeros(3, 4, dtype=torch.float64).masked_fill(~keep, -torch.inf)
     q, k = torch.randn(1, 1, 3, 2, dtype=torch.float64), torch.randn(1, 1, 4, 2, dtype=torch.float64)
     for of in (
         lambda mask: derivative(lambda x: gpt_kernels.softmax(x, mask), (torch.ones_like(bias),)),
         lambda mask: derivative(lambda q, k: gpt_kernels.scaled_dot_product_attention(q, k, k, mask), (q, k)),
     ):
-        assert_equal(of(bias), of(KEEP), "hidden row")
+        assert_equal(of(bias), of(keep), "hidden row")
 
 
 def test_what_carries_no_gradient_says_so():
     q = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     o, *beside = gpt_kernels.flash_attn_func(q, q, q, return_attn_probs=True)
-    loss, z_loss = gpt_kernels.cross_entropy(q[0, :, 0], TARGET, lse_square_scale=0.1, return_z_loss=True)
+    loss, z_loss = gpt_kernels.cross_entropy(q[0, :, 0], torch.tensor([3, -100, 0]), lse_square_scale=0.1, return_z_loss=True)
     assert o.requires_grad and loss.requires_grad and not any(t.requires_grad for t in (*beside, z_loss))
     # a transform has no such sign: there lse and probabilities are differentiated
     for i, plain in ((1, lambda s: s.logsumexp(-1)), (2, lambda s: s.softmax(-1))):
         ours = torch.func.grad(lambda q, i=i: gpt_kernels.flash_attn_func(q, q, q, return_attn_probs=True)[i].square().sum())
-        theirs = torch.func.grad(lambda q, plain=plain: plain(SWAP(q) @ SWAP(q).mT * 0.5).square().sum())
+        theirs = torch.func.grad(lambda q, plain=plain: plain(q.transpose(1, 2) @ q.transpose(1, 2).mT * 0.5).square().sum())
         assert_equal(ours(q.detach()), theirs(q.detach()))
 
 

@@ -14,7 +14,8 @@ import torch
 
 import gpt_kernels
 from gpt_kernels import cache, cli, dispatch, triton
-from gpt_kernels.info import CUDA_DTYPES, _examples, _in_triton, support
+from gpt_kernels.info import CUDA_DTYPES, _in_triton, support
+from gpt_kernels.names import families, family
 from gpt_kernels.table import print_table
 
 
@@ -165,17 +166,20 @@ def test_table_of_support_is_what_runs(isa):
     with gpt_kernels.use_isa(isa):
         assert support() == table
     # every op that is defined has its line: attention_fwd, attention_bwd -> attention
-    assert {re.sub(r"_(fwd|bwd).*", "", op) for op in dispatch.ops()} == set(_examples())
+    assert {family(op) for op in dispatch.ops()} == set(families())
 
 
 PROBE = """
-import contextlib, gpt_kernels, sim_tools
-from gpt_kernels.info import DTYPES, _examples
+import contextlib, gpt_kernels, sim_tools, torch
+from gpt_kernels import cases
+from gpt_kernels.info import DTYPES
 sim_tools.register()
-for op, (call, *_) in _examples().items():
+for op in cases.families():
     for dtype in DTYPES:
         with gpt_kernels.use_backend("cuda_sim"), contextlib.suppress(RuntimeError):
-            call(dtype).sum().backward()
+            for e in cases.of(op).small(dtype):
+                given = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in e.args]
+                e.ours(*given).sum().backward()
             print(op, str(dtype).removeprefix("torch."))
 """
 
@@ -187,7 +191,7 @@ def test_support_table_tells_what_the_cuda_kernels_take():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
     done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=300)
     ran = [line.split() for line in done.stdout.splitlines()]
-    assert ran == [[op, dtype] for op in _examples() for dtype in CUDA_DTYPES], done.stderr
+    assert ran == [[op, dtype] for op in families() for dtype in CUDA_DTYPES], done.stderr
 
 
 def test_without_triton_the_table_claims_nothing(monkeypatch):

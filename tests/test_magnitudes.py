@@ -8,70 +8,17 @@ inf, ours is right, or NaN or inf: never another number.
 import itertools
 
 import pytest
-import test_attention
-import test_cross_entropy
-import test_dropout
-import test_gelu
-import test_layer_norm
-import test_rms_norm
-import test_softmax
 import torch
 from grids import BACKEND, DTYPES, INTERPRETED, ISAS
 from op_checks import forward_backward
 
 import gpt_kernels
-from gpt_kernels import cross_entropy, layer_norm, rms_norm, softmax
+from gpt_kernels import cases
 from gpt_kernels.accuracy import INPUT_GRADIENT
-from gpt_kernels.ops.attention import attention
 
+ON_THE_BACKEND_UNDER_TEST = True
 SERVERS = (*ISAS, "reference") if BACKEND == "cpu" else ISAS
-TARGET = torch.tensor([3, 0, 12])
-
-
-def attend(*args, **options):
-    return attention(*args, scale=0.25, **options)[0]
-
-
-def attend_eager(*args, **options):
-    return test_attention.eager(*args, scale=0.25, **options)
-
-
-X, COLUMN = (3, 13), (13,)
-HEADS = (1, 2, 5, 16)
-# name: (ours, eager, shapes of the arguments)
-CASES = {
-    "layer_norm": (layer_norm, test_layer_norm.eager, (X, COLUMN, COLUMN)),
-    "layer_norm without eps": (lambda x: layer_norm(x, eps=0.0), lambda x: test_layer_norm.eager(x, eps=0.0), (X,)),
-    "rms_norm": (rms_norm, test_rms_norm.eager, (X, COLUMN)),
-    "rms_norm without eps": (lambda x: rms_norm(x, eps=0.0), lambda x: test_rms_norm.eager(x, eps=0.0), (X,)),
-    "gelu, tanh": (*test_gelu.form("tanh"), (X, COLUMN)),
-    "gelu, erf": (*test_gelu.form("none"), (X, COLUMN)),
-    "softmax": (softmax, test_softmax.eager, (X, X)),
-    "softmax, scaled and causal": (
-        lambda x: softmax(x, None, 0.125, True),
-        lambda x: test_softmax.eager(x, None, 0.125, True),
-        (X,),
-    ),
-    "dropout": (test_dropout.ours, test_dropout.eager, (X, X)),
-    "cross_entropy": (
-        lambda x: cross_entropy(x, TARGET, reduction="none"),
-        lambda x: test_cross_entropy.eager(x, TARGET, reduction="none").to(x.dtype),
-        (X,),
-    ),
-    "cross_entropy with a cap": (
-        lambda x: cross_entropy(x, TARGET, label_smoothing=0.1, logit_softcap=15.0),
-        lambda x: test_cross_entropy.eager(x, TARGET, label_smoothing=0.1, logit_softcap=15.0),
-        (X,),
-    ),
-    "attention": (attend, attend_eager, (HEADS, HEADS, HEADS)),
-    "attention, a bias": (attend, attend_eager, (HEADS, HEADS, HEADS, (1, 2, 5, 5))),
-    "attention, one query": (attend, attend_eager, ((1, 2, 1, 16), HEADS, HEADS)),
-    "attention, a cap": (
-        lambda *a: attend(*a, softcap=10.0),
-        lambda *a: attend_eager(*a, softcap=10.0),
-        (HEADS, HEADS, HEADS),
-    ),
-}
+CASES = {f"{op}, {f.what}".removesuffix(", "): f for op in cases.families() for f in cases.of(op).magnitudes()}
 if BACKEND != "cpu":
     CASES.pop("attention, one query")
 
@@ -128,7 +75,7 @@ def overflows(name: str, given: list) -> bool:
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)  # for float64 there is no wider truth
 @pytest.mark.parametrize("name", CASES)
 def test_magnitudes(name, dtype):
-    ours, eager, shapes = CASES[name]
+    _, ours, eager, shapes = CASES[name]
     shapes = [*shapes, forward_backward(eager, [torch.zeros(s) for s in shapes])[0].shape]  # the output gradient's
     near_one = [(torch.rand(s) * 1.5 + 0.5) * torch.randn(s).sign() for s in shapes]
     for which, magnitude in itertools.product([*range(len(shapes)), None], magnitudes(dtype)):

@@ -9,13 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_calls import every_call, op, tensors, with_kernel
+from kernel_calls import tensors, with_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt_kernels import triton
-from gpt_kernels.triton import common, workload
+from gpt_kernels import cases, triton
+from gpt_kernels.cases import op
+from gpt_kernels.triton import common
 
 
 class Pool(TorchDispatchMode):
@@ -52,7 +53,7 @@ def test_a_tensor_that_is_kept_is_seen():
 
 
 def test_cpu_and_reference():
-    for what, name, args in every_call(torch.bfloat16, "cpu"):
+    for what, name, args in cases.calls(torch.bfloat16, "cpu"):
         for _ in range(2):
             assert not outliving(op(name), *args), f"{name} {what}"
 
@@ -67,7 +68,7 @@ def test_triton():
     ):
         kept = {
             (name, what, made_by)
-            for what, name, args in with_kernel("triton", every_call(torch.bfloat16, "cuda"))
+            for what, name, args in with_kernel("triton", cases.calls(torch.bfloat16, "cuda"))
             for _ in range(2)
             for made_by in outliving(launched, name, args)
         }
@@ -76,4 +77,4 @@ def test_triton():
 
 def launched(name, args):
     with common.recording("sm_90"):
-        return workload.launcher(name)(*args)
+        return triton.launcher(name)(*args)

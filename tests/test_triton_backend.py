@@ -3,12 +3,13 @@ have the reference's form, fake CUDA tensors pass through every op. tests/gpu ha
 
 import pytest
 import torch
-from kernel_calls import every_call, form, op, tensors, with_kernel
+from kernel_calls import form, tensors, with_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpt_kernels import dispatch, triton
+from gpt_kernels import cases, dispatch, triton
 from gpt_kernels.architectures import ARCHITECTURES
-from gpt_kernels.triton import common, workload
+from gpt_kernels.cases import op
+from gpt_kernels.triton import common
 
 pytestmark = [
     pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence())),
@@ -27,9 +28,9 @@ def test_launchers_need_no_data(arch, dtype):
 
     So launchers can be captured in a CUDA graph. The results' form is the reference's, which is what torch.compile believes.
     """
-    for what, name, args in with_kernel("triton", every_call(dtype, "meta")):
+    for what, name, args in with_kernel("triton", cases.calls(dtype, "meta")):
         with common.recording(arch) as launches:
-            result = workload.launcher(name)(*args)
+            result = triton.launcher(name)(*args)
         assert form(result) == form(op(name)(*args)), f"{name} {what}"
         for t in tensors(result):
             assert t.device.type == "meta"
@@ -50,35 +51,29 @@ def test_fake_cuda_tensors_have_the_results_form(dtype):
     """torch.compile's view of a GPU: every op on fake CUDA tensors gives what the reference gives on real ones."""
     with FakeTensorMode():
         faked = []
-        for what, name, args in every_call(dtype, "cuda"):
+        for what, name, args in cases.calls(dtype, "cuda"):
             result = op(name)(*args)
             assert all(t.device.type == "cuda" for t in tensors(result)), name
             faked.append((what, name, form(result)))
-    real = every_call(dtype, "cpu")
+    real = cases.calls(dtype, "cpu")
     for (what, name, fake), (same, _, args) in zip(faked, real, strict=True):
         assert what == same and fake == form(dispatch._ops[name].reference(*args)), f"{name} {what}"
 
 
 def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
     """Launchers check devices before they launch: a pointer of another device would fault."""
-    x, w = torch.randn(3, 8, device="meta"), torch.randn(8)
-    for name, args in {
-        "layer_norm_fwd": (x, w, None, 1e-5),
-        "rms_norm_fwd": (x, w, 1e-6),
-        "gelu_fwd": (x, w, True),
-        "softmax_fwd": (x, w, 1.0, False),
-        "dropout_fwd": (x, torch.randn(3, 8), torch.arange(2, device="meta"), 0.5),
-        "cross_entropy_fwd": (x, torch.zeros(3, dtype=torch.int64), -100, 1, 0.0, 0.0, 0.0, False),
-        "attention_fwd": (x[None, None], x[None, None], w.expand(1, 1, 3, 8), None, None, None, 1.0, 0.0, 0.0, 0, -1, -1),
-    }.items():
-        if "triton" in dispatch._ops[name].kernels:
-            with common.recording("sm_90") as launches, pytest.raises(RuntimeError, match=f"{name}: .* expected device: cpu"):
-                workload.launcher(name)(*args)
-            assert not launches
+    for name, args in cases.step(cases.Sizes(1, 3, 8, 1, vocab=9), torch.float32, "meta"):
+        for i, a in enumerate(args):
+            if i and isinstance(a, torch.Tensor) and "triton" in dispatch._ops[name].kernels:
+                given = [torch.zeros(b.shape, dtype=b.dtype) if j == i else b for j, b in enumerate(args)]
+                said = f"{name.removesuffix('_out')}: .* expected device: "
+                with common.recording("sm_90") as launches, pytest.raises(RuntimeError, match=said):
+                    triton.launcher(name)(*given)
+                assert not launches
 
 
 def test_float64_is_refused_by_name():
-    for name, args in workload.calls(workload.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
+    for name, args in cases.step(cases.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
         if "triton" in dispatch._ops[name].kernels:
             with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name.removesuffix('_out')}: .* got float64"):
-                workload.launcher(name)(*args)
+                triton.launcher(name)(*args)

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 
 from gpt_kernels import triton as backend
+from gpt_kernels.cases import Compiled
+from gpt_kernels.names import families, family
 from gpt_kernels.triton import common
 from gpt_kernels.triton.common import Launch
 from tools import gates, static, static_triton
 from tools.gates import Budget
-from tools.problems import ARCHS, DTYPES, PR_ARCHS, Case, Inputs, Problem
-from tools.static_cases import ALL, PROBLEMS
-from tools.static_triton import matrix
+from tools.problems import ARCHS, DTYPES, PR_ARCHS, PROBLEMS, Case, Inputs, Problem, matrix
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="kernels are interpreted: nothing is compiled")
@@ -76,9 +76,9 @@ def test_every_kernel_is_launched_by_some_case():
 
 
 def test_every_op_architecture_and_dtype_is_in_the_matrix():
-    assert {p.op for p in ALL} == {module.removesuffix("_bwd") for module in backend.OPS.values()}
+    assert {p.op for p in PROBLEMS} == {family(op) for op in backend.OPS}
     assert {(c.problem.op, c.arch, c.dtype) for c in FULL} == {(p.op, a, d) for p in PROBLEMS for a in ARCHS for d in DTYPES}
-    assert {p.op for p in PROBLEMS if not p.aligned} == {p.op for p in PROBLEMS if p.main}
+    assert {p.op for p in PROBLEMS if not p.of.aligned} == {p.op for p in PROBLEMS if p.of.main} == {p.op for p in PROBLEMS}
     assert len({c.id for c in FULL}) == len(FULL) and set(PR) < set(FULL)
 
 
@@ -165,7 +165,7 @@ def tensors(count, *shape, aligned=True):
 
 def row(kernel, *args, arch="sm_80", wide=0.0, matrix="", monkeypatch=None, **parameters):
     """The row of one launch, as if it came from a case."""
-    problem = Problem("none", "none", lambda new: None, wide=wide, matrix=matrix)
+    problem = Problem("none", Compiled("none", lambda new: None, wide=wide, matrix=matrix))
     case = Case(problem, arch, "bf16")
     launch = Launch(kernel, (1,), args, parameters)
     monkeypatch.setattr(Case, "launches", lambda self: [launch])
@@ -290,7 +290,7 @@ def test_command(monkeypatch, tmp_path, capsys):
 
 def test_liger():
     pytest.importorskip("liger_kernel")
-    problem = next(p for p in ALL if p.op == "layer_norm" and p.main)
+    problem = next(p for p in PROBLEMS if p.op == "layer_norm" and p.of.main)
     forward, backward = static_triton.rows(Case(problem, "sm_90", "bf16"), "liger", figures=True)
     assert backward.kernel == "_layer_norm_backward_kernel" and backward.regions[0].in_flight_sm == 40 * 128, "one CTA on an SM"
     assert forward.regions[0].bound == 1.0 and forward.facts.wide > 0.8
@@ -355,13 +355,13 @@ def test_matrix_on_every_other_triton(other_triton, arch):
     assert result.returncode == 0, result.stderr
 
 
-SLICE = "test_truth or test_against_float64 or test_integer_inputs_are_exact"  # values, in every op
+SLICE = "(test_truth or test_exact)"  # values, in every op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", sorted({p.op for p in PROBLEMS}))
+@pytest.mark.parametrize("op", families())
 def test_interpreted_slice_on_every_other_triton(other_triton, op):
     version, env = other_triton
-    command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-k", SLICE]
+    command = [sys.executable, "-m", "pytest", "tests/test_ops.py", "-k", f"{SLICE} and {op}"]
     result = subprocess.run(command, cwd=ROOT, env={**env, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -12,9 +12,9 @@ import warnings
 import pytest
 import torch
 
-from gpt_kernels import cache, cli, info, triton
+from gpt_kernels import cache, cases, cli, info, triton
 from gpt_kernels.architectures import ARCHITECTURES
-from gpt_kernels.triton import common, tune, tuned, tuning, workload
+from gpt_kernels.triton import common, tune, tuned, tuning
 from gpt_kernels.triton.tuned import Tuned, text
 from gpt_kernels.triton.tuning import Tunable, measure
 
@@ -442,7 +442,7 @@ def test_machine(monkeypatch):
 
 
 needs_triton = pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
-SMALL = workload.Sizes(2, 16, 32, 2, vocab=100)
+SMALL = cases.Sizes(2, 16, 32, 2, vocab=100)
 
 
 @needs_triton
@@ -455,7 +455,7 @@ def test_tune_without_a_gpu(capsys, monkeypatch):
     assert cli.main(["tune"]) == 2 and "TRITON_INTERPRET is set" in capsys.readouterr().err
     monkeypatch.setattr(tune, "absence", lambda: "Triton is not installed")
     assert cli.main(["tune"]) == 2 and "Triton is not installed" in capsys.readouterr().err
-    assert set(workload.SIZES) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
+    assert set(cases.SIZES) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
 
 
 @pytest.mark.parametrize("flag", ["--op", "--dtype", "--sizes"])
@@ -520,7 +520,7 @@ def test_progress_without_tqdm(monkeypatch):
 def every_question():
     """(arch, tunable, key) of every launch of a GPT-2's training step, on every architecture"""
     for arch in ARCHITECTURES:
-        for t, key in tune.discover(arch, tune.DTYPES.values(), workload.SIZES.values()):
+        for t, key in tune.discover(arch, tune.DTYPES.values(), cases.SIZES.values()):
             yield arch, t, key
 
 
@@ -544,7 +544,7 @@ def test_every_tunable_offers_its_default_and_plain_values():
 def test_every_problem_asks_for_its_own_key():
     """On "meta": a problem launches, asks its Tunable under the very key that it was made for, and launches each candidate."""
     for arch in ("sm_90", "gfx942"):
-        for t, key in tune.discover(arch, [torch.bfloat16], [workload.SIZES["gpt2"]]):
+        for t, key in tune.discover(arch, [torch.bfloat16], [cases.SIZES["gpt2"]]):
             with common.recording(arch) as launches, tuning.asked() as questions:
                 call = t.problem(torch.device("meta"), **key)
                 launches.clear()

@@ -107,7 +107,7 @@ class Row:
         """What is wrong with it, of any compiler."""
         if self.facts is None:
             return [self.error]
-        f, arch, problem, found = self.facts, self.case.arch, self.case.problem, list(self.lacks)
+        f, arch, problem, found = self.facts, self.case.arch, self.case.problem.of, list(self.lacks)
         row = ARCHITECTURES[arch]
         if f.shared > row.shared * 1024:
             found.append(f"needs {f.shared} bytes of shared memory, {arch} has {row.shared} KB")

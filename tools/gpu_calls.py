@@ -27,9 +27,11 @@ def op(name: str) -> Callable:
 def calls_of(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str, tuple]]:
     """(what, op, arguments): small calls of every op with every kind of argument."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from kernel_calls import every_call, with_kernel
+    from kernel_calls import with_kernel
 
-    return with_kernel(backend, every_call(dtype, device))
+    from gpt_kernels.cases import calls
+
+    return with_kernel(backend, calls(dtype, device))
 
 
 def first_calls(backend: str, device: str) -> Iterator[tuple[str, tuple]]:

@@ -1,20 +1,21 @@
-"""What is compiled without a GPU: problems, whose calls reach a launcher on tensors without memory, and cases of them."""
+"""What is compiled without a GPU: every op's compiled() calls (gpt_kernels/cases), on tensors without memory, as a matrix."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from gpt_kernels import cases
 from gpt_kernels.architectures import ARCHITECTURES
+from gpt_kernels.cases import Compiled
 from gpt_kernels.triton import common
 from gpt_kernels.triton.common import Launch
+
+from . import liger
 
 ARCHS = tuple(name for name, row in ARCHITECTURES.items() if row.matrix)  # whose machine code we read
 PR_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -35,21 +36,21 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Problem:
-    """One op, forward and backward, on one shape. `main` ones are compiled in every dtype, and are the PR's subset."""
+    """One op, forward and backward, on one shape."""
 
     op: str
-    name: str
-    ours: Callable[[Inputs], None]
-    liger: Callable[[Inputs], None] | None = None
-    main: bool = False
-    aligned: bool = True
-    columns: int = 0  # of a row: what a block pads them to is idle lanes
-    wide: float = 0.75  # least share of a hot loop's bytes that moves 16 at a time; of unaligned tensors nothing is asked
-    matrix: str = ""  # the tensor-core instruction, where it is not the architecture's newest
+    of: Compiled
 
     @property
     def id(self) -> str:
-        return f"{self.op}-{self.name}"
+        return f"{self.op}-{self.of.name}"
+
+    @property
+    def has_liger(self) -> bool:
+        return self.op in liger.OPS and bool(self.of.plain)
+
+
+PROBLEMS = tuple(Problem(op, compiled) for op in cases.families() for compiled in cases.of(op).compiled())
 
 
 @dataclass(frozen=True)
@@ -62,47 +63,26 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.problem.id}{'' if self.problem.aligned else '-unaligned'}-{self.dtype}-{self.arch}"
+        return f"{self.problem.id}{'' if self.problem.of.aligned else '-unaligned'}-{self.dtype}-{self.arch}"
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(DTYPES[self.dtype], self.problem.of.aligned)
 
     def launches(self) -> list[Launch]:
         with common.recording(self.arch) as launches:
-            self.problem.ours(Inputs(DTYPES[self.dtype], self.problem.aligned))
+            self.problem.of.launch(self.inputs)
         return launches
 
     def liger_launches(self) -> list[Launch]:
         """What Liger would launch; nothing where it has no such op."""
-        if self.problem.liger is None:
+        if not self.problem.has_liger:
             return []
-        with _recording_liger(self.arch) as launches:
-            self.problem.liger(Inputs(DTYPES[self.dtype], self.problem.aligned))
-        # its backwards launch one program per processor, and know none where the tensors are not on a GPU
-        programs = ARCHITECTURES[self.arch].processors
-        for n, launch in enumerate(launches):
-            if launch.grid == (1,):
-                rows = {k: common.cdiv(v, programs) for k, v in launch.parameters.items() if k == "rows_per_program"}
-                launches[n] = dataclasses.replace(launch, grid=(programs,), parameters={**launch.parameters, **rows})
-        return launches
+        return liger.launches(self.problem.op, self.inputs, self.problem.of.plain, self.arch)
 
 
-@contextlib.contextmanager
-def _recording_liger(arch: str) -> Iterator[list[Launch]]:
-    from liger_kernel.ops import cross_entropy, utils
-    from triton.runtime.jit import JITFunction
-
-    launches: list[Launch] = []
-
-    def record(kernel, *args, grid, warmup, **parameters):
-        bound = kernel.signature.bind_partial(
-            *args, **{k: v for k, v in parameters.items() if k in kernel.signature.parameters}
-        )
-        options = {k: v for k, v in parameters.items() if k not in kernel.signature.parameters}
-        launches.append(Launch(kernel, grid, (), {**bound.arguments, **options}))
-
-    generation = {"sm_100": "blackwell", "sm_120": "blackwell_consumer"}.get(arch, "")
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(cross_entropy, "infer_device_arch", lambda: generation),
-        mock.patch.object(cross_entropy, "is_hip", lambda: arch.startswith("gfx")),
-        mock.patch.object(utils, "is_hip", lambda: arch.startswith("gfx")),
-    ):
-        yield launches
+def matrix(subset: str, archs: Collection[str] = ()) -> list[Case]:
+    """pr: main problems on four architectures in bf16. full: every problem everywhere, the main ones in every dtype."""
+    if subset == "pr":
+        return [Case(p, arch, "bf16") for p in PROBLEMS if p.of.main for arch in archs or PR_ARCHS]
+    return [Case(p, arch, d) for p in PROBLEMS for arch in archs or ARCHS for d in DTYPES if p.of.main or d == "bf16"]

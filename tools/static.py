@@ -24,8 +24,7 @@ from gpt_kernels.triton import INTERPRETED, absence
 
 from . import amdgcn
 from .gates import Budget, Facts, Row
-from .problems import ARCHS
-from .static_cases import PROBLEMS
+from .problems import ARCHS, PROBLEMS
 
 
 def _figure(value: float | None, digits: int = 2) -> str:
@@ -82,7 +81,7 @@ def markdown(shown: list[dict[str, str]]) -> str:
 def report(found: list[Row]) -> list[dict]:
     """Every figure, for --json."""
     return [
-        {"id": r.id, "whose": r.whose, "op": r.case.problem.op, "problem": r.case.problem.name, "arch": r.case.arch,
+        {"id": r.id, "whose": r.whose, "op": r.case.problem.op, "problem": r.case.problem.of.name, "arch": r.case.arch,
          "dtype": r.case.dtype, "kernel": r.kernel, "facts": r.facts and asdict(r.facts), "error": r.error,
          "regions": [asdict(g) for g in r.regions]} for r in found
     ]  # fmt: skip
@@ -150,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cells in shown:
         table.add_row(*(cells.get(n, "") for n in names), style="dim" if cells["whose"] != "ours" else None)
     console.print(table)
-    if args.against and (lacking := {case.problem.id: None for case in cases if case.problem.liger is None}):
+    if args.against and (lacking := {case.problem.id: None for case in cases if not case.problem.has_liger}):
         console.print(f"{args.against} has no kernel beside ours for {', '.join(lacking)}")
     if not budget.comparable(compiler):
         console.print(f"The baseline is of {args.backend} {budget.compiler}, this is {made_by}: not compared.")

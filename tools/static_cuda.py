@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from gpt_kernels.architectures import NVIDIA, Nvidia, passes
+from gpt_kernels.cases import Compiled
 
 from . import loops, model, sass
 from .gates import Facts, Row
@@ -64,7 +65,7 @@ class Source:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.name, "cu", lambda new: None, wide=0.0)
+        return Problem(self.name, Compiled("cu", lambda new: None, wide=0.0))
 
 
 def sources() -> list[str]:

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import functools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.6 to 3.9 do when it is unset; 3.9 warns then
@@ -25,19 +25,12 @@ from gpt_kernels.triton.common import Launch
 
 from . import amdgcn, loops, model, sass
 from .gates import Facts, Row
-from .problems import ARCHS, DTYPES, PR_ARCHS, Case
-from .static_cases import PROBLEMS
+from .problems import Case
+from .problems import matrix as matrix  # static.py asks each backend for its own
 
 
 def version() -> str:
     return triton.__version__
-
-
-def matrix(subset: str, archs: Collection[str] = ()) -> list[Case]:
-    """pr: main problems on four architectures in bf16. full: every problem everywhere, the main ones in every dtype."""
-    if subset == "pr":
-        return [Case(p, arch, "bf16") for p in PROBLEMS if p.main for arch in archs or PR_ARCHS]
-    return [Case(p, arch, d) for p in PROBLEMS for arch in archs or ARCHS for d in DTYPES if p.main or d == "bf16"]
 
 
 # ---- compiling ----
@@ -148,5 +141,5 @@ def _regions(launch: Launch, compiled, case: Case) -> tuple[model.Region, ...]:
     grid = functools.reduce(lambda a, b: a * b, launch.grid)
     ctas = max(1, min(f.ctas, -(-grid // ARCHITECTURES[case.arch].processors)))
     warps = launch.parameters.get("num_warps", 4)  # of the loops; specialised warps beside them wait and copy
-    share = useful(launch, case.problem.columns)
+    share = useful(launch, case.problem.of.columns)
     return tuple(model.region(kernel, code, warps, ctas, share) for code in loops.regions(kernel))

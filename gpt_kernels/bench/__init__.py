@@ -3,7 +3,7 @@
 | file            | what                                                                                     |
 |-----------------|------------------------------------------------------------------------------------------|
 | measure.py      | one row: right first, then time (warm, cold, first call), peak memory, share of the limit |
-| <op>.py         | the cases of an op; attention.py also the sweep over sequence lengths                    |
+| ../cases/<op>.py | the cases of an op; attention.py also the sweep over sequence lengths                   |
 | contention.py   | which samples other work on the machine disturbed                                        |
 | models.py       | a GPT-2's training step and its token-by-token generation                                |
 | peers.py        | other people's kernels, and why one is not there                                         |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..names import families
 
 TITLES = {
     "speed": "Time of the others over ours",
@@ -31,8 +34,7 @@ COLORS = {
     "cuda": "#76b900", "cpu": "#3f8f8f",
 }  # fmt: skip
 LABELS = {"compile": "torch.compile", "hf": "HF", "reference": "naive", "GPT": "our GPT module"}
-MARKERS = dict(zip(("attention", "cross_entropy", "dropout", "gelu", "layer_norm", "rms_norm", "softmax", "gpt", "decode"),
-                   "osDv^<>P*", strict=True))  # fmt: skip
+MARKERS = dict(zip((*families(), "gpt", "decode"), itertools.cycle("osDv^<>P*XphdH8")))
 STYLE: Any = {
     "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gpt_kernels", "text.color": INK,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,

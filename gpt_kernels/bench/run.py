@@ -34,7 +34,7 @@ PACKAGES = ("rich", "matplotlib", "numpy", "jinja2", "transformers")
 
 def cases(target: str, settings: Settings) -> Iterator[Any]:
     module, function = TARGETS[target]
-    made = getattr(importlib.import_module(f"{__package__}.{module}"), function)(settings)
+    made = getattr(importlib.import_module(module, __package__), function)(settings)
     return itertools.islice(made, settings.cases)
 
 
@@ -46,7 +46,7 @@ def worker(job: dict[str, Any], send: Callable[..., None]) -> None:
     from .measure import Limits, configure, measure, memory_apart
 
     settings = Settings(**job["settings"])
-    configure(settings, models=TARGETS[job["run"]][0] == "models")
+    configure(settings, models=TARGETS[job["run"]][0] == ".models")
     if "variant" in job:
         case = next(itertools.islice(cases(job["run"], settings), job["case"], None))
         send(memory=memory_apart(case, job["variant"]))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from ..arguments import device, option, positive
 from ..names import DTYPES, families
 
-# target -> the file of bench/ that has its cases, and the function there
-TARGETS = {op: (op, "cases") for op in families()} | {
-    "sweep": ("attention", "sweep"),
-    "gpt": ("models", "gpt"),
-    "decode": ("models", "decode"),
+# target -> the module that has its cases, and the function there
+TARGETS = {op: (f"..cases.{op}", "bench") for op in families()} | {
+    "sweep": ("..cases.attention", "sweep"),
+    "gpt": (".models", "gpt"),
+    "decode": (".models", "decode"),
 }
 GROUPS = {"all": tuple(TARGETS), "ops": families()}
 OUT = "bench-out"

@@ -9,7 +9,7 @@ from ..names import DTYPES, families
 
 
 def _sizes() -> tuple[str, ...]:
-    from ..triton.workload import SIZES
+    from ..cases import SIZES
 
     return (*SIZES, "all")
 

@@ -44,6 +44,9 @@ from .calls import (
 from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
+# the public functions
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func", "scaled_dot_product_attention"]
+
 MAX_HEAD_DIM = 256
 
 

@@ -25,6 +25,8 @@ from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
 from .common import REVERSE, TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 
+__all__ = ["cross_entropy"]  # the public functions
+
 REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in torch
 
 

@@ -16,6 +16,8 @@ from .calls import check_tensors, handle_torch_function, has_torch_function_vari
 from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
 from .philox import draw_rng_state, dropout_factor
 
+__all__ = ["dropout"]  # the public functions
+
 
 def reference_fwd(x, residual, rng_state, dropout_p):
     y = rows_of(x).to(stat_dtype(x.dtype))[None, None]

@@ -30,6 +30,8 @@ from .calls import (
 )
 from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active
 
+__all__ = ["gelu"]  # the public functions
+
 
 def _biased(x, bias):
     xf = x.to(stat_dtype(x.dtype))

@@ -30,6 +30,8 @@ from .calls import (
 )
 from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype, transforms_active, unit_of
 
+__all__ = ["rms_norm"]  # the public functions
+
 
 def _statistics(x, eps):
     xf = rows_of(x).to(stat_dtype(x.dtype))  # (M, N)

@@ -27,6 +27,8 @@ from .calls import (
 )
 from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
 
+__all__ = ["softmax"]  # the public functions
+
 
 def reference_fwd(x, mask, scale, causal):
     z = x.to(stat_dtype(x.dtype)) * scale

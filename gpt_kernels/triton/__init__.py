@@ -24,22 +24,7 @@ PAIRS = {"2.10": "3.6.0", "2.11": "3.6.0", "2.12": "3.7.1", "2.13": "3.7.1", "2.
 _minors = sorted(tuple(int(n) for n in version.split(".")[:2]) for version in PAIRS.values())
 SUPPORTED = (_minors[0], _minors[-1])
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-OPS = {
-    "attention_fwd": "attention",
-    "attention_bwd": "attention_bwd",
-    "cross_entropy_fwd": "cross_entropy",
-    "cross_entropy_bwd": "cross_entropy",
-    "cross_entropy_bwd_out": "cross_entropy",
-    "dropout_fwd": "dropout",
-    "gelu_fwd": "gelu",
-    "gelu_bwd": "gelu",
-    "layer_norm_fwd": "layer_norm",
-    "layer_norm_bwd": "layer_norm",
-    "rms_norm_fwd": "rms_norm",
-    "rms_norm_bwd": "rms_norm",
-    "softmax_fwd": "softmax",
-    "softmax_bwd": "softmax",
-}  # op -> the module here that has its launcher
+OPS: dict[str, str] = {}  # op -> the module here that has its launcher; register() fills it
 
 
 def version() -> str | None:
@@ -79,14 +64,27 @@ def declined(op: str) -> str | None:
     return common.unserved(op, common.target(torch.device("cuda", torch.cuda.current_device())))
 
 
-def _launcher(op: str) -> Callable:
+def modules() -> dict[str, str]:
+    """op -> the module here that has its launcher: the file whose name the op's begins with, the longest there is."""
+    files = {file.stem for file in pathlib.Path(__file__).parent.glob("*.py")}
+    parts = {op: op.split("_") for op in dispatch.ops()}
+    names = {op: ["_".join(words[:n]) for n in range(len(words), 0, -1)] for op, words in parts.items()}
+    found = {op: next((name for name in names[op] if name in files), None) for op in names}
+    return {op: file for op, file in found.items() if file is not None}
+
+
+def launcher(op: str) -> Callable:
+    """The op's launcher, not by way of the dispatcher: it takes "meta" tensors while launches are recorded."""
+    return getattr(importlib.import_module(f"{__name__}.{OPS[op]}"), op)
+
+
+def _served(op: str) -> Callable:
     """The op's launcher, imported at its first call; the reference where it declines, unless use_backend asked for it."""
     found: list[Callable] = []
 
     def call(*args):
         if not found:
-            launcher, again = importlib.import_module(f"{__name__}.{OPS[op]}"), importlib.import_module(f"{__name__}.replay")
-            found.extend((getattr(launcher, op), again.call))
+            found.extend((launcher(op), importlib.import_module(f"{__name__}.replay").call))
         try:
             return found[0](*args) if INTERPRETED else found[1](op, found[0], args)
         except Declined as reason:
@@ -101,6 +99,7 @@ def _launcher(op: str) -> Callable:
 def register() -> None:
     """Tell the dispatcher: the backend "triton" for every op, and the CUDA slots unless the kernels are interpreted."""
     reason = absence()
+    OPS.update(modules())
     for op in OPS:
         if reason is not None:
             dispatch.explain_absence(op, "triton", reason)
@@ -108,4 +107,4 @@ def register() -> None:
             # where the library has the op in CUDA C++, that is what the slot keeps
             default = not INTERPRETED and "cuda" not in dispatch._ops[op].kernels
             why = functools.partial(declined, op)
-            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default, why)(_launcher(op))
+            dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default, why)(_served(op))

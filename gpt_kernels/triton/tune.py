@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..cases import SIZES, Sizes, step
 from ..errors import UserError
 from ..names import DTYPES as NAMES
 from ..table import print_table
-from . import INTERPRETED, absence, common
+from . import INTERPRETED, absence, common, launcher
 from .tuned import Parameters, Tuned, tuned
 from .tuning import Timer, Tunable, asked, event_timer, gpu, measure
-from .workload import SIZES, Sizes, calls, launcher
 
 DTYPES = {name: getattr(torch, name) for name in NAMES}
 
@@ -52,7 +52,7 @@ def discover(
     with common.recording(arch), asked() as questions:
         for dtype in dtypes:
             for size in sizes:
-                for name, args in calls(size, dtype, "meta"):
+                for name, args in step(size, dtype, "meta"):
                     if (op is None or name.startswith(op)) and "triton" in dispatch._ops[name].kernels:
                         launcher(name)(*args)
     return list(questions.values())

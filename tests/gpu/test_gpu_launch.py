@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from kernel_calls import SMALL, every_call, op, tensors, with_kernel
+from kernel_calls import tensors, with_kernel
 from torch._dynamo.backends.common import aot_autograd
 
 import gpt_kernels
 from gpt_kernels import dispatch
-from gpt_kernels.triton.workload import Sizes, calls
+from gpt_kernels.cases import SMALL, Sizes, calls, op, step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -27,7 +27,7 @@ LARGE, TINY = Sizes(4, 512, 768, 12), Sizes(1, 16, 16, 1, vocab=40)  # TINY: for
 
 def calls_of(name, dtype, device, sizes=SMALL):
     """(what, arguments) of one op; an op that writes into an argument gets one of its own to write into"""
-    found = [(what, args) for what, n, args in with_kernel(BACKEND, every_call(dtype, device, sizes)) if n == name]
+    found = [(what, args) for what, n, args in with_kernel(BACKEND, calls(dtype, device, sizes)) if n == name]
     assert found, f"no call of {name}"
     return found
 
@@ -68,10 +68,11 @@ CAPTURED_FIRST = """
 import sys
 sys.path[:0] = [".", "tests"]
 import torch
-from kernel_calls import every_call, op, tensors, with_kernel
+from gpt_kernels.cases import calls, op, step
+from kernel_calls import tensors, with_kernel
 import gpt_kernels
 backend, name = sys.argv[1:]
-made = [a for _, n, a in with_kernel(backend, every_call(torch.bfloat16, "cuda")) if n == name][:1]
+made = [a for _, n, a in with_kernel(backend, calls(torch.bfloat16, "cuda")) if n == name][:1]
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with gpt_kernels.use_backend(backend):
@@ -91,7 +92,7 @@ with gpt_kernels.use_backend(backend):
 @every_op
 def test_captured_without_a_warm_up(cuda, name):
     """The first call of its kernel in the process is the one that is captured: nothing may be loaded or asked for in a way that
-    a capture forbids. every_call() has run forwards of other ops by then, which do not load this one's."""
+    a capture forbids. calls() has run forwards of other ops by then, which do not load this one's."""
     done = subprocess.run([sys.executable, "-c", CAPTURED_FIRST, BACKEND, name], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -183,7 +184,7 @@ def test_arguments_on_two_gpus_are_refused(two_gpus):
 @every_op
 def test_same_bits_every_time(device, name, dtype):
     """A race shows as another result, sooner or later; what runs beside it shifts the timing."""
-    given = [args for n, args in calls(LARGE if device.type == "cuda" else TINY, dtype, device) if n == name]
+    given = [args for n, args in step(LARGE if device.type == "cuda" else TINY, dtype, device) if n == name]
     assert given, f"no call of {name}"
     for args in given:
         expected = results(name, args)

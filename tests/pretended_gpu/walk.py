@@ -16,15 +16,17 @@ import time
 
 import torch
 import triton
-from kernel_calls import every_call, tensors
+from kernel_calls import tensors
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import CompiledKernel
 
+from gpt_kernels import cases
 from gpt_kernels.architectures import ARCHITECTURES, family
-from gpt_kernels.triton import OPS, common, replay, workload
+from gpt_kernels.triton import OPS, common, replay
+from gpt_kernels.triton import launcher as launcher_of
 
 LIBRARY, ARCH, WHAT = sys.argv[1:]
 NUMBER, FAMILY = int(ARCH[3:]), ARCHITECTURES[family(ARCH)]
@@ -158,10 +160,10 @@ faults: list[str] = []
 
 def walk() -> dict:
     replayed, ordinary, kernels, launched = 0, set(), set(), 0
-    for what, name, args in every_call(torch.bfloat16, "cpu"):
+    for what, name, args in cases.calls(torch.bfloat16, "cpu"):
         if WHAT == "steps" and (not what.startswith("step") or (name.startswith("attention") and args[-4 - ("bwd" in name)])):
             continue
-        launcher = workload.launcher(name)
+        launcher = launcher_of(name)
         try:
             direct = watched(launcher, [*map(copied, args)])
             results = [watched(replayed_call(name, launcher), [*map(copied, args)]) for _ in range(3)]
@@ -188,7 +190,7 @@ def walk() -> dict:
 
 def kinds() -> list[tuple[str, int, int]]:
     """(what was called, kinds known after it, launches that Triton's hook saw)"""
-    launcher, seen, told = workload.launcher("gelu_fwd"), [], []
+    launcher, seen, told = launcher_of("gelu_fwd"), [], []
     x, bias = torch.randn(8, 96).bfloat16(), torch.randn(96).bfloat16()
     hooks = triton.knobs.runtime.launch_enter_hook
 
@@ -239,9 +241,9 @@ def host() -> dict:
     library.impl("slot", lambda x, w, b, e: (x, w, b), "CPU")
     x, found = torch.empty(8, 8), {}
     cuda.pretend(NUMBER, FAMILY.shared * 1024, FAMILY.processors, None)
-    for name, args in workload.calls(workload.Sizes(2, 64, 768, 12, vocab=1000), torch.bfloat16, "cpu"):
+    for name, args in cases.step(cases.Sizes(2, 64, 768, 12, vocab=1000), torch.bfloat16, "cpu"):
         if name not in found:
-            launcher = workload.launcher(name)
+            launcher = launcher_of(name)
             again = best(lambda: replay.call(name, launcher, args))  # noqa: B023
             found[name] = again, best(lambda: launcher(*args), 10, 3)  # noqa: B023
     return {"slot": best(lambda: torch.ops.pretended.slot.default(x, x, x, 1e-5)), "ops": found}

@@ -1,0 +1,42 @@
+// cube on NVIDIA GPUs. The op: gpt_kernels/ops/cube.py.
+#include "common.cuh"
+
+namespace gk {
+
+template <class T> __global__ void cube_kernel(T* y, const T* dy, const T* x, int64_t n) {
+  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= n) return;
+  const float v = to_float(x[at]);
+  y[at] = from_float<T>(dy ? 3.f * (v * to_float(dy[at])) * v : v * v * v);
+}
+
+static Tensor run(const Tensor& x, const OptTensor& dy) {
+  const Gpu gpu(x);
+  Tensor y = new_like(x);
+  with_dtype(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch(GK_KERNEL(cube_kernel<T>), unsigned(cdiv(x.numel(), 256)), 256, 0, gpu.stream, out<T>(y), data<T>(dy), data<T>(x),
+           x.numel());
+  });
+  return y;
+}
+
+static Tensor cube_fwd_cuda(const Tensor& x) {
+  check_input("cube_fwd", "x", x);
+  return run(x, {});
+}
+
+static Tensor cube_bwd_cuda(const Tensor& dy, const Tensor& x) {
+  const char* op = "cube_bwd";
+  check_input(op, "x", x);
+  check_same_device(op, "dy", dy, x), check_dtype(op, "dy", dy, x.scalar_type());
+  check_contiguous(op, "dy", dy), check_same_shape(op, "dy", dy, "x", x);
+  return run(x, dy);
+}
+
+GK_REGISTER(m) {
+  m.impl("cube_fwd", TORCH_BOX(&cube_fwd_cuda));
+  m.impl("cube_bwd", TORCH_BOX(&cube_bwd_cuda));
+}
+
+}  // namespace gk
