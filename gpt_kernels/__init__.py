@@ -6,9 +6,10 @@ from typing import Any as _Any
 from . import gpu as _gpu
 from . import names as _names
 from . import triton as _triton
-from .dispatch import isa, set_isa, use_backend, use_isa, where
+from .dispatch import Served, use_backend, where
 from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
+from .library import isa, set_isa, use_isa
 from .memory import reuse_memory
 from .ops.attention import (
     flash_attn_func,

@@ -12,21 +12,30 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import os
-import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from . import library
+
 NAMESPACE = "gpt_kernels"
 BACKENDS = ["reference", "cpu"]  # and those that kernel() has been told of
-ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Served(NamedTuple):
+    """What serves an op on a device, and why it does."""
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})"
 
 
 @dataclass
@@ -60,7 +69,7 @@ def define(schema: str, reference: Callable):
         handle = _native_kernel(name, key)
         if handle is not None:
             _ops[name].kernels[backend] = (key, handle)
-    if cuda_library is not None:
+    if library.cuda is not None:
         _name("cuda")
         if "cuda" in _ops[name].kernels:
             _ops[name].cuda = "cuda"
@@ -132,17 +141,17 @@ def share_with_triton(op: str, choose: Callable[[Callable, Callable], Callable])
 def _settle(op: str, function: Callable) -> None:
     """The CUDA slot's own from now on. torch's first use of a GPU decides it, maybe inside use_backend, which stays above."""
     _fill(_library, op, function, "CUDA")
-    for library, slots in _pushes:
+    for pushed_library, slots in _pushes:
         for name, pushed_function, key in slots:
             if (name, key) == (op, "CUDA"):
-                _fill(library, name, pushed_function, key)
+                _fill(pushed_library, name, pushed_function, key)
 
 
-def _fill(library: torch.library.Library, op: str, function: Callable, key: str) -> None:
+def _fill(into: torch.library.Library, op: str, function: Callable, key: str) -> None:
     """Over whatever stands in the slot."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says once that a kernel is being overridden: that is the point
-        library.impl(op, function, key, allow_override=True)  # which is the default from torch 2.13 on
+        into.impl(op, function, key, allow_override=True)  # which is the default from torch 2.13 on
 
 
 def _or_reference(op: str, function: Callable) -> Callable:
@@ -176,6 +185,18 @@ def _name(backend: str) -> None:
 def ops() -> list[str]:
     """Names of all ops, in order of definition."""
     return list(_ops)
+
+
+def reference(op: str) -> Callable:
+    """The op in plain PyTorch, whatever is in its slots."""
+    _known(op, "reference")
+    return _ops[op].reference
+
+
+def kernel_of(op: str, backend: str) -> Callable | None:
+    """The backend's kernel of op, whatever is in its slots; None where it has none."""
+    _known(op, "kernel_of")
+    return _ops[op].kernels.get(backend, ("", None))[1]
 
 
 @contextlib.contextmanager
@@ -225,78 +246,41 @@ def pushed(op: str) -> str | None:
     return next((backend for backend, names in reversed(_pushed) if op in names), None)
 
 
-def where(op: str) -> dict[str, str]:
-    """Which backend serves each device for `op` now, with the reason: {"CPU": "cpu (...)", "CUDA": "reference (...)"}."""
+def where(op: str) -> dict[str, Served]:
+    """Which backend serves each device for `op` now, and why: {"CPU": Served("cpu", "C++ kernel, avx2"), "CUDA": ...}."""
     _known(op, "where")
     answer = {}
     for key, native in (("CPU", "cpu"), ("CUDA", _ops[op].cuda)):
         for backend, names in reversed(_pushed):
             if op in names and key in dict(_slots(op, backend)):
-                answer[key] = f"{backend} (pushed by use_backend)"
+                answer[key] = Served(backend, "pushed by use_backend")
                 break
         else:
             if native not in _ops[op].kernels:
                 reasons = (_absence(op, native or "triton"), _ops[op].absent.get("cuda") if key == "CUDA" else None)
-                answer[key] = f"reference ({'; '.join(filter(None, reasons))})"
+                answer[key] = Served("reference", "; ".join(filter(None, reasons)))
             elif key == "CPU":
-                answer[key] = f"cpu (C++ kernel, {isa()})"
+                answer[key] = Served("cpu", f"C++ kernel, {library.isa()}")
             elif native == "cuda":
                 large = "; triton for large calls in 16 bits, where it was measured to be faster" * _ops[op].shared
-                answer[key] = f"cuda (compiled kernel, {cuda_archs()}; float64: none{large})"
+                answer[key] = Served("cuda", f"compiled kernel, {library.cuda_archs()}; float64: none{large}")
             elif reason := _ops[op].declines.get(native, lambda: None)():
-                answer[key] = f"reference ({reason})"
+                answer[key] = Served("reference", reason)
             else:
                 instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
-                answer[key] = f"{native} (compiled at its first call for each kind of argument; float64: reference{instead})"
+                what = f"compiled at its first call for each kind of argument; float64: reference{instead}"
+                answer[key] = Served(str(native), what)
     return answer
 
 
 def _absence(name: str, backend: str) -> str:
     if backend == "cpu":
-        return library_error or f"the compiled library has no {name}"
+        return library.cpu_error or f"the compiled library has no {name}"
     if backend == "cuda":
-        return _ops[name].absent.get("cuda") or cuda_error or f"the compiled CUDA library has no {name}"
+        return _ops[name].absent.get("cuda") or library.cuda_error or f"the compiled CUDA library has no {name}"
     if backend in _ops[name].kernels:
         return "TRITON_INTERPRET is set: the Triton kernels serve CPU tensors"
     return _ops[name].absent.get(backend, "no kernel was registered")
-
-
-# ---- the compiled library ----
-
-
-def _load(file: str, what: str, how: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """(a compiled library with its ops registered, None), or (None, why not)."""
-    path = pathlib.Path(__file__).with_name(file)
-    if not path.exists():
-        return None, f"the {what} kernels were not built: install with {how}"
-    try:
-        torch.ops.load_library(str(path))
-        return ctypes.CDLL(str(path)), None
-    except OSError as error:
-        return None, f"the {what} kernels could not be loaded under torch {torch.__version__}: {error}"
-
-
-def _load_library() -> tuple[ctypes.CDLL | None, str | None]:
-    library, error = _load("_cpu.so", "C++", "a C++ compiler present and GPT_KERNELS_BUILD unset")
-    if library is not None:
-        for function in ("isa", "best_isa", "compiler"):
-            getattr(library, f"gpt_kernels_{function}").restype = ctypes.c_char_p
-        library.gpt_kernels_torch_target.restype = ctypes.c_int64
-    return library, error
-
-
-def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    if torch.version.hip:  # whose tensors have the CUDA slots, too
-        return None, f"the CUDA kernels are for NVIDIA GPUs, torch {torch.__version__} is for AMD's"
-    library, error = _load("_cuda.so", "CUDA", "nvcc and a GPU present, or GPT_KERNELS_BUILD=cuda")
-    if library is not None:
-        library.gpt_kernels_cuda_archs.restype = library.gpt_kernels_cuda_streams.restype = ctypes.c_char_p
-    return library, error
-
-
-def cuda_archs() -> str | None:
-    """What the CUDA kernels are compiled for ("sm_80 sm_90a compute_80"); None if not built."""
-    return cuda_library.gpt_kernels_cuda_archs().decode() if cuda_library else None
 
 
 def _native_kernel(name: str, key: str) -> Callable | None:
@@ -307,42 +291,3 @@ def _native_kernel(name: str, key: str) -> Callable | None:
     handle = torch.library.get_kernel(qualified, key)
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return lambda *args: handle.call_boxed(keyset, *args)
-
-
-def isa() -> str | None:
-    """The instruction set that the CPU kernels use now ("base", "avx2", "avx512", "avx512_bf16"); None if not built."""
-    return library.gpt_kernels_isa().decode() if library else None
-
-
-def best_isa() -> str | None:
-    """The best instruction set that both this CPU and the compiled kernels have; None if not built."""
-    return library.gpt_kernels_best_isa().decode() if library else None
-
-
-def set_isa(name: str) -> None:
-    """Use another instruction set from now on, in the whole process; the environment's GPT_KERNELS_ISA does it at import."""
-    if library is None:
-        raise RuntimeError(f"set_isa: {library_error}")
-    status = library.gpt_kernels_set_isa(name.encode())
-    if status == 1:
-        raise ValueError(f"set_isa: unknown instruction set {name!r}, expected one of {', '.join(ISA_LEVELS)}")
-    if status == 2:
-        raise ValueError(f"set_isa: this CPU has no {name}, its best is {best_isa()}")
-
-
-@contextlib.contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Run the CPU kernels compiled for instruction set `name` inside the block."""
-    before = isa()
-    set_isa(name)
-    try:
-        yield
-    finally:
-        if before is not None:
-            set_isa(before)
-
-
-library, library_error = _load_library()
-cuda_library, cuda_error = _load_cuda()
-if library is not None and os.environ.get("GPT_KERNELS_ISA"):
-    set_isa(os.environ["GPT_KERNELS_ISA"])

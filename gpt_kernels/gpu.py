@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import dispatch
+from . import dispatch, library
 from .architectures import number_of, runs
 
 
@@ -77,18 +77,17 @@ def by_size(op: str, cuda: Callable, triton: Callable, *, least: int) -> Callabl
 
 def settle() -> None:
     """Called once, when all kernels are registered. Raises nothing: a check that fails must not end an import."""
-    library = dispatch.cuda_library
-    if library is None:
+    if library.cuda is None:
         return
-    library.gpt_kernels_cuda_version.restype = ctypes.c_int64
-    driver, built = driver_version(), library.gpt_kernels_cuda_version()
+    library.cuda.gpt_kernels_cuda_version.restype = ctypes.c_int64
+    driver, built = driver_version(), library.cuda.gpt_kernels_cuda_version()
     if reason := too_old(driver, built):
         dispatch.without_cuda(reason)
         return
 
     def check() -> None:
         for index in range(torch.cuda.device_count()):
-            reason = no_code(dispatch.cuda_archs() or "", torch.cuda.get_device_capability(index), driver, built)
+            reason = no_code(library.cuda_archs() or "", torch.cuda.get_device_capability(index), driver, built)
             if reason:
                 dispatch.without_cuda(f"{torch.cuda.get_device_name(index)}: {reason}")
                 return

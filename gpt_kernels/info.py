@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import cache, dispatch, triton
+from . import cache, dispatch, library, triton
 from .names import families, family
 from .table import print_table
 from .version import __version__
@@ -25,17 +25,17 @@ PACKAGES = ("transformers", "tokenizers", "safetensors", "triton", "numpy", "tqd
 
 def info() -> dict[str, Any]:
     """Versions, CPU and instruction set, GPUs, what serves each op on each device and why, compilers, caches. JSON-ready."""
-    library = dispatch.library
-    target = library.gpt_kernels_torch_target() if library else None
+    cpu = library.cpu
+    target = cpu.gpt_kernels_torch_target() if cpu else None
     return {
         "gpt_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "library": {
-            "built": library is not None,
-            "problem": dispatch.library_error,
-            "compiler": library.gpt_kernels_compiler().decode() if library else None,
+            "built": cpu is not None,
+            "problem": library.cpu_error,
+            "compiler": cpu.gpt_kernels_compiler().decode() if cpu else None,
             # the stable ABI keeps major and minor in the two highest bytes
             "torch_stable_abi": f"{target >> 56}.{target >> 48 & 0xFF}" if target else None,
         },
@@ -43,13 +43,13 @@ def info() -> dict[str, Any]:
             "name": _cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "isa": dispatch.isa(),
-            "best_isa": dispatch.best_isa(),
-            "force_isa": f"GPT_KERNELS_ISA={'|'.join(dispatch.ISA_LEVELS)} or gpt_kernels.use_isa(name)",
+            "isa": library.isa(),
+            "best_isa": library.best_isa(),
+            "force_isa": f"GPT_KERNELS_ISA={'|'.join(library.ISA_LEVELS)} or gpt_kernels.use_isa(name)",
         },
         "gpu": {
-            "archs_built": (dispatch.cuda_archs() or "").split(),
-            "problem": dispatch.cuda_error,
+            "archs_built": (library.cuda_archs() or "").split(),
+            "problem": library.cuda_error,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "triton": {
@@ -58,7 +58,7 @@ def info() -> dict[str, Any]:
             "interpreted": triton.INTERPRETED,
             "tuned": _tuned(),
         },
-        "ops": {op: dispatch.where(op) for op in dispatch.ops()},
+        "ops": {op: {key: s._asdict() for key, s in dispatch.where(op).items()} for op in dispatch.ops()},
         "compilers": {name: _version_line(name) for name in ("g++", "nvcc")},
         "caches": {"tokenizers of the demo": _cache()},
         "packages": {name: _package(name) for name in PACKAGES},
@@ -130,15 +130,15 @@ def _cuda_line(gpu: dict[str, Any]) -> str:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    library, cpu, gpu, t = facts["library"], facts["cpu"], facts["gpu"], facts["triton"]
+    built, cpu, gpu, t = facts["library"], facts["cpu"], facts["gpu"], facts["triton"]
     lines = [
         ("gpt_kernels", facts["gpt_kernels"]),
         ("torch, Python", f"{facts['torch']}, {facts['python']} on {facts['platform']}"),
         (
             "C++ kernels",
-            f"built with {library['compiler']} for torch >= {library['torch_stable_abi']} (stable ABI)"
-            if library["built"]
-            else f"none: {library['problem']}",
+            f"built with {built['compiler']} for torch >= {built['torch_stable_abi']} (stable ABI)"
+            if built["built"]
+            else f"none: {built['problem']}",
         ),
         ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"),
         (
@@ -168,7 +168,7 @@ def print_info(as_json: bool = False) -> None:
     print_table(["", ""], _lines(facts), title="gpt_kernels")
     print_table(
         ["op", "CPU", "CUDA"],
-        [(op, w["CPU"], w["CUDA"]) for op, w in facts["ops"].items()],
+        [(op, *(str(dispatch.Served(**w[key])) for key in ("CPU", "CUDA"))) for op, w in facts["ops"].items()],
         title="which backend serves each op",
     )
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from .dispatch import where
+from .dispatch import Served, pushed, where
 from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
@@ -268,10 +268,10 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
     if like.dtype == torch.float64 and like.device.type != "cpu":
         return f"its parameters are float64, for which there is no kernel on {like.device.type}"
     for op in rule.ops:
-        server = where(f"{op}_fwd").get(like.device.type.upper(), "reference (no kernels for this device)")
+        served = where(f"{op}_fwd").get(like.device.type.upper(), Served("reference", "no kernels for this device"))
         # a reference that was pushed was asked for
-        if server.startswith("reference") and "pushed" not in server:
-            return f"{op} has no kernel here: {server}"
+        if served.backend == "reference" and pushed(f"{op}_fwd") is None:
+            return f"{op} has no kernel here: {served}"
     return None
 
 

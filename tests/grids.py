@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from gpt_kernels import dispatch
+from gpt_kernels import library
 from gpt_kernels.triton import INTERPRETED
 
 DEVICE = os.environ.get("GPT_KERNELS_TEST_DEVICE", "cpu")
@@ -18,7 +18,7 @@ BACKEND = os.environ.get("GPT_KERNELS_TEST_BACKEND") or ("triton" if INTERPRETED
 SLOW = 0 if BACKEND == "cpu" else 2 if BACKEND == "triton" and INTERPRETED else 1  # as gpt_kernels.cases has it
 if BACKEND == "cpu":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    ISAS = tuple(dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(dispatch.best_isa()) + 1]) if dispatch.library else ()
+    ISAS = tuple(library.ISA_LEVELS[: library.ISA_LEVELS.index(library.best_isa()) + 1]) if library.cpu else ()
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-    ISAS = (dispatch.best_isa(),)  # of the CPU: nothing to the kernels under test
+    ISAS = (library.best_isa(),)  # of the CPU: nothing to the kernels under test

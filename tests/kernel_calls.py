@@ -16,4 +16,4 @@ def form(result):
 
 def with_kernel(backend, given):
     """Those of the calls for whose op `backend` has a kernel."""
-    return ((what, name, args) for what, name, args in given if backend in dispatch._ops[name].kernels)
+    return ((what, name, args) for what, name, args in given if dispatch.kernel_of(name, backend))

@@ -179,24 +179,29 @@ def test_a_candidate_that_does_not_fit_is_none(tiny):
             triton.launcher(name)(*args)
 
 
-def test_where_nothing_fits_the_reference_serves_and_says_so(tiny, monkeypatch):
+def test_where_nothing_fits_the_reference_serves_and_says_so(tiny):
     tiny[2][0] = 200
     for name, args in attention_calls(device="cpu"):
-        call = dispatch._ops[name].kernels["triton"][1]
+        call = dispatch.kernel_of(name, "triton")
         results = call(*args)
-        expected = dispatch._ops[name].reference(*args)
+        expected = dispatch.reference(name)(*args)
         for result, want in zip(results, expected, strict=True):
             assert torch.equal(result, want)
-        check_where(name, "does not fit on sm_80", monkeypatch)
+        check_where(name, "does not fit on sm_80")
         with mock.patch.object(dispatch, "_pushed", [("triton", frozenset({name}))]):
             with pytest.raises(RuntimeError, match=f"{name}: the Triton kernels cannot serve it: .* does not fit on sm_80"):
                 call(*args)
 
 
-def check_where(name, reason, monkeypatch):
-    monkeypatch.setattr(dispatch._ops[name], "cuda", "triton")
-    found = dispatch.where(name)["CUDA"]
-    assert found.startswith("reference (") and reason in found
+def triton_in_the_slot(name):
+    """As with a GPU."""
+    return mock.patch.object(dispatch._ops[name], "cuda", "triton")
+
+
+def check_where(name, reason):
+    with triton_in_the_slot(name):
+        found = dispatch.where(name)["CUDA"]
+    assert found.backend == "reference" and reason in found.reason
 
 
 @pytest.mark.parametrize("arch, ops, reason", [
@@ -209,10 +214,10 @@ def test_where_names_the_gpu_that_is_left_to_the_reference(arch, ops, reason, mo
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(common, "_target_of", lambda index: arch)
     for name in ops:
-        check_where(name, reason, monkeypatch)
+        check_where(name, reason)
     if arch == "sm_75":
-        monkeypatch.setattr(dispatch._ops["gelu_fwd"], "cuda", "triton")
-        assert dispatch.where("gelu_fwd")["CUDA"].startswith("triton (")
+        with triton_in_the_slot("gelu_fwd"):
+            assert dispatch.where("gelu_fwd")["CUDA"].backend == "triton"
         with common.use_arch(arch):
             for name, args in attention_calls(device="cpu"):
-                assert len(dispatch._ops[name].kernels["triton"][1](*args)) in (2, 4)
+                assert len(dispatch.kernel_of(name, "triton")(*args)) in (2, 4)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gpt_kernels
-from gpt_kernels import dispatch, triton
+from gpt_kernels import dispatch, library, triton
 
 OP = "layer_norm_fwd"
-needs_library = pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
+needs_library = pytest.mark.skipif(library.cpu is None, reason="the C++ kernels are not built")
 
 
 def python(code, *arguments, **environment):
@@ -22,7 +22,7 @@ def python(code, *arguments, **environment):
 
 
 def served():
-    return dispatch.where(OP)["CPU"].split()[0]
+    return dispatch.where(OP)["CPU"].backend
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_use_backend_pushes_and_restores(counted):
     assert served() == "cpu" and not counted
     with gpt_kernels.use_backend("reference"):
         run()
-        assert served() == "reference" and "use_backend" in dispatch.where(OP)["CPU"] and len(counted) == 1
+        assert served() == "reference" and "use_backend" in dispatch.where(OP)["CPU"].reason and len(counted) == 1
     run()
     assert served() == "cpu" and len(counted) == 1
 
@@ -69,7 +69,7 @@ def test_use_backend_for_named_ops_only(counted):
     with gpt_kernels.use_backend("reference", "layer_norm_bwd"):
         run()
         assert served() == "cpu" and not counted
-        assert dispatch.where("layer_norm_bwd")["CPU"].startswith("reference")
+        assert dispatch.where("layer_norm_bwd")["CPU"].backend == "reference"
 
 
 @needs_library
@@ -108,15 +108,15 @@ def test_where_names_a_reason_for_each_device():
     for op in dispatch.ops():
         answer = gpt_kernels.where(op)
         assert set(answer) == {"CPU", "CUDA"}
-        assert all("(" in text for text in answer.values())
+        assert all(served.reason for served in answer.values())
         if "cuda" in dispatch._ops[op].kernels:
-            assert answer["CUDA"] == f"cuda (compiled kernel, {dispatch.cuda_archs()}; float64: none)"
+            assert str(answer["CUDA"]) == f"cuda (compiled kernel, {library.cuda_archs()}; float64: none)"
         elif "triton" not in dispatch._ops[op].kernels:
-            assert answer["CUDA"] == f"reference ({triton.absence() or 'no kernel was registered'})"
+            assert str(answer["CUDA"]) == f"reference ({triton.absence() or 'no kernel was registered'})"
         elif triton.INTERPRETED:
-            assert answer["CUDA"] == "reference (TRITON_INTERPRET is set: the Triton kernels serve CPU tensors)"
+            assert str(answer["CUDA"]) == "reference (TRITON_INTERPRET is set: the Triton kernels serve CPU tensors)"
         else:
-            assert answer["CUDA"] == "triton (compiled at its first call for each kind of argument; float64: reference)"
+            assert str(answer["CUDA"]) == "triton (compiled at its first call for each kind of argument; float64: reference)"
     with pytest.raises(ValueError, match="unknown op 'nothing'"):
         gpt_kernels.where("nothing")
 
@@ -128,10 +128,10 @@ def test_every_op_has_a_kernel():
 
 @needs_library
 def test_use_isa_restores_and_refuses():
-    best = dispatch.best_isa()
+    best = library.best_isa()
     before = gpt_kernels.isa()
     with gpt_kernels.use_isa("base"):
-        assert gpt_kernels.isa() == "base" and "base" in dispatch.where(OP)["CPU"]
+        assert gpt_kernels.isa() == "base" and "base" in dispatch.where(OP)["CPU"].reason
         with gpt_kernels.use_isa(best):
             assert gpt_kernels.isa() == best
         assert gpt_kernels.isa() == "base"
@@ -140,7 +140,7 @@ def test_use_isa_restores_and_refuses():
     assert gpt_kernels.isa() == before
     with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*base, avx2, avx512"):
         gpt_kernels.set_isa("sse9")
-    for name in dispatch.ISA_LEVELS[dispatch.ISA_LEVELS.index(best) + 1 :]:
+    for name in library.ISA_LEVELS[library.ISA_LEVELS.index(best) + 1 :]:
         with pytest.raises(ValueError, match=f"this CPU has no {name}, its best is {best}"):
             gpt_kernels.set_isa(name)
     assert gpt_kernels.isa() == before
@@ -153,7 +153,7 @@ def test_environment_forces_the_instruction_set():
     assert (
         python(show, GPT_KERNELS_ISA="").stdout.strip()
         == python(show, GPT_KERNELS_ISA=None).stdout.strip()
-        == dispatch.best_isa()
+        == library.best_isa()
     )
     bad = python(show, GPT_KERNELS_ISA="sse9")
     assert bad.returncode != 0 and "unknown instruction set 'sse9'" in bad.stderr
@@ -229,7 +229,7 @@ def test_a_registered_kernel_is_run_and_named():
 
         with gpt_kernels.use_backend("doubled", "layer_norm_fwd"):
             assert torch.equal(gpt_kernels.layer_norm(x), 2 * x)
-            assert gpt_kernels.where("layer_norm_fwd")["CPU"] == "doubled (pushed by use_backend)"
+            assert str(gpt_kernels.where("layer_norm_fwd")["CPU"]) == "doubled (pushed by use_backend)"
         assert not torch.equal(gpt_kernels.layer_norm(x), 2 * x)
         with pytest.raises(RuntimeError, match="'doubled' has no kernel for rms_norm_fwd: no kernel was registered"):
             with gpt_kernels.use_backend("doubled", "rms_norm_fwd"):
@@ -274,7 +274,7 @@ def filled(op):
 def test_triton_fills_the_cuda_slots():
     for op in dispatch.ops():
         assert filled(op) == ("triton" in dispatch._ops[op].kernels), op
-    assert filled("dropout_fwd") and dispatch.where("dropout_fwd")["CUDA"].startswith("triton (")
+    assert filled("dropout_fwd") and dispatch.where("dropout_fwd")["CUDA"].backend == "triton"
 
 
 @needs_triton

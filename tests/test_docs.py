@@ -8,7 +8,7 @@ import re
 import bench_tools
 import pytest
 
-from gpt_kernels import dispatch
+from gpt_kernels import dispatch, library
 from gpt_kernels.bench import plots
 from tools import docs
 from tools.problems import PR_ARCHS
@@ -96,7 +96,7 @@ def test_table_of_determinism_names_every_op():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(dispatch.best_isa() != dispatch.ISA_LEVELS[-1], reason="the table is of a CPU with every instruction set")
+@pytest.mark.skipif(library.best_isa() != library.ISA_LEVELS[-1], reason="the table is of a CPU with every instruction set")
 def test_table_of_determinism_is_what_runs():
     assert docs.block(docs.DETERMINISM.read_text(), "determinism") == docs.determinism()
 

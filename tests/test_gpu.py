@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from gpt_kernels import architectures, dispatch, gpu
+from gpt_kernels import architectures, dispatch, gpu, library
 from gpt_kernels.architectures import NVIDIA
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def with_library(monkeypatch):
             def __new__(cls):
                 return 13000
 
-    monkeypatch.setattr(dispatch, "cuda_library", Library())
+    monkeypatch.setattr(library, "cuda", Library())
     monkeypatch.setattr(dispatch, "BACKENDS", [*dict.fromkeys([*dispatch.BACKENDS, "cuda"])])
     filled = {}
     monkeypatch.setattr(dispatch, "_fill", lambda library, name, *filling: filled.update({name: filling}))
@@ -108,7 +108,7 @@ def test_a_driver_that_is_too_old_leaves_the_slots_to_triton(with_library, monke
     assert [*with_library] == dispatch.ops()
     for op in dispatch.ops():
         said = dispatch.where(op)["CUDA"]
-        assert said.startswith("triton (") and "not cuda: the driver serves CUDA 12.8" in said
+        assert said.backend == "triton" and "not cuda: the driver serves CUDA 12.8" in said.reason
     with pytest.raises(RuntimeError, match="has no kernel for .*: the driver serves CUDA 12.8"):
         with dispatch.use_backend("cuda", dispatch.ops()[0]):
             pass
@@ -128,12 +128,12 @@ def test_a_gpu_without_code_is_found_when_torch_initialises_cuda(with_library, m
     check()
     for op in dispatch.ops():
         said = dispatch.where(op)["CUDA"]
-        assert said.startswith(serves) and (serves == "cuda" or "A GPU: the CUDA kernels are built for sm_90" in said)
+        assert said.backend == serves and (serves == "cuda" or "A GPU: the CUDA kernels are built for sm_90" in said.reason)
 
 
 def test_what_is_settled_inside_of_use_backend_stays_below_it():
     """torch initialises CUDA at its first use, which may be in the block: the backend that was asked for serves to its end."""
-    if dispatch.cuda_library is not None:
+    if library.cuda is not None:
         pytest.skip("the slots are the library's")
     op, calls = dispatch._ops["gelu_fwd"], []
 
@@ -147,10 +147,10 @@ def test_what_is_settled_inside_of_use_backend_stays_below_it():
     def kernel(name):
         return lambda x, *rest: calls.append(name) or x
 
-    library = torch.library.Library("gpt_kernels", "IMPL")
+    own = torch.library.Library("gpt_kernels", "IMPL")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "_library", library)
+            patch.setattr(dispatch, "_library", own)
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(op, "kernels", {"triton": ("CUDA", kernel("triton"))})
             with dispatch.use_backend("triton", "gelu_fwd"):
@@ -159,7 +159,7 @@ def test_what_is_settled_inside_of_use_backend_stays_below_it():
                 assert called() == "triton"
             assert called() == "settled"
     finally:
-        library._destroy()
+        own._destroy()
 
 
 def test_large_calls_go_where_they_were_measured_to_be_faster(with_library, monkeypatch):
@@ -187,7 +187,7 @@ def test_large_calls_go_where_they_were_measured_to_be_faster(with_library, monk
 
     assert served(torch.bfloat16, 64) == ("cuda", "cuda") and served(torch.bfloat16, 16384) == ("triton", "triton")
     assert served(torch.float32, 16384) == ("cuda", "cuda")
-    assert "triton for large calls in 16 bits" in dispatch.where("attention_fwd")["CUDA"]
+    assert "triton for large calls in 16 bits" in dispatch.where("attention_fwd")["CUDA"].reason
 
 
 def test_without_triton_the_reference_serves(with_library):
@@ -196,10 +196,10 @@ def test_without_triton_the_reference_serves(with_library):
         op.absent["triton"] = "Triton is not installed"
     dispatch.without_cuda("no code")
     assert all(function is dispatch._ops[name].reference for name, (function, _) in with_library.items())
-    assert dispatch.where("gelu_fwd")["CUDA"] == "reference (Triton is not installed; no code)"
+    assert str(dispatch.where("gelu_fwd")["CUDA"]) == "reference (Triton is not installed; no code)"
 
 
 def test_amd(monkeypatch):
     """Under a ROCm torch the CUDA slots are an AMD GPU's: the library is not even loaded."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert dispatch._load_cuda() == (None, f"the CUDA kernels are for NVIDIA GPUs, torch {torch.__version__} is for AMD's")
+    assert library._load_cuda() == (None, f"the CUDA kernels are for NVIDIA GPUs, torch {torch.__version__} is for AMD's")

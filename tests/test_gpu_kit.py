@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from gpt_kernels import dispatch, triton
+from gpt_kernels import dispatch, library, triton
 from tools import gpu, gpu_calls, gpu_report, gpu_stages
 from tools.gpu_stages import Stage
 
@@ -157,7 +157,7 @@ def test_benchmark(monkeypatch):
 def test_stages_of_a_gpu(monkeypatch, built, count):
     """Which stages there are, without running them: sanitizer's tools, every benchmark, ConSan only when asked for; the
     tests once more where the CUDA kernels were built."""
-    monkeypatch.setattr(dispatch, "cuda_archs", lambda: built)
+    monkeypatch.setattr(library, "cuda_archs", lambda: built)
     plain, more = gpu_stages.stages("cuda", False, False), gpu_stages.stages("cuda", False, True)
     assert len(plain) == 4 * count + len(gpu_stages.TOOLS) + len(gpu_stages.TARGETS) and len(more) == len(plain) + 1
     assert len(gpu_stages.stages("cpu", False, False)) == 5 + len(gpu_stages.TOOLS)
@@ -178,7 +178,7 @@ def test_the_other_backend_is_timed_beside_the_default(monkeypatch):
     failed = types.SimpleNamespace(returncode=1, stderr="")
     monkeypatch.setattr(gpu_stages, "command", lambda arguments, **variables: asked.append(arguments) or failed)
     for built in (None, "sm_80 compute_80"):
-        monkeypatch.setattr(dispatch, "cuda_archs", lambda built=built: built)
+        monkeypatch.setattr(library, "cuda_archs", lambda built=built: built)
         gpu_stages.benchmark("cuda", "dropout", True)
     assert "--backends" not in asked[0] and asked[1][-2:] == ["--backends", "triton"]
 

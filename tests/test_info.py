@@ -13,7 +13,7 @@ import sim_tools
 import torch
 
 import gpt_kernels
-from gpt_kernels import cache, cli, dispatch, triton
+from gpt_kernels import cache, cli, dispatch, library, triton
 from gpt_kernels.info import CUDA_DTYPES, _in_triton, support
 from gpt_kernels.names import families, family
 from gpt_kernels.table import print_table
@@ -30,14 +30,16 @@ def test_info_is_json_and_true(home):
     assert json.loads(json.dumps(facts)) == facts
     assert facts["gpt_kernels"] == gpt_kernels.__version__ and facts["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads() and facts["cpu"]["isa"] == gpt_kernels.isa()
-    assert facts["ops"] == {op: gpt_kernels.where(op) for op in dispatch.ops()} and "layer_norm_fwd" in facts["ops"]
-    assert facts["gpu"]["archs_built"] == (dispatch.cuda_archs() or "").split()
+    assert {op: {k: str(dispatch.Served(**s)) for k, s in of.items()} for op, of in facts["ops"].items()} == {
+        op: {k: str(s) for k, s in gpt_kernels.where(op).items()} for op in dispatch.ops()
+    }
+    assert facts["gpu"]["archs_built"] == (library.cuda_archs() or "").split()
     assert bool(facts["gpu"]["archs_built"]) is (facts["gpu"]["problem"] is None)
-    if dispatch.library:
+    if library.cpu:
         assert facts["library"]["torch_stable_abi"] == "2.10" and facts["library"]["compiler"]
-    with gpt_kernels.use_isa("base") if dispatch.library else gpt_kernels.use_backend("reference"):
+    with gpt_kernels.use_isa("base") if library.cpu else gpt_kernels.use_backend("reference"):
         changed = gpt_kernels.info()
-    assert (changed["cpu"]["isa"] == "base") if dispatch.library else "pushed" in changed["ops"]["layer_norm_fwd"]["CPU"]
+    assert (changed["cpu"]["isa"] == "base") if library.cpu else "pushed" in changed["ops"]["layer_norm_fwd"]["CPU"]["reason"]
 
 
 def test_info_reports_the_cache(home):
@@ -157,9 +159,9 @@ def test_module_entry_point():
 # ---- documents ----
 
 
-@pytest.mark.skipif(dispatch.library is None, reason="the C++ kernels are not built")
+@pytest.mark.skipif(library.cpu is None, reason="the C++ kernels are not built")
 @pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence()))
-@pytest.mark.parametrize("isa", ["base", dispatch.best_isa()])
+@pytest.mark.parametrize("isa", ["base", library.best_isa()])
 def test_table_of_support_is_what_runs(isa):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "support.md").read_text()
     table = page.partition("<!-- support -->\n")[2].partition("\n<!-- /support -->")[0]

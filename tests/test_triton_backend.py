@@ -57,14 +57,14 @@ def test_fake_cuda_tensors_have_the_results_form(dtype):
             faked.append((what, name, form(result)))
     real = cases.calls(dtype, "cpu")
     for (what, name, fake), (same, _, args) in zip(faked, real, strict=True):
-        assert what == same and fake == form(dispatch._ops[name].reference(*args)), f"{name} {what}"
+        assert what == same and fake == form(dispatch.reference(name)(*args)), f"{name} {what}"
 
 
 def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
     """Launchers check devices before they launch: a pointer of another device would fault."""
     for name, args in cases.step(cases.Sizes(1, 3, 8, 1, vocab=9), torch.float32, "meta"):
         for i, a in enumerate(args):
-            if i and isinstance(a, torch.Tensor) and "triton" in dispatch._ops[name].kernels:
+            if i and isinstance(a, torch.Tensor) and dispatch.kernel_of(name, "triton"):
                 given = [torch.zeros(b.shape, dtype=b.dtype) if j == i else b for j, b in enumerate(args)]
                 said = f"{name.removesuffix('_out')}: .* expected device: "
                 with common.recording("sm_90") as launches, pytest.raises(RuntimeError, match=said):
@@ -74,6 +74,6 @@ def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
 
 def test_float64_is_refused_by_name():
     for name, args in cases.step(cases.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
-        if "triton" in dispatch._ops[name].kernels:
+        if dispatch.kernel_of(name, "triton"):
             with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name.removesuffix('_out')}: .* got float64"):
                 triton.launcher(name)(*args)

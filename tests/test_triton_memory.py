@@ -27,7 +27,7 @@ if not INTERPRETED:
 
 import triton_tools  # noqa: E402
 
-REGISTERED = [op for op in OPS if "triton" in dispatch._ops[op].kernels]
+REGISTERED = [op for op in OPS if dispatch.kernel_of(op, "triton")]
 
 
 def modules_with(name: str) -> list:

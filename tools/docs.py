@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 import gpt_kernels
-from gpt_kernels import dispatch, gpu
+from gpt_kernels import gpu, library
 from gpt_kernels.bench import plots, run
 from gpt_kernels.bench.report import duration, figure, growth_text, markdown_cell, mib
 from gpt_kernels.bench.run import load
@@ -325,7 +325,7 @@ def same_bits(found: list[list[torch.Tensor]]) -> bool:
 
 def determinism() -> str:
     """A line per op, run here in the sizes that the benchmark measures: what leaves every bit as it was."""
-    isas = dispatch.ISA_LEVELS[: dispatch.ISA_LEVELS.index(str(dispatch.best_isa())) + 1]
+    isas = library.ISA_LEVELS[: library.ISA_LEVELS.index(str(library.best_isa())) + 1]
     lines = [["op", "called again, on 1, 2 and 4 threads", f"under {', '.join(isas)}"]]
     threads_before = torch.get_num_threads()
     for op in run.GROUPS["ops"]:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gpt_kernels import dispatch
+from gpt_kernels import dispatch, library
 from gpt_kernels.bench.environment import ROOT
 
 DRY = "dry run on a CPU: no figures"
 
 
 def backends(device: str) -> list[str]:  # the last serves by default
-    return ["triton", *["cuda"] * bool(device == "cuda" and dispatch.cuda_archs())]
+    return ["triton", *["cuda"] * bool(device == "cuda" and library.cuda_archs())]
 
 
 def op(name: str) -> Callable:
@@ -36,7 +36,7 @@ def calls_of(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[st
 
 def first_calls(backend: str, device: str) -> Iterator[tuple[str, tuple]]:
     """(op, arguments) once per op, and no call of another kind, each of which Triton would compile."""
-    left = {name for name in dispatch.ops() if backend in dispatch._ops[name].kernels}
+    left = {name for name in dispatch.ops() if dispatch.kernel_of(name, backend)}
     for _, name, args in calls_of(backend, torch.bfloat16, device):
         if name in left:
             yield name, args
@@ -57,7 +57,7 @@ def run_smoke(device: str, backend: str) -> int:
                     torch.cuda.synchronize()
             except Exception as error:  # each op is asked
                 failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    streams = dispatch.cuda_library.gpt_kernels_cuda_streams() if backend == "cuda" and dispatch.cuda_library else None
+    streams = library.cuda.gpt_kernels_cuda_streams() if backend == "cuda" and library.cuda else None
     bound = f", torch's streams from {pathlib.Path(streams.decode()).name}" if streams else ""
     print("\n".join(failed), file=sys.stderr)
     print(f"{len(done) - len(failed)} of {len(done)} ops{bound}")

@@ -114,7 +114,7 @@ def host(whose: str) -> None:
 
 
 def main(backends: Sequence[str] = ()) -> None:
-    backends = backends or [name for name in ("cuda", "triton") if name in dispatch._ops["gelu_fwd"].kernels]
+    backends = backends or [name for name in ("cuda", "triton") if dispatch.kernel_of("gelu_fwd", name)]
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "backends", *backends, flush=True)
     for shape in SHAPES:
         for whose in ("torch", *backends):

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from gpt_kernels import cache, dispatch, triton
+from gpt_kernels import cache, dispatch, library, triton
 from gpt_kernels.bench.environment import environment
 from gpt_kernels.bench.report import markdown as row_table
 
@@ -20,7 +20,7 @@ def fingerprint(device: str) -> dict[str, object]:
         facts = environment()
     facts |= {
         "triton": triton.version(),
-        "cuda kernels": dispatch.cuda_archs() or dispatch.cuda_error,
+        "cuda kernels": library.cuda_archs() or library.cuda_error,
         "interpreted": triton.INTERPRETED,
     }
     return facts

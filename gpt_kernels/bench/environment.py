@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..dispatch import isa
+from ..library import isa
 from ..triton.common import arch
 from ..triton.tuned import machine
 from ..version import __version__

@@ -109,7 +109,7 @@ class Case:
             raise ValueError(f"Case: unknown direction {unknown.pop()!r}, expected one of {', '.join(DIRECTIONS)}")
 
     def served(self) -> str:
-        return gpt_kernels.where(f"{self.op}_fwd")["CUDA" if on_gpu() else "CPU"]
+        return str(gpt_kernels.where(f"{self.op}_fwd")["CUDA" if on_gpu() else "CPU"])
 
     def trial(self, direction: str, settings: Settings) -> Trial:
         torch.manual_seed(0)  # the same inputs in every run

@@ -72,7 +72,7 @@ class ModelCase:
     apart: ClassVar[bool] = True  # its memory is measured by memory_apart()
 
     def served(self) -> str:
-        return gpt_kernels.where("attention_fwd")["CUDA" if on_gpu() else "CPU"]
+        return str(gpt_kernels.where("attention_fwd")["CUDA" if on_gpu() else "CPU"])
 
     def trial(self, direction: str, settings: Settings) -> Trial:
         return self.make(self, settings)

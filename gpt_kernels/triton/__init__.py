@@ -91,7 +91,7 @@ def _served(op: str) -> Callable:
             if dispatch.pushed(op) == "triton":
                 raise RuntimeError(f"{op}: the Triton kernels cannot serve it: {reason}") from reason
             _declined[op] = str(reason)
-        return dispatch._ops[op].reference(*args)
+        return dispatch.reference(op)(*args)
 
     return call
 
@@ -105,6 +105,6 @@ def register() -> None:
             dispatch.explain_absence(op, "triton", reason)
         else:
             # where the library has the op in CUDA C++, that is what the slot keeps
-            default = not INTERPRETED and "cuda" not in dispatch._ops[op].kernels
+            default = not INTERPRETED and dispatch.kernel_of(op, "cuda") is None
             why = functools.partial(declined, op)
             dispatch.kernel(op, "triton", "CPU" if INTERPRETED else "CUDA", default, why)(_served(op))
