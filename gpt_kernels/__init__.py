@@ -5,12 +5,13 @@ from typing import Any as _Any
 
 from . import gpu as _gpu
 from . import names as _names
-from . import triton as _triton
 from .dispatch import Served, use_backend, where
-from .gpt import GELU, GPT, MLP, Block, CausalSelfAttention, Dropout, GPTConfig, LayerNorm, RMSNorm, Softmax
 from .info import info
 from .library import isa, set_isa, use_isa
 from .memory import reuse_memory
+from .models.config import GPTConfig
+from .models.gpt import GPT, MLP, Block, CausalSelfAttention
+from .modules import GELU, Dropout, LayerNorm, RMSNorm, Softmax
 from .ops.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -24,6 +25,7 @@ from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
 from .patch import Plan, patch, patched, unpatch
+from .triton import slots as _slots
 from .verify import verify
 from .version import __version__
 
@@ -38,5 +40,5 @@ def __getattr__(name: str) -> _Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-_triton.register()
+_slots.register()
 _gpu.settle()

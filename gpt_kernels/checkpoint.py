@@ -17,9 +17,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .gpt import GPT, PRESETS, GPTConfig, _same
+from .models.config import PRESETS, GPTConfig
 
 _ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none", "gelu_python": "none"}
 _HF_FIELDS = {
@@ -97,8 +97,8 @@ def _hf_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config.vocab_size, C)
 
 
-def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | None = None) -> GPT:
-    """Check every tensor of `source` (name -> tensor, or _Slice of a file) against config, then build the model from them."""
+def assemble(cls: type[Any], config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | None = None) -> Any:
+    """Check every tensor of `source` (name -> tensor, or _Slice of a file) against config, then build a cls of them."""
     prefixed = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t for name, t in source.items()
     }
@@ -124,14 +124,14 @@ def assemble(config: GPTConfig, source: dict, caller: str, dtype: torch.dtype | 
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"{caller}: tensors have dtypes {', '.join(sorted(map(str, dtypes)))}; pass dtype to convert")
     head, wte = source.get("lm_head.weight"), source["transformer.wte.weight"]
-    if config.tie_word_embeddings and head is not None and not _same(head[:], wte[:]):
+    if config.tie_word_embeddings and head is not None and not same(head[:], wte[:]):
         raise ValueError(
             f"{caller}: lm_head.weight differs from transformer.wte.weight, and config ties them; "
             "tie_word_embeddings=False keeps this head, without it in the file the embedding serves"
         )
     dtype = dtype or dtypes.pop()
     with torch.device("meta"):
-        model: Any = GPT(config)
+        model = cls(config)
     tensors = {}
     for name in expected:
         if not config.bias and name.endswith(".bias"):
@@ -242,17 +242,17 @@ def _cached(name: str) -> pathlib.Path:
     )
 
 
-def load(path: str | os.PathLike, dtype: torch.dtype | None, overrides: dict) -> GPT:
+def load(cls: type[Any], path: str | os.PathLike, dtype: torch.dtype | None, overrides: dict) -> Any:
     """GPT.from_pretrained."""
     folder = pathlib.Path(path)
     if not folder.is_dir():
         folder = _cached(str(path))
     config = config_from_hf(_read_json(folder / "config.json"), overrides)
     with contextlib.ExitStack() as stack:
-        return assemble(config, _open_safetensors(folder, stack), "from_pretrained", dtype)
+        return assemble(cls, config, _open_safetensors(folder, stack), "from_pretrained", dtype)
 
 
-def save(model: GPT, path: str | os.PathLike) -> None:
+def save(model: Any, path: str | os.PathLike) -> None:
     """GPT.save_pretrained."""
     from safetensors.torch import save_file
 
@@ -269,3 +269,12 @@ def save(model: GPT, path: str | os.PathLike) -> None:
     config = json.dumps(_config_to_hf(model.config, model.lm_head.weight.dtype, model.tied), indent=2) + "\n"
     _write_whole(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _write_whole(folder / "config.json", lambda file: pathlib.Path(file).write_text(config))
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Are the two weights one, as far as can be told?"""
+    if a is None or b is None or a is b or a.is_meta or b.is_meta or not {type(a), type(b)} <= {Tensor, nn.Parameter}:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

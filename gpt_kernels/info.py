@@ -194,7 +194,7 @@ def _in_triton() -> dict[str, list[str]]:
     done: dict[str, list[str]] = {op: [] for op in families()}
     if triton.absence():
         return done
-    from .triton import common
+    from .triton import common, slots
 
     for dtype in DTYPES:
         for op in done:
@@ -202,7 +202,7 @@ def _in_triton() -> dict[str, list[str]]:
             for name, args in cases.of(op).step(cases.Sizes(1, 8, 16, 1, vocab=32), cases.New(dtype, "meta")):
                 try:
                     with common.recording("sm_80") as launches:
-                        triton.launcher(name)(*args)
+                        slots.launcher(name)(*args)
                     made.append(bool(launches))
                 except (KeyError, RuntimeError, ModuleNotFoundError):
                     made.append(False)

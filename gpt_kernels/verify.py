@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .dispatch import use_backend
-from .gpt import GPT, evaluating
+from .generate import evaluating
+from .models.gpt import GPT
 from .patch import patched, unpatch
 from .table import aligned
 

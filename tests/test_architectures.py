@@ -9,7 +9,7 @@ import torch
 
 from gpt_kernels import cases, dispatch, triton
 from gpt_kernels.architectures import ARCHITECTURES, family
-from gpt_kernels.triton import common
+from gpt_kernels.triton import common, slots
 
 if triton.absence() is not None or triton.INTERPRETED:
     pytest.skip(str(triton.absence() or "the interpreter changes nothing here"), allow_module_level=True)
@@ -54,11 +54,11 @@ def test_defaults_exist_for_every_architecture():
         for arch in set(families.values()):
             for name, args in calls:
                 with common.recording(arch):
-                    triton.launcher(name)(*args)
+                    slots.launcher(name)(*args)
     for arch in archs:  # the launchers ask by architecture, too
         for name, args in cases.step(cases.Sizes(1, 32, 128, 1, vocab=64), torch.bfloat16, "meta"):
             with common.recording(arch) as launches:
-                triton.launcher(name)(*args)
+                slots.launcher(name)(*args)
             assert launches, f"{name} {arch}"
 
 
@@ -114,7 +114,7 @@ def test_tf32_only_for_float32_where_the_target_has_it(tf32):
         for dtype in DTYPES:
             with common.recording(arch) as launches:
                 for name, args in attention_calls(dtype):
-                    triton.launcher(name)(*args)
+                    slots.launcher(name)(*args)
             with static_triton.pretending(arch):
                 target = static_triton.driver.active.get_current_target()
             allowed = make_backend(target).parse_options({}).allowed_dot_input_precisions
@@ -137,7 +137,7 @@ def attention_calls(dtype=torch.bfloat16, device="meta"):
 
 @pytest.fixture(autouse=True)
 def nothing_declined(monkeypatch):
-    monkeypatch.setattr(triton, "_declined", {})
+    monkeypatch.setattr(slots, "_declined", {})
 
 
 @pytest.fixture
@@ -162,12 +162,12 @@ def tiny(monkeypatch):
 def test_a_tile_that_does_not_fit_is_made_smaller_once(tiny):
     launched, tried, _ = tiny
     for name, args in attention_calls():
-        triton.launcher(name)(*args)
+        slots.launcher(name)(*args)
     first, tries = launched.copy(), len(tried)
     assert {name for name, *_ in first} == {f"attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkv", "bwd_dq")}
     assert all(columns is None or (rows >= 16 and 512 <= rows * columns <= 1024) for _, rows, columns in first)
     for name, args in attention_calls():
-        triton.launcher(name)(*args)
+        slots.launcher(name)(*args)
     assert launched[len(first) :] == first and len(tried) == tries + len(first), "what fits is remembered"
 
 
@@ -176,7 +176,7 @@ def test_a_candidate_that_does_not_fit_is_none(tiny):
     (name, args), _ = attention_calls()
     with fwd.ATTENTION_FWD.override({"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}):
         with pytest.raises(OutOfResources):
-            triton.launcher(name)(*args)
+            slots.launcher(name)(*args)
 
 
 def test_where_nothing_fits_the_reference_serves_and_says_so(tiny):

@@ -19,6 +19,7 @@ import torch
 
 from gpt_kernels import cache, cli, errors, process
 from gpt_kernels.bench import environment, measure, plots, report, run
+from gpt_kernels.bench.result import dumps, load
 from gpt_kernels.bench.settings import Settings
 from gpt_kernels.errors import UserError
 from gpt_kernels.names import families
@@ -181,7 +182,7 @@ def test_the_whole_of_it(tmp_path):
     out, error = done.communicate(timeout=300)
     assert done.returncode == 0, error
     assert "dropout 1x64 float32 fwd+bwd" in error and "no numbers for liger: " in out and "written: bench.json" in out
-    result = run.load(tmp_path / "out" / "bench.json")
+    result = load(tmp_path / "out" / "bench.json")
     assert [row["direction"] for row in result["rows"]] == ["fwd", "fwd+bwd"] and result["environment"]["threads"] == 1
     for row in result["rows"]:
         assert row["mismatch"] is None and row["limits"]["copy"] > 1e8 and row["variants"]["ours"]["seconds"] > 0
@@ -195,7 +196,7 @@ def test_a_real_interrupt_leaves_no_process_and_whole_files(tmp_path):
     bench.send_signal(signal.SIGTERM)
     bench.communicate(timeout=120)
     assert bench.returncode == 130 and sorted(os.listdir(tmp_path / "out")) == FILES
-    assert run.load(tmp_path / "out" / "bench.json")["interrupted"]
+    assert load(tmp_path / "out" / "bench.json")["interrupted"]
     time.sleep(0.1)
     assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in children)
 
@@ -309,7 +310,7 @@ def test_memory_of_a_model_for_real(tmp_path):
     done = started(tmp_path / "out", "gpt", "--threads", "1")
     _, error = done.communicate(timeout=600)
     assert done.returncode == 0, error
-    (row,) = run.load(tmp_path / "out" / "bench.json")["rows"]
+    (row,) = load(tmp_path / "out" / "bench.json")["rows"]
     memory = {name: v["memory"] for name, v in row["variants"].items()}
     assert not row["absent"] and memory.keys() == {"eager", "ours", "GPT"}
     assert measure.peak_memory(lambda: None) is None or 20 << 20 < memory["ours"] < memory["eager"]
@@ -364,9 +365,9 @@ def test_limits_are_medians_by_dtype():
 
 def test_a_result_is_read_back_and_has_a_row_a_line(tmp_path):
     result = bench_tools.result()
-    text = run.dumps(result)
+    text = dumps(result)
     (tmp_path / "r.json").write_text(text)
-    assert run.load(tmp_path / "r.json") == result and json.loads(run.dumps({"rows": [], "a": 1})) == {"rows": [], "a": 1}
+    assert load(tmp_path / "r.json") == result and json.loads(dumps({"rows": [], "a": 1})) == {"rows": [], "a": 1}
     assert sum(line.startswith('  {"') for line in text.splitlines()) == len(result["rows"])
 
 
@@ -382,9 +383,9 @@ def test_a_result_is_read_back_and_has_a_row_a_line(tmp_path):
 def test_other_files_are_refused(tmp_path, text, words):
     (tmp_path / "f.json").write_text(text)
     with pytest.raises(UserError, match=words):
-        run.load(tmp_path / "f.json")
+        load(tmp_path / "f.json")
     with pytest.raises(UserError, match="Is a directory"):
-        run.load(tmp_path)
+        load(tmp_path)
 
 
 # ---- table, CSV, Markdown ----
@@ -520,7 +521,7 @@ def test_plots_are_the_same_every_time():
 
 
 def test_report_again_from_the_json(tmp_path, capsys):
-    (tmp_path / "r.json").write_text(run.dumps(bench_tools.result()))
+    (tmp_path / "r.json").write_text(dumps(bench_tools.result()))
     assert cli.main(["bench", "report", str(tmp_path / "r.json"), "--out", str(tmp_path / "new")]) == 0
     assert sorted(os.listdir(tmp_path / "new")) == ["bench.csv", "plots", "report.html"]
     assert len(os.listdir(tmp_path / "new" / "plots")) == 2 * len(plots.TITLES) and "8192x768" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import torch
 from gpt_kernels import cli, process
 from gpt_kernels.bench import contention, diff, measure, report, run
 from gpt_kernels.bench.measure import Settings, Variant
+from gpt_kernels.bench.result import dumps, load
 
 BUSY = "while True: pass"
 
@@ -147,8 +148,8 @@ def test_the_first_line_says_it(tmp_path, capsys):
         assert "DISTURBED" not in capsys.readouterr().out and "DISTURBED" not in report.html(r, {})
     assert report.disturbance(busy_result(0.1)).startswith("12 samples were taken again")
     assert report.disturbance(bench_tools.result()) == "", "a result of before"
-    (tmp_path / "r.json").write_text(run.dumps(result))
-    assert run.load(tmp_path / "r.json") == result
+    (tmp_path / "r.json").write_text(dumps(result))
+    assert load(tmp_path / "r.json") == result
     diff.diff(str(tmp_path / "r.json"), str(tmp_path / "r.json"), 0.05, 0.01)
     assert capsys.readouterr().out.count("r.json: DISTURBED: in 1 of 2 rows") == 2
 
@@ -181,7 +182,7 @@ def test_a_bench_on_a_busy_machine(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", "gelu", "--out", str(tmp_path)]) == 0
     streams = capsys.readouterr()
     assert streams.out.startswith("DISTURBED: in 1 of 1 rows") and "other work uses 1.5 of 2" in streams.err
-    assert run.load(tmp_path / "bench.json")["rows"][0]["disturbed"] == 1.0
+    assert load(tmp_path / "bench.json")["rows"][0]["disturbed"] == 1.0
 
 
 # ---- a GPU's host time ----

@@ -7,8 +7,8 @@ import bench_tools
 import pytest
 
 from gpt_kernels import cli
-from gpt_kernels.bench import run
 from gpt_kernels.bench.diff import compare
+from gpt_kernels.bench.result import dumps
 
 pytest.importorskip("scipy")
 OPS = ("gelu", "softmax", "dropout", "rms_norm", "layer_norm", "attention")
@@ -107,7 +107,7 @@ def command(tmp_path, a, b, *flags):
     paths = []
     for name, result in (("a", a), ("b", b)):
         paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(run.dumps(result))
+        paths[-1].write_text(dumps(result))
     return cli.main(["bench", "diff", *map(str, paths), *flags])
 
 

@@ -17,6 +17,7 @@ import pytest
 import gpt_kernels
 from gpt_kernels import cache, cli, process
 from gpt_kernels.bench import diff, environment, plots, report, run
+from gpt_kernels.bench.result import dumps, load
 from gpt_kernels.commands import demo
 from gpt_kernels.errors import UserError
 from gpt_kernels.streams import streams
@@ -72,7 +73,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.sys, "argv", ["gpt_kernels"])
     monkeypatch.setattr(process.signal, "signal", lambda *given: None)
-    (tmp_path / "r.json").write_text(run.dumps(bench_tools.result()))
+    (tmp_path / "r.json").write_text(dumps(bench_tools.result()))
     monkeypatch.setattr(run, "events", one_row)
     monkeypatch.setattr(plots, "draw", lambda result: ({}, {}))
     facts = {"losses": [2.0], "ms": [3.0], "steps": 1, "ms_per_step": 3.0, "tokens_per_s": 1.0, "sample": "µ 漢"}
@@ -122,7 +123,7 @@ def test_what_a_terminal_cannot_say_is_spelled(monkeypatch):
 
 
 def test_a_real_pipe_without_a_reader_is_quiet_at_exit(tmp_path):
-    (tmp_path / "r.json").write_text(run.dumps(bench_tools.result()))
+    (tmp_path / "r.json").write_text(dumps(bench_tools.result()))
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "gpt_kernels", "bench", "diff", *2 * [str(tmp_path / "r.json")]]
@@ -148,7 +149,7 @@ def test_an_error_keeps_the_rows_there_are(quick, monkeypatch, error):
     else:
         with pytest.raises(type(error)):
             cli.main(["bench", "gelu", "softmax", "dropout"])
-    written = run.load("bench-out/bench.json")
+    written = load("bench-out/bench.json")
     assert [row["op"] for row in written["rows"]] == ["gelu", "softmax"] and written["interrupted"]
 
 
@@ -166,7 +167,7 @@ def test_a_machine_that_dies_takes_one_target_with_it(quick, monkeypatch):
     monkeypatch.setattr(run, "events", events)
     with pytest.raises(Dead):
         cli.main(["bench", "gelu", "softmax"])
-    assert [row["op"] for row in run.load("bench-out/bench.partial.json")["rows"]] == ["gelu"]
+    assert [row["op"] for row in load("bench-out/bench.partial.json")["rows"]] == ["gelu"]
     monkeypatch.setattr(run, "events", one_row)
     assert cli.main(["bench", "gelu"]) == 0 and not os.path.exists("bench-out/bench.partial.json")
 
@@ -208,7 +209,7 @@ BAD_FILES = {
     "binary": b"\x80\x02}q\x00\xff" * 99,
     "not UTF-8": b"text \xff\xfe",
     "no JSON": b"{",
-    "JSON cut": run.dumps(bench_tools.result()).encode()[:2000],
+    "JSON cut": dumps(bench_tools.result()).encode()[:2000],
     "JSON of another kind": b"[1, 2]",
     "null": b"null",
     "a long number": b"9" * 10_000,
@@ -230,7 +231,7 @@ def test_every_command_refuses_files_that_are_no_such(name, capsys, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(process, "events", lambda *given, **more: pytest.fail("it began"))
     monkeypatch.setattr(process.signal, "signal", lambda *given: None)
-    (tmp_path / "good.json").write_text(run.dumps(bench_tools.result()))
+    (tmp_path / "good.json").write_text(dumps(bench_tools.result()))
     if name == "a folder":
         (tmp_path / "file").mkdir()
     elif name != "missing":
@@ -275,7 +276,7 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
                 at[last] = wrong
             file.write_text(json.dumps(changed))
             try:
-                read.setdefault(json.dumps(run.load(file)), path)
+                read.setdefault(json.dumps(load(file)), path)
             except UserError as error:
                 assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
                 refused += 1
@@ -298,7 +299,7 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
 
 def test_committed_results_are_read():
     files = sorted((environment.ROOT / "benchmarks" / "results").glob("*bench*.json"))
-    assert files and all(run.load(file)["rows"] for file in files)
+    assert files and all(load(file)["rows"] for file in files)
 
 
 # ---- no home ----

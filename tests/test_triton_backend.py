@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpt_kernels import cases, dispatch, triton
 from gpt_kernels.architectures import ARCHITECTURES
 from gpt_kernels.cases import op
-from gpt_kernels.triton import common
+from gpt_kernels.triton import common, slots
 
 pytestmark = [
     pytest.mark.skipif(triton.absence() is not None, reason=str(triton.absence())),
@@ -30,7 +30,7 @@ def test_launchers_need_no_data(arch, dtype):
     """
     for what, name, args in with_kernel("triton", cases.calls(dtype, "meta")):
         with common.recording(arch) as launches:
-            result = triton.launcher(name)(*args)
+            result = slots.launcher(name)(*args)
         assert form(result) == form(op(name)(*args)), f"{name} {what}"
         for t in tensors(result):
             assert t.device.type == "meta"
@@ -68,7 +68,7 @@ def test_a_gpu_alone_is_measured_and_a_wrong_device_is_refused():
                 given = [torch.zeros(b.shape, dtype=b.dtype) if j == i else b for j, b in enumerate(args)]
                 said = f"{name.removesuffix('_out')}: .* expected device: "
                 with common.recording("sm_90") as launches, pytest.raises(RuntimeError, match=said):
-                    triton.launcher(name)(*given)
+                    slots.launcher(name)(*given)
                 assert not launches
 
 
@@ -76,4 +76,4 @@ def test_float64_is_refused_by_name():
     for name, args in cases.step(cases.Sizes(1, 8, 16, 1, vocab=9), torch.float64, "meta"):
         if dispatch.kernel_of(name, "triton"):
             with common.recording("sm_80"), pytest.raises(RuntimeError, match=f"{name.removesuffix('_out')}: .* got float64"):
-                triton.launcher(name)(*args)
+                slots.launcher(name)(*args)

@@ -20,7 +20,7 @@ import triton.language as tl
 from gpt_kernels import triton as backend
 from gpt_kernels.cases import Compiled
 from gpt_kernels.names import families, family
-from gpt_kernels.triton import common
+from gpt_kernels.triton import common, slots
 from gpt_kernels.triton.common import Launch
 from tools import gates, static, static_triton
 from tools.gates import Budget
@@ -76,7 +76,7 @@ def test_every_kernel_is_launched_by_some_case():
 
 
 def test_every_op_architecture_and_dtype_is_in_the_matrix():
-    assert {p.op for p in PROBLEMS} == {family(op) for op in backend.OPS}
+    assert {p.op for p in PROBLEMS} == {family(op) for op in slots.OPS}
     assert {(c.problem.op, c.arch, c.dtype) for c in FULL} == {(p.op, a, d) for p in PROBLEMS for a in ARCHS for d in DTYPES}
     assert {p.op for p in PROBLEMS if not p.of.aligned} == {p.op for p in PROBLEMS if p.of.main} == {p.op for p in PROBLEMS}
     assert len({c.id for c in FULL}) == len(FULL) and set(PR) < set(FULL)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gpt_kernels import cases, dispatch
 from gpt_kernels.names import family
-from gpt_kernels.triton import INTERPRETED, OPS, launcher
+from gpt_kernels.triton import INTERPRETED
+from gpt_kernels.triton.slots import OPS, launcher
 
 ROOT = pathlib.Path(__file__).parents[1]
 if not INTERPRETED:

@@ -23,7 +23,7 @@ import gpt_kernels
 from gpt_kernels import gpu, library
 from gpt_kernels.bench import plots, run
 from gpt_kernels.bench.report import duration, figure, growth_text, markdown_cell, mib
-from gpt_kernels.bench.run import load
+from gpt_kernels.bench.result import load
 from gpt_kernels.bench.settings import Settings
 from gpt_kernels.commands.demo import COLORS, LABELS, table
 from gpt_kernels.info import support

@@ -11,5 +11,6 @@
 | settings.py     | what a user chooses: targets and flags                                                   |
 | run.py          | the command: every target in a process of its own, one result                            |
 | report.py, plots.py, report.html | table, CSV, plots, Markdown, HTML: all from the result's JSON          |
+| result.py       | a result on disk, written and read                                                       |
 | diff.py         | two results compared, noise told from change                                             |
 """

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import need
 from ..table import print_table
 from .report import disturbance, duration
-from .run import load
+from .result import load
 
 MEMORY_STEP = 1 << 20  # bytes; less is what an allocator rounds
 IDENTITY = ("cpu", "gpu", "threads", "isa", "torch", "triton", "variables")  # of an environment

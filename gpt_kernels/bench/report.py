@@ -14,7 +14,7 @@ from .. import process
 from ..errors import need
 from ..table import print_table
 from .contention import STAYED
-from .run import dumps, load
+from .result import dumps, load
 
 VARIANTS = ("eager", "compile", "ours")  # columns of their own; others share one
 

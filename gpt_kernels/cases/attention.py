@@ -24,7 +24,7 @@ from ..ops.attention import (
     scaled_dot_product_attention,
 )
 from ..ops.philox import dropout_factor, dropout_threshold, philox_uint16
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import Compiled, Example, Function, Watched, forward_backward, op
 from ._huge import pair_up
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..bench.measure import Case, grid
 from ..bench.settings import Settings
 from ..ops.cross_entropy import cross_entropy, cross_entropy_cost
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import STREAMED_PARTS, Compiled, Example, Function, Streamed, Watched, edge_rows, op
 from ._huge import MANY, large_rows, last_row_of, pair_up, tail
 

@@ -11,7 +11,7 @@ from ..bench.measure import Case, grid
 from ..bench.settings import Settings
 from ..ops.dropout import dropout, dropout_cost
 from ..ops.philox import dropout_factor, dropout_threshold, philox_uint16
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import EMPTY_ROWS, ODD_ROWS, Compiled, Example, Function, Streamed, Watched, columns, edge_rows, like, streamed_rows
 from ._huge import MANY, large_rows, pair_up
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..bench.measure import Case, grid
 from ..bench.settings import Settings
 from ..ops.gelu import gelu, gelu_cost
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import (
     EMPTY_ROWS,
     ODD_ROWS,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..bench.measure import Case, grid
 from ..bench.settings import Settings
 from ..ops.layer_norm import layer_norm, layer_norm_cost
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import (
     EMPTY_ROWS,
     ODD_ROWS,

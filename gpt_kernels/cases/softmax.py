@@ -10,7 +10,7 @@ import torch
 from ..bench.measure import Case, grid
 from ..bench.settings import Settings
 from ..ops.softmax import softmax, softmax_cost
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import (
     EMPTY_ROWS,
     ODD_ROWS,

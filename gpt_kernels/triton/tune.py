@@ -13,7 +13,8 @@ from ..cases import SIZES, Sizes, step
 from ..errors import UserError
 from ..names import DTYPES as NAMES
 from ..table import print_table
-from . import INTERPRETED, absence, common, launcher
+from . import INTERPRETED, absence, common
+from .slots import launcher
 from .tuned import Parameters, Tuned, tuned
 from .tuning import Timer, Tunable, asked, event_timer, gpu, measure
 

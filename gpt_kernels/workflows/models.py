@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gpt import GPT
+from ..models.gpt import GPT
 
 
 def gpt2(

@@ -25,8 +25,9 @@ from triton.compiler.compiler import CompiledKernel
 
 from gpt_kernels import cases
 from gpt_kernels.architectures import ARCHITECTURES, family
-from gpt_kernels.triton import OPS, common, replay
-from gpt_kernels.triton import launcher as launcher_of
+from gpt_kernels.triton import common, replay
+from gpt_kernels.triton.slots import OPS
+from gpt_kernels.triton.slots import launcher as launcher_of
 
 LIBRARY, ARCH, WHAT = sys.argv[1:]
 NUMBER, FAMILY = int(ARCH[3:]), ARCHITECTURES[family(ARCH)]

@@ -4,7 +4,7 @@ import torch
 
 from ..bench.measure import Case, grid
 from ..ops.cube import cube, cube_cost
-from ..triton import launcher
+from ..triton.slots import launcher
 from . import (
     EMPTY_ROWS,
     ODD_ROWS,

@@ -24,180 +24,23 @@ be wrong, or dies:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from .ops.attention import MAX_HEAD_DIM, flash_attn_func, flash_attn_qkvpacked_func
-from .ops.cross_entropy import cross_entropy
-from .ops.dropout import dropout
-from .ops.gelu import gelu
-from .ops.layer_norm import layer_norm
-from .ops.rms_norm import rms_norm
-from .ops.softmax import softmax
-
-PRESETS = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
-# fields that change what the weights compute and leave no trace in their shapes
-FUNCTION = ("n_head", "approximate", "layer_norm_eps", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-
-
-# ---- modules over one op each ----
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm over the last dimension, on our kernel. Raises ValueError for more than one normalised dimension."""
-
-    def __init__(self, normalized_shape, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, **factory):
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, **factory)
-        if len(self.normalized_shape) != 1:
-            raise ValueError(f"LayerNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm over the last dimension, on our kernel, with eps 1e-6 unless given; None is torch's default."""
-
-    def __init__(self, normalized_shape, eps: float = 1e-6, elementwise_affine: bool = True, **factory):
-        super().__init__(normalized_shape, eps, elementwise_affine, **factory)
-        if len(self.normalized_shape) != 1:
-            raise ValueError(f"RMSNorm: one normalised dimension, got normalized_shape {tuple(self.normalized_shape)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Softmax(nn.Module):
-    """softmax(scale * x + mask) over `dim`, as torch.nn.Softmax(dim) without options.
-
-    causal is aligned bottom-right on the last two dimensions. Raises TypeError for a dim that is no int.
-    """
-
-    def __init__(self, dim: int = -1, *, scale: float = 1.0, causal: bool = False):
-        super().__init__()
-        if not isinstance(dim, int):
-            raise TypeError(f"Softmax: dim must be an int, got {dim!r}; scale is given by name")
-        self.dim, self.scale, self.causal = dim, scale, causal
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return softmax(x, mask, self.scale, self.causal, dim=self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, scale={self.scale}, causal={self.causal}"
-
-
-class GELU(nn.Module):
-    """gelu(x + bias), approximate "tanh" (GPT-2's) or "none" (erf)."""
-
-    def __init__(self, approximate: str = "tanh"):
-        super().__init__()
-        if approximate not in ("tanh", "none"):
-            raise ValueError(f"GELU: approximate must be 'tanh' or 'none', got {approximate!r}")
-        self.approximate = approximate
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return gelu(x, bias, self.approximate)
-
-    def extra_repr(self) -> str:
-        return f"approximate={self.approximate!r}"
-
-
-class Dropout(nn.Dropout):
-    """torch.nn.Dropout on our kernel; a residual is added in the same pass."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None:  # as an addition would: under autocast x is in 16 bits and the residual in float32
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
-        return dropout(x, self.p, self.training, residual, inplace=self.inplace)
-
-
-# ---- the model ----
-
-
-@dataclass
-class GPTConfig:
-    """Sizes of a GPT. The first seven fields are nanoGPT's; the rest is what Hugging Face's GPT-2 configurations need.
-
-    approximate: the GELU, "none" (erf, nanoGPT's) unless given; "tanh" is GPT-2's, which `preset`, `from_hf` and
-    `from_pretrained` set. attn_dropout and embd_dropout follow `dropout` unless given. n_inner is 4 * n_embd unless given.
-    tie_word_embeddings: lm_head is the embedding of the tokens. The token ids are carried to and from config.json and not
-    interpreted. Raises TypeError or ValueError naming the field.
-    """
-
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    n_inner: int = None  # type: ignore[assignment]
-    approximate: str = "none"
-    layer_norm_eps: float = 1e-5
-    attn_dropout: float = None  # type: ignore[assignment]
-    embd_dropout: float = None  # type: ignore[assignment]
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    tie_word_embeddings: bool = True
-
-    @classmethod
-    def preset(cls, name: str, **overrides) -> GPTConfig:
-        """The published models: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"; 50257 tokens, GELU by tanh."""
-        if name not in PRESETS:
-            raise ValueError(f"GPTConfig: unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-        return cls(**{"vocab_size": 50257, "approximate": "tanh", **PRESETS[name], **overrides})
-
-    def __post_init__(self):
-        if self.n_inner is None:
-            self.n_inner = 4 * self.n_embd
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"GPTConfig: {name} must be an int, got {value!r}")
-            if not 0 < value < 2**31:
-                raise ValueError(f"GPTConfig: {name} must be positive and below 2**31, got {value}")
-        self.attn_dropout = self.dropout if self.attn_dropout is None else self.attn_dropout
-        self.embd_dropout = self.dropout if self.embd_dropout is None else self.embd_dropout
-        for name in ("dropout", "attn_dropout", "embd_dropout", "layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"GPTConfig: {name} must be a number, got {value!r}")
-            limit = 1.0 if "dropout" in name else math.inf
-            if not 0.0 <= value < limit:
-                raise ValueError(f"GPTConfig: {name} must be in [0, {limit:g}), got {value}")
-        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"GPTConfig: {name} must be a bool, got {getattr(self, name)!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.n_embd // self.n_head > MAX_HEAD_DIM:
-            raise ValueError(f"GPTConfig: head dim {self.n_embd // self.n_head} is above {MAX_HEAD_DIM}")
-        if self.approximate not in ("tanh", "none"):
-            raise ValueError(f"GPTConfig: approximate must be 'tanh' or 'none', got {self.approximate!r}")
-
-    def scale(self, layer: int) -> float:
-        """What the attention scores of block `layer` are multiplied with."""
-        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
-        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+from .. import checkpoint
+from ..generate import evaluating, generate
+from ..modules import GELU, Dropout, LayerNorm
+from ..ops.attention import flash_attn_func, flash_attn_qkvpacked_func
+from ..ops.cross_entropy import cross_entropy
+from .config import FUNCTION, GPTConfig
 
 
 class CausalSelfAttention(nn.Module):
@@ -284,7 +127,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0.0, std)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -313,7 +156,7 @@ class GPT(nn.Module):
             warnings.warn(f"GPT: takes over what the loaded weights were trained with: {said}", stacklevel=2)
             self._set_function(replace(self.config, **changed))
         wte, head = (state_dict.get(prefix + name) for name in ("transformer.wte.weight", "lm_head.weight"))
-        if self.config.tie_word_embeddings and not _same(wte, head):
+        if self.config.tie_word_embeddings and not checkpoint.same(wte, head):
             error_msgs.append(
                 f"{prefix}lm_head.weight differs from {prefix}transformer.wte.weight, and this GPT ties them; "
                 "GPTConfig(tie_word_embeddings=False) has a head of its own"
@@ -343,7 +186,7 @@ class GPT(nn.Module):
         x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
         for i, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = recomputed(block, x, use_reentrant=False)
             else:
                 x = block(x, None if cache is None else cache[i], start)
         return t.ln_f(x)
@@ -376,41 +219,7 @@ class GPT(nn.Module):
         of fixed size; past block_size, where positions shift, each step reads the last block_size tokens anew.
         Raises ValueError for arguments out of range. Dropout is off.
         """
-        if idx.dim() != 2 or idx.shape[1] == 0:
-            raise ValueError(f"generate: idx must be (B, T) with T >= 1, got shape {tuple(idx.shape)}")
-        if max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"generate: temperature must be finite and not negative, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-        config, (B, T) = self.config, idx.shape
-        out = torch.cat((idx.long(), idx.new_empty(B, max_new_tokens, dtype=torch.int64)), 1)
-        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        weight = self.lm_head.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        length = min(config.block_size, T + max_new_tokens)
-        cache = weight.new_empty(
-            config.n_layer, 2, B, length, config.n_head, config.n_embd // config.n_head, dtype=dtype
-        )  # fmt: skip
-        with evaluating(self):
-            for end in range(T, T + max_new_tokens):
-                if end > config.block_size:
-                    x = self.hidden(out[:, end - config.block_size : end])
-                else:
-                    start = 0 if end == T else end - 1
-                    x = self.hidden(out[:, start:end], cache, start)
-                token = _sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B,)
-                if eos_token_id is not None:
-                    token = token.masked_fill(done, eos_token_id)
-                    done |= token == eos_token_id
-                out[:, end] = token
-                if eos_token_id is not None and bool(done.all()):
-                    return out[:, : end + 1]
-        return out
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, eos_token_id, generator)
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, stride: int | None = None) -> float:
@@ -491,14 +300,12 @@ class GPT(nn.Module):
     @classmethod
     def from_hf(cls, model: Any, **overrides) -> GPT:
         """A copy of transformers' GPT2LMHeadModel or GPT2Model, in its mode. overrides: fields of GPTConfig."""
-        from . import checkpoint
-
         if not hasattr(getattr(model, "config", None), "to_dict"):
             raise TypeError(f"from_hf: expected a transformers model, got {type(model).__name__}")
         # the module knows, whatever its config says
         tied = not hasattr(model, "lm_head") or model.lm_head.weight is model.transformer.wte.weight
         config = checkpoint.config_from_hf({**model.config.to_dict(), "tie_word_embeddings": tied}, overrides)
-        return checkpoint.assemble(config, model.state_dict(), "from_hf").train(model.training)
+        return checkpoint.assemble(cls, config, model.state_dict(), "from_hf").train(model.training)
 
     @classmethod
     def from_pretrained(
@@ -513,8 +320,6 @@ class GPT(nn.Module):
         agree. overrides: GPTConfig fields. What the weights compute is the file's, GELU by tanh for GPT-2's.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
-        from . import checkpoint
-
         if isinstance(override_args, torch.dtype):
             raise TypeError("from_pretrained: dtype is given by name, dtype=...; the second argument is override_args")
         unknown = set(override_args or {}) - {"dropout"}
@@ -526,7 +331,7 @@ class GPT(nn.Module):
         if override_args:
             p = override_args["dropout"]
             overrides = {"dropout": p, "attn_dropout": p, "embd_dropout": p, **overrides}
-        return checkpoint.load(model_type, dtype, overrides).train(override_args is not None)
+        return checkpoint.load(cls, model_type, dtype, overrides).train(override_args is not None)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write config.json and model.safetensors that GPT2LMHeadModel.from_pretrained and ours read.
@@ -535,50 +340,14 @@ class GPT(nn.Module):
         zeros are written for them: the same function. A head that is not the embedding of the tokens is written, and
         config.json says so.
         """
-        from . import checkpoint
-
         checkpoint.save(self, path)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Are the two weights one, as far as can be told?"""
-    if a is None or b is None or a is b or a.is_meta or b.is_meta or not {type(a), type(b)} <= {Tensor, nn.Parameter}:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _tie_again(model: Any, incompatible: Any) -> None:
     """load_state_dict(assign=True) gives each name a parameter of its own, and each would be trained by itself."""
-    if model.config.tie_word_embeddings and not model.tied and _same(model.lm_head.weight, model.transformer.wte.weight):
+    if (
+        model.config.tie_word_embeddings
+        and not model.tied
+        and checkpoint.same(model.lm_head.weight, model.transformer.wte.weight)
+    ):
         model.lm_head.weight = model.transformer.wte.weight
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() inside the block; afterwards every module's own training flag is back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """(B, V) -> (B,)"""
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    p = logits.softmax(-1)
-    if top_p is not None and top_p < 1.0:
-        ordered, index = p.sort(-1, descending=True)
-        # a token stays while the likelier ones before it hold less than top_p: the first always does
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
-        p = torch.zeros_like(p).scatter_(-1, index, ordered)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -1,0 +1,1 @@
+"""Drop-in models, a file each."""
