@@ -625,7 +625,7 @@ def test_shape_is_checked_before_memory_is_taken(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
-    monkeypatch.setattr(checkpoint, "GPT", lambda config: pytest.fail("built a model"))
+    monkeypatch.setattr(GPT, "__init__", lambda self, config: pytest.fail("built a model"))
     with pytest.raises(ValueError, match=re.escape(f"has shape (97, 32), config says ({2**31 - 1}, 32)")):
         GPT.from_pretrained(tmp_path)
 

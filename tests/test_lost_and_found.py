@@ -17,7 +17,7 @@ import pytest
 import gpt_kernels
 from gpt_kernels import cache, cli, process
 from gpt_kernels.bench import diff, environment, plots, report, run
-from gpt_kernels.bench.result import dumps, load
+from gpt_kernels.bench.result import dumps, load, validate
 from gpt_kernels.commands import demo
 from gpt_kernels.errors import UserError
 from gpt_kernels.streams import streams
@@ -262,7 +262,7 @@ def test_every_field_of_a_result_of_every_wrong_type(tmp_path, monkeypatch):
     good = bench_tools.result([bench_tools.row(tiny=True, length=512)])
     good["rows"][0]["variants"]["ours"] |= {"launch": 1e-6, "warm": 1e-3}
     file, read, refused = tmp_path / "r.json", {}, 0
-    run.validate(copy.deepcopy(good))
+    validate(copy.deepcopy(good))
     for path in list(places(good))[1:]:
         for wrong in (*WRONG, "gone"):
             changed = copy.deepcopy(good)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpt_kernels
-from gpt_kernels import patch, patched, unpatch
+from gpt_kernels import Served, patch, patched, unpatch
 from gpt_kernels.integrations import huggingface
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import GRADIENT_FACTOR, OUTPUT_FACTOR, compare
@@ -324,7 +324,9 @@ def test_unknown_model_says_that_nothing_was_swapped():
 
 def test_nothing_is_swapped_where_there_is_no_kernel(monkeypatch):
     module = importlib.import_module("gpt_kernels.patch")  # the function has the module's name
-    monkeypatch.setattr(module, "where", lambda op: {"CPU": "reference (not built)", "CUDA": "reference (none)"})
+    monkeypatch.setattr(
+        module, "where", lambda op: {"CPU": Served("reference", "not built"), "CUDA": Served("reference", "none")}
+    )
     plan = patch(tiny())
     assert not plan.swapped and "not built" in row(plan, "transformer.ln_f").why
 
