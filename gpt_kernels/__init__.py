@@ -24,7 +24,7 @@ from .ops.gelu import gelu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
-from .patch import Plan, patch, patched, unpatch
+from .patch import Plan, keep, patch, patched, unpatch
 from .triton import slots as _slots
 from .verify import verify
 from .version import __version__

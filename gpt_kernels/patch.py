@@ -10,7 +10,8 @@ kernels do the same; any other call runs the class's own forward. `dense` is wha
 where forward hooks are set on all modules (torch.nn.modules.module.register_module_forward_hook and its kin), a module that
 does the work of its children hands them back that work, so that each of them is seen.
 
-A family of models is one file in integrations/, with a `register` line per module class; see integrations/huggingface.py.
+A family of models is one file in integrations/, with a `register` line per module class and a `keep` line for what stays as it
+is; see integrations/__init__.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import importlib
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,15 +31,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import integrations
 from .dispatch import Served, pushed, where
-from .ops.dropout import dropout
-from .ops.gelu import gelu
-from .ops.layer_norm import layer_norm
-from .ops.rms_norm import rms_norm
 from .table import aligned
 
-# package in which a module's class lives -> file in integrations/ that knows it
-FAMILIES = {"transformers": "huggingface"}
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
@@ -101,6 +98,7 @@ class _Rule:
 
 
 _rules: list[_Rule] = []
+_keeps: list[tuple[Callable[[nn.Module], bool], str]] = []
 _base_of: dict[type, type] = {}  # class made here -> the module's own class
 
 
@@ -115,7 +113,7 @@ def register(target: type | Callable[[nn.Module], bool], ops: tuple[str, ...], w
     call what the module's own would? If not, the module's own does it. It is asked at every call: a microsecond at most.
     """
     known = getattr(target, "forward", None) if isinstance(target, type) else None
-    matches = (lambda module: type(module) is target) if isinstance(target, type) else target
+    matches = _matcher(target)
 
     def add(replacement: type) -> type:
         _rules.append(_Rule(matches, replacement, ops, why, unless, fuses, serves, known))
@@ -124,10 +122,31 @@ def register(target: type | Callable[[nn.Module], bool], ops: tuple[str, ...], w
     return add
 
 
+def keep(target: nn.Module | type | Callable[[nn.Module], bool], why: str) -> None:
+    """Leave modules as they are in every patch() from now on: this module and what is in it, those of this class, or those
+    for which target(module). The plan says `why`.
+
+    Raises TypeError for anything else, and ValueError for a module that is swapped already: unpatch it first.
+    """
+    if isinstance(target, nn.Module):
+        if is_patched(target):
+            raise ValueError(f"keep: {type(target).__name__} is swapped already; unpatch it first")
+        found = weakref.WeakSet(target.modules())
+        _keeps.append((lambda module: module in found, why))
+    elif isinstance(target, type) or callable(target):
+        _keeps.append((_matcher(target), why))
+    else:
+        raise TypeError(f"keep: expected a module, a class of modules or a function of one, got {type(target).__name__}")
+
+
+def _matcher(target: type | Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    return (lambda module: type(module) is target) if isinstance(target, type) else target
+
+
 @functools.cache
-def _made_class(replacement: type, base: type) -> type:
+def _made_class(replacement: Any, base: Any) -> Any:
     # named as the module's class: files and other libraries know classes by their names
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
 
     def __reduce_ex__(self, protocol):
         # pickle looks classes up by name and would find the module's own
@@ -222,9 +241,7 @@ def _require_module(model, caller: str) -> None:
 
 def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, type]]]:
     _require_module(model, "patch")
-    packages = {type(module).__module__.split(".")[0] for module in model.modules()}
-    for package in sorted(packages & FAMILIES.keys()):
-        importlib.import_module(f".integrations.{FAMILIES[package]}", __package__)
+    problems = _load_families(model)
     rows: list[Row] = []
     changes: list[tuple[nn.Module, type]] = []
     fused: set[str] = set()
@@ -233,17 +250,40 @@ def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, 
         if path in fused:
             rows.append(Row(path, cls, None, "its work is done inside its parent"))
             continue
-        own = _base_of.get(type(module))
-        rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module).__bases__[0])
-        reason = _reason_to_keep(module, rule, model) if own is None else None
+        own, reason = _base_of.get(type(module)), None
+        try:
+            if own is None:
+                reason = next((why for matches, why in _keeps if matches(module)), None)
+            rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module).__bases__[0])
+            reason = reason or (_reason_to_keep(module, rule, model) if own is None else None)
+        except Exception as error:  # an attribute that another version of its library has not
+            rule, reason = None, f"its rule fails: {type(error).__name__}: {error}"
         if rule is None or reason is not None:
-            rows.append(Row(path, cls, None, reason or _why_no_rule(module)))
+            rows.append(Row(path, cls, None, reason or _problem(type(module), problems) or _why_no_rule(module)))
             continue
         rows.append(Row(path, cls, "+".join(rule.ops), rule.why))
         fused |= {f"{path}.{child}".lstrip(".") for child in rule.fuses}
         if own is None:
             changes.append((module, _made_class(rule.replacement, type(module))))  # type: ignore[arg-type]
     return Plan(type(model).__name__, rows, dry_run), changes
+
+
+def _load_families(model: nn.Module) -> dict[str, str]:
+    """Import the integrations that the model's classes ask for; file -> why it could not be."""
+    problems = {}
+    for file in sorted({file for module in model.modules() for file in integrations.of(type(module))}):
+        rules, keeps = len(_rules), len(_keeps)
+        try:
+            importlib.import_module(f"{integrations.__name__}.{file}")
+        except Exception as error:
+            # half of a family is none
+            del _rules[rules:], _keeps[keeps:]
+            problems[file] = f"integrations/{file}.py could not be loaded: {type(error).__name__}: {error}"
+    return problems
+
+
+def _problem(cls: type, problems: dict[str, str]) -> str | None:
+    return next((problems[file] for file in integrations.of(cls) if file in problems), None)
 
 
 def _rule_of(replacement: type) -> _Rule:
@@ -275,16 +315,7 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
     return None
 
 
-_KEPT = {
-    nn.Linear: "matrix product: torch's",
-    nn.Embedding: "row lookup: torch's",
-}
-
-
 def _why_no_rule(module: nn.Module) -> str:
-    for cls, why in _KEPT.items():
-        if type(module) is cls:
-            return why
     if type(module).__module__.split(".")[0] == __package__:
         return "runs on our kernels already"
     return "its parts are looked at one by one" if next(module.children(), None) else "no replacement for this class"
@@ -344,100 +375,3 @@ def unhooked(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or _has_any_global_hook()
     )
-
-
-# ---- torch's own modules ----
-
-
-def _several_dimensions(module: Any) -> str | None:
-    shape = module.normalized_shape
-    if not isinstance(shape, tuple):
-        return f"its normalized_shape is {shape!r}, no tuple"
-    return f"normalises over {len(shape)} dimensions" if len(shape) != 1 else None
-
-
-def _keep_rms_norm(module: Any) -> str | None:
-    if module.eps is None and module.weight is not None and module.weight.dtype in (torch.bfloat16, torch.float16):
-        return "eps=None in 16 bits: versions of torch take different ones"
-    return _several_dimensions(module)
-
-
-# on a GPU autocast has 16-bit inputs normalised to float32, on a CPU it leaves them alone
-_LEFT_BY_AUTOCAST = not any(
-    torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", "AutocastCPU") for op in ("layer_norm", "rms_norm")
-)
-
-
-def _norm(x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> bool:
-    return (
-        type(eps) is float
-        and eps >= 0.0
-        and dense(x, weight, bias)
-        and x.is_contiguous()
-        and shape == x.shape[-1:] != ()
-        and (weight is None or weight.is_contiguous())
-        and (bias is None or bias.is_contiguous())
-        and (x.dtype in _EPS or not torch._C._is_any_autocast_enabled() or x.is_cpu and _LEFT_BY_AUTOCAST)
-    )
-
-
-def _serves_layer_norm(module: Any, input: Tensor) -> bool:
-    return _norm(input, module.normalized_shape, module.eps, parameter(module, "weight"), parameter(module, "bias"))
-
-
-@register(nn.LayerNorm, ("layer_norm",), "fused layer norm", unless=_several_dimensions, serves=_serves_layer_norm)
-class LayerNorm:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return layer_norm(input, parameter(self, "weight"), parameter(self, "bias"), self.eps)
-
-
-# in float32 and float64 all versions of torch mean the same by eps=None
-_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
-
-
-def _serves_rms_norm(module: Any, x: Tensor) -> bool:
-    eps = module.eps
-    if eps is None and isinstance(x, Tensor):
-        eps = _EPS.get(x.dtype)
-    return _norm(x, module.normalized_shape, eps, parameter(module, "weight"), None)
-
-
-@register(nn.RMSNorm, ("rms_norm",), "fused RMS norm", unless=_keep_rms_norm, serves=_serves_rms_norm)
-class RMSNorm:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, parameter(self, "weight"), _EPS[x.dtype] if self.eps is None else self.eps)
-
-
-def _serves_gelu(module: Any, input: Tensor) -> bool:
-    return module.approximate in ("none", "tanh") and dense(input) and input.is_contiguous() and input.ndim > 0
-
-
-@register(nn.GELU, ("gelu",), "one-pass GELU", serves=_serves_gelu)
-class GELU:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return gelu(input, None, self.approximate)
-
-
-def _keep_dropout(module: Any) -> str | None:
-    if module.inplace:
-        return "drops in place"
-    return None if droppable(module.p) else f"p = {module.p}"
-
-
-def _serves_dropout(module: Any, input: Tensor) -> bool:
-    if not droppable(module.p) or module.inplace or not dense(input) or not input.is_contiguous():
-        return False
-    # torch returns an empty input itself
-    return input.ndim > 0 and input.numel() > 0
-
-
-@register(
-    nn.Dropout,
-    ("dropout",),
-    "dropout without a stored mask, its random numbers in parallel",
-    unless=_keep_dropout,
-    serves=_serves_dropout,
-)
-class Dropout:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return dropout(input, self.p, self.training)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import gpt_kernels
 from gpt_kernels import Served, patch, patched, unpatch
-from gpt_kernels.integrations import huggingface
+from gpt_kernels.integrations import transformers_gpt2
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import GRADIENT_FACTOR, OUTPUT_FACTOR, compare
 
@@ -398,8 +398,10 @@ def test_loss_options(options):
 
 def test_loss_reads_the_logits_that_the_model_returns(monkeypatch):
     model, x, seen = tiny(), tokens(), []
-    real = huggingface.cross_entropy
-    monkeypatch.setattr(huggingface, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or real(logits, *a, **k))
+    real = transformers_gpt2.cross_entropy
+    monkeypatch.setattr(
+        transformers_gpt2, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or real(logits, *a, **k)
+    )
     with patched(model):
         logits = model(x, labels=x).logits
     assert seen[0].data_ptr() == logits.data_ptr() and seen[0].dtype == logits.dtype

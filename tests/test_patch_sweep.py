@@ -39,7 +39,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from gpt_kernels.integrations import huggingface  # noqa: E402
+from gpt_kernels.integrations import transformers_gpt2  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 patch_module = importlib.import_module("gpt_kernels.patch")  # the function has the module's name
@@ -657,7 +657,7 @@ def test_every_argument_that_the_interfaces_read_is_known():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("kwargs.get", "kwargs.pop"):
                 names.add(node.args[0].value)
             assert not (isinstance(node, ast.Subscript) and ast.unparse(node.value) == "kwargs")
-        assert names <= huggingface._READ
+        assert names <= transformers_gpt2._READ
 
 
 @pytest.mark.parametrize("implementation", ("sdpa", "eager"))
@@ -1060,7 +1060,7 @@ def test_losses(dtype, context):
 
             return outcome(call)
 
-        problem = difference(run(ForCausalLMLoss), run(huggingface.causal_lm_loss), F32)
+        problem = difference(run(ForCausalLMLoss), run(transformers_gpt2.causal_lm_loss), F32)
         # a label out of range: the op's own error, which names its row
         if problem and problem != "IndexError became RuntimeError":
             bad.append(f"logits {shape or 'plain'}, labels {label}, {options}: {problem}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpt_kernels import GPT, GPTConfig, patch, unpatch, verify
-from gpt_kernels.integrations import huggingface
+from gpt_kernels.integrations import transformers_gpt2
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare, floor_of
 
@@ -147,27 +147,27 @@ def test_torch_modules():
 
 
 def wrong_scale(monkeypatch):
-    real = huggingface.attention
-    monkeypatch.setattr(huggingface, "attention", lambda *a, scale, **k: real(*a, scale=scale * 1.0001, **k))
+    real = transformers_gpt2.attention
+    monkeypatch.setattr(transformers_gpt2, "attention", lambda *a, scale, **k: real(*a, scale=scale * 1.0001, **k))
 
 
 def wrong_gelu(monkeypatch):
-    monkeypatch.setattr(huggingface, "_approximate", lambda act: "none")
+    monkeypatch.setattr(transformers_gpt2, "_approximate", lambda act: "none")
 
 
 def lost_bias(monkeypatch):
-    real = huggingface.gelu
-    monkeypatch.setattr(huggingface, "gelu", lambda x, bias, approximate: real(x, bias.detach(), approximate))
+    real = transformers_gpt2.gelu
+    monkeypatch.setattr(transformers_gpt2, "gelu", lambda x, bias, approximate: real(x, bias.detach(), approximate))
 
 
 def not_causal(monkeypatch):
-    real = huggingface.attention
-    monkeypatch.setattr(huggingface, "attention", lambda *a, window_right, **k: real(*a, window_right=1, **k))
+    real = transformers_gpt2.attention
+    monkeypatch.setattr(transformers_gpt2, "attention", lambda *a, window_right, **k: real(*a, window_right=1, **k))
 
 
 def wrong_loss(monkeypatch):
-    real = huggingface.cross_entropy
-    monkeypatch.setattr(huggingface, "cross_entropy", lambda *a, **k: real(*a, **k) * (1 + 1e-5))
+    real = transformers_gpt2.cross_entropy
+    monkeypatch.setattr(transformers_gpt2, "cross_entropy", lambda *a, **k: real(*a, **k) * (1 + 1e-5))
 
 
 class _Scaled(torch.autograd.Function):
@@ -181,18 +181,18 @@ class _Scaled(torch.autograd.Function):
 
 
 def wrong_backward(monkeypatch):
-    real = huggingface.gelu
-    monkeypatch.setattr(huggingface, "gelu", lambda x, bias, approximate: _Scaled.apply(real(x, bias, approximate)))
+    real = transformers_gpt2.gelu
+    monkeypatch.setattr(transformers_gpt2, "gelu", lambda x, bias, approximate: _Scaled.apply(real(x, bias, approximate)))
 
 
 def a_nan(monkeypatch):
-    real = huggingface.gelu
+    real = transformers_gpt2.gelu
 
     def poisoned(*args):
         y = real(*args)
         return y.index_fill(0, torch.tensor([1]), float("nan"))
 
-    monkeypatch.setattr(huggingface, "gelu", poisoned)
+    monkeypatch.setattr(transformers_gpt2, "gelu", poisoned)
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.output_capturing import _active_collector
 
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import gelu
-from ..patch import _KEPT, dense, droppable, parameter, register, unhooked
+from ..patch import dense, droppable, keep, parameter, register, unhooked
+from . import _transformers as private
 
-_KEPT[Conv1D] = "matrix product: torch's"
+keep(Conv1D, "matrix product: torch's")
 
 
 def _left_by_autocast(x: Tensor) -> bool:
@@ -71,7 +71,7 @@ def _keep_attention(module: Any) -> str | None:
         return "cross-attention"
     if module.head_dim > MAX_HEAD_DIM:
         return f"head dim {module.head_dim} is above {MAX_HEAD_DIM}"
-    implementation = module.config._attn_implementation
+    implementation = private.attention_implementation(module.config)
     if implementation not in _INTERFACES:
         return f"attention implementation {implementation!r}"
     if implementation == "eager" and module.reorder_and_upcast_attn:
@@ -86,7 +86,7 @@ def _serves_attention(
     return (
         encoder_hidden_states is None
         and not isinstance(past_key_values, EncoderDecoderCache)
-        and not (module.reorder_and_upcast_attn and module.config._attn_implementation == "eager")
+        and not (module.reorder_and_upcast_attn and private.attention_implementation(module.config) == "eager")
     )
 
 
@@ -110,8 +110,7 @@ def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwar
         if torch.compiler.is_compiling():
             return False
         # who hooks it may want the weights
-        wanted = _active_collector.get()
-        if (wanted is not None and "attentions" in wanted) or not unhooked(module):
+        if private.may_be_collected("attentions") or not unhooked(module):
             return False
     elif mask is None and type(module.is_causal) is not bool:
         return False
@@ -160,7 +159,7 @@ class Attention:
             # a cache that was empty holds copies of k and v: these spare the backward pass through the copy
             if type(past_key_values) is DynamicCache and keys.shape == k.shape and keys.dtype == k.dtype:
                 keys, values = k, v
-        implementation = self.config._attn_implementation
+        implementation = private.attention_implementation(self.config)
         p, weights = self.attn_dropout.p if self.training else 0.0, None
         if _kernel_serves(self, implementation, q, keys, values, attention_mask, p, kwargs):
             # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is
@@ -185,13 +184,12 @@ def _approximate(act: Any) -> str | None:
         return "tanh"
     # these two call what stands in their `act`: torch's function, or a method of theirs in Python
     if type(act) is activations.GELUActivation:
-        own = act.act is nn.functional.gelu or getattr(act.act, "__func__", None) is activations.GELUActivation._gelu_python
-        return "none" if own else None
+        return "none" if private.is_erf(act) else None
     if type(act) is activations.GELUTanh:
         if isinstance(f := act.act, functools.partial):
             own = f.func is nn.functional.gelu and not f.args and f.keywords == {"approximate": "tanh"}
         else:
-            own = getattr(f, "__func__", None) is activations.GELUTanh._gelu_tanh_python
+            own = private.is_gelu_in_python(f, activations.GELUTanh)
         return "tanh" if own else None
     return None
 
@@ -256,7 +254,7 @@ def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None,
     ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
 ):  # fmt: skip
     """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are.
@@ -283,9 +281,8 @@ def causal_lm_loss(
 
 def _wants_causal_lm_loss(model: PreTrainedModel) -> bool:
     # as PreTrainedModel.loss_function finds it, without its warning, at which the compiler stops
-    if hasattr(model, "_loss_function"):
-        return model._loss_function is ForCausalLMLoss
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None), LOSS_MAPPING["ForCausalLM"]) is ForCausalLMLoss
+    named: Any = getattr(model, "loss_type", None)
+    return private.own_loss_function(model, LOSS_MAPPING.get(named, LOSS_MAPPING["ForCausalLM"])) is ForCausalLMLoss
 
 
 def _keep_loss(model: Any) -> str | None:
