@@ -8,7 +8,6 @@ reason. Groups are op, shape, dtype, direction; --benchmark-group-by=param:op,pa
 import pytest
 import torch
 
-
 last: dict = {}  # (case, direction) -> its trial
 
 

@@ -1,4 +1,5 @@
-"""The one tolerance rule. A kernel may be at most a little worse than plain PyTorch in the same dtype, both against fp64.
+"""The one rule of how far from right is right. A kernel may be at most a little worse than plain PyTorch in the same dtype,
+both against float64. Tests, verify(), the benchmark and what else compares read it here.
 
     |actual - truth| <= factor * max|eager - truth| + floor        for every element
     floor = 2 * max|(truth + 0.3) - 0.3 - truth| in actual's dtype    (two roundings; exact cases have no eager error)
@@ -12,15 +13,30 @@ and NaN and inf stand in the same places.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+# of one op: its output, its parameters' gradients, which are sums over many rows, and its inputs'
 FORWARD, WEIGHT_GRADIENT, INPUT_GRADIENT = 1.5, 2.0, 3.0
+# of a whole model: gradients pass through more roundings than outputs, and kernels order their sums differently
+MODEL_OUTPUT, MODEL_GRADIENT = 1.5, 3.0
+# somebody else's kernel that errs by more than so many times what ours may is taken for another function
+FAR = 30.0
 # 1 - cosine of a row: a few roundings of that dtype, squared, with room for short rows
 COSINE = {torch.float64: 1e-13, torch.float32: 1e-9, torch.float16: 1e-5, torch.bfloat16: 1e-3}
-
-
 RELATIVE_FLOOR = {torch.float64: 1e-12, torch.float32: 16 * 2.0**-23}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of one tensor: its largest error against float64, eager's, what is allowed, and what is wrong, None where nothing is."""
+
+    error: float
+    eager_error: float
+    allowed: float
+    wrong: str | None
 
 
 def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
@@ -32,46 +48,77 @@ def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
     return max(two_roundings, RELATIVE_FLOOR.get(dtype, 0.0) * max(1.0, finite.abs().max().item()))
 
 
-def assert_close_to_truth(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD, name: str = "output") -> None:
+def model_floor(truth: Tensor, dtype: torch.dtype) -> float:
+    """Of a whole model's tensor, whose values may all be tiny: two roundings of the largest; 1e-12 of it for float64."""
+    finite = truth[torch.isfinite(truth)]
+    relative = RELATIVE_FLOOR[dtype] if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    return relative * finite.abs().max().item() if finite.numel() else 0.0
+
+
+def layers_apart(largest: float, layers: int, dtype: torch.dtype) -> float:
+    """How far two right sets of logits, up to `largest`, may lie apart: each of so many layers, of which one rounds twice."""
+    return 2 * layers * floor_of(torch.tensor([largest], dtype=torch.float64), dtype)
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """The error's norm over the truth's: 0.07 is 7 % off. Elements of which either is no finite number are left out."""
+    a, t = actual.detach().double(), truth.detach().double()
+    ok = torch.isfinite(a) & torch.isfinite(t)
+    error, size = (a - t)[ok].norm().item(), t[ok].norm().item()
+    return error / size if size else error
+
+
+def judge(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD) -> Judgement:
     """actual: a kernel's result; eager: plain PyTorch's in the same dtype; truth: the same computed in float64."""
-    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
+    if actual.shape != truth.shape:
+        return Judgement(torch.inf, 0.0, 0.0, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
     if actual.is_cuda and actual.dtype == torch.float32:
         factor *= 3  # exponentials of a GPU's special function unit err by 2^-22
     a, t, e = actual.detach().double(), truth.detach(), eager.detach().double()
     for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         # where the truth has it; also where eager has: float16 may overflow where float64 does not
-        wrong = (test(t) & ~test(a)) | (test(a) & ~(test(t) | test(e)))
-        assert not wrong.any(), f"{name}: {kind} in other places than the truth has them"
+        if ((test(t) & ~test(a)) | (test(a) & ~(test(t) | test(e)))).any():
+            return Judgement(torch.inf, 0.0, 0.0, f"{kind} in other places than the truth has them")
     ok = torch.isfinite(a) & torch.isfinite(t) & torch.isfinite(e)
     if not ok.any():
-        return
+        return Judgement(0.0, 0.0, 0.0, None)
     a, t, e = (torch.where(ok, x, 0.0) for x in (a, t, e))
     eager_error, floor = (e - t).abs().max().item(), floor_of(t, actual.dtype)
     error, allowed = (a - t).abs(), factor * eager_error + floor
-    worst = error.max().item()
+    worst, wrong = error.max().item(), None
     if worst > allowed:
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-        raise AssertionError(
-            f"{name}: error {worst:.3e} at {where} (got {a[where].item():.6g}, truth {t[where].item():.6g}), "
+        wrong = (
+            f"error {worst:.3e} at {where} (got {a[where].item():.6g}, truth {t[where].item():.6g}), "
             f"allowed {allowed:.3e} = {factor} x eager's {eager_error:.3e} + floor {floor:.3e}"
         )
-    if t.dim() == 0 or t.shape[-1] < 2:
-        return
+    elif t.dim() and t.shape[-1] > 1:
+        wrong = _crooked_row(a, t, e, factor, allowed, COSINE[actual.dtype])
+    return Judgement(worst, eager_error, allowed, wrong)
+
+
+def _crooked_row(a: Tensor, t: Tensor, e: Tensor, factor: float, allowed: float, least: float) -> str | None:
     # rows so small that the allowed error is a large part of them say nothing about their direction
     large = t.norm(dim=-1) > 30 * allowed * t.shape[-1] ** 0.5
     if not large.any():
-        return
+        return None
     deviation, of_eager = _deviation(a[large], t[large]), _deviation(e[large], t[large]).max()
     # eager may be exact in a row by luck: any row may err as much as eager's elements do on the average
     usual = (e - t).square().mean() * t.shape[-1] / (2 * t[large].square().sum(-1))
-    limit = factor**2 * torch.maximum(usual, of_eager).clamp(min=COSINE[actual.dtype] / factor**2)
+    limit = factor**2 * torch.maximum(usual, of_eager).clamp(min=least / factor**2)
     row = int((deviation / limit).argmax())
-    assert deviation[row] <= limit[row], (
-        f"{name}: a row's cosine with the truth is off by {deviation[row]:.3e}, allowed {limit[row]:.3e}"
-    )
+    if deviation[row] <= limit[row]:
+        return None
+    return f"a row's cosine with the truth is off by {deviation[row]:.3e}, allowed {limit[row]:.3e}"
 
 
 def _deviation(a: Tensor, t: Tensor) -> Tensor:
     """Each row's 1 - cosine."""
     return 1 - (a * t).sum(-1) / (a.norm(dim=-1) * t.norm(dim=-1))
+
+
+def assert_close_to_truth(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD, name: str = "output") -> None:
+    """judge() for tests. Raises AssertionError."""
+    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
+    wrong = judge(actual, truth, eager, factor).wrong
+    assert wrong is None, f"{name}: {wrong}"

@@ -3,7 +3,8 @@
     max |ours - truth| <= factor * max |eager - truth| + floor,   and the same for the root mean square
     floor = 2 * eps * max |truth|   (two roundings of the largest value; for float64, where eager is the truth, 1e-12 of it)
 
-for the loss, every output and the gradient of every parameter; and NaN and inf stand where the truth or eager has them.
+for the loss, every output and the gradient of every parameter; and NaN and inf stand where the truth or eager has them. Factors
+and floor are those of accuracy.py.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .accuracy import MODEL_GRADIENT, MODEL_OUTPUT, model_floor
 from .dispatch import use_backend
 from .generate import evaluating
 from .models.gpt import GPT
 from .patch import patched, unpatch
 from .table import aligned
-
-# gradients pass through more roundings than outputs, and kernels order their sums differently
-OUTPUT_FACTOR, GRADIENT_FACTOR = 1.5, 3.0
 
 
 @dataclass
@@ -89,20 +88,13 @@ class Report:
                           f"{'OK' if self.ok else 'FAIL'}: of {len(self.rows)} tensors, {verdict}"])  # fmt: skip
 
 
-def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
-    """Two roundings in `dtype` of the largest finite value of truth; 1e-12 of it for float64."""
-    finite = truth[torch.isfinite(truth)]
-    relative = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
-    return relative * finite.abs().max().item() if finite.numel() else 0.0
-
-
 def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, factor: float) -> Comparison:
     """The rule of this module's docstring for one tensor. truth is float64; dtype is what the model computes in."""
     o, e, t = ours.detach().double(), eager.detach().double(), truth.detach()
     kinds = (torch.isnan, torch.isposinf, torch.isneginf)
     same = all(torch.equal(kind(o), kind(t) | kind(e)) for kind in kinds)
     finite = torch.isfinite(o) & torch.isfinite(e) & torch.isfinite(t)
-    floor = floor_of(t, dtype)
+    floor = model_floor(t, dtype)
     (error, rms), (eager_error, eager_rms) = _errors(o - t, finite), _errors(e - t, finite)
     return Comparison(name, tuple(truth.shape), error, eager_error, factor * eager_error + floor,
                       rms, eager_rms, factor * eager_rms + floor, same)  # fmt: skip
@@ -154,7 +146,7 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
             ours = _run(model, args, kwargs, dtype)
     rows = []
     for name in list(truth | eager | ours):
-        factor = GRADIENT_FACTOR if name.startswith("grad ") else OUTPUT_FACTOR
+        factor = MODEL_GRADIENT if name.startswith("grad ") else MODEL_OUTPUT
         # popped: each is freed as soon as it is compared; a gradient that one run lacks is zero there
         found = [run.pop(name, None) for run in (ours, eager, truth)]
         like = next(t for t in found if t is not None)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from gpt_kernels import GPT, GPTConfig, patch, unpatch, verify
+from gpt_kernels.accuracy import model_floor
 from gpt_kernels.integrations import transformers_gpt2
 from gpt_kernels.patch import is_patched
-from gpt_kernels.verify import compare, floor_of
+from gpt_kernels.verify import compare
 
 pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model  # noqa: E402
@@ -31,9 +32,9 @@ def tokens():
 
 def test_floor_is_two_roundings_of_the_largest_value():
     truth = torch.tensor([0.5, -4.0, float("inf"), float("nan")], dtype=torch.float64)
-    assert floor_of(truth, torch.float32) == 2 * 2**-23 * 4
-    assert floor_of(truth[2:], torch.float32) == 0.0
-    assert floor_of(truth, torch.float64) == 4e-12
+    assert model_floor(truth, torch.float32) == 2 * 2**-23 * 4
+    assert model_floor(truth[2:], torch.float32) == 0.0
+    assert model_floor(truth, torch.float64) == 4e-12
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))

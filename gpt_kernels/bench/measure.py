@@ -1,7 +1,9 @@
 """One row of the benchmark: a case in one direction, every variant of it on the same inputs.
 
-1. ours is checked against eager on the very inputs that are timed; a mismatch prints no number and the run ends with 1. Another
-   variant that is wrong gets no number either, and the row says so;
+1. every variant is held against the op in float64, on the very inputs that are timed, and its error stands in the row,
+   eager's too. Ours must be right by accuracy.py: else it gets no number and the run ends with 1. Another that is far from
+   it gets no number either, and the row says so. What float64 has no room for (TRUTH_BYTES) is held against float32, as the
+   row says;
 2. each variant's first call, which compiles and tunes, is timed by itself, then the peak extra memory of two calls is taken
    (high-water mark of the process above what it held before; on a GPU that of torch's allocator). A whole model's is taken in a
    process of its own, see run.py: what malloc keeps from the variants before it can be as much as a step needs;
@@ -41,6 +43,7 @@ from torch import Tensor
 import gpt_kernels
 
 from .. import process
+from ..accuracy import FAR, FORWARD, INPUT_GRADIENT, judge, relative_error
 from ..dispatch import ops
 from ..memory import hold_heap
 from ..triton.tuning import event_timer
@@ -48,8 +51,6 @@ from . import contention, peers
 from .contention import Samples
 from .settings import Settings
 
-# largest error over the largest value, beyond what eager itself errs; tests/ hold the kernels to much less
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 TINY = 1 << 16  # bytes that must move: below it a call costs what calling costs
 SLOW = 0.5  # seconds per call, from which on there are fewer rounds
@@ -57,6 +58,7 @@ COLD_ROUNDS = 5
 LIMIT_SAMPLES = 9  # among a row's rounds: a copy beyond cache takes longer than most of what is compared with it
 NEAR = 3  # within this factor of the limit that bounds, the other may bound when the row is timed: shared machines drift so far
 MOST_SAMPLES = 32  # kept of a variant, for bench diff
+TRUTH_BYTES = 1 << 30  # of an op's inputs in float64: its results and what it keeps for backward may be ten times as much
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Trial:
     mismatch: str | None = None  # why ours has none, and the whole row with it
     units: int = 1  # that one call does: its time, bytes and flops are divided by them
     first: dict[str, float] = field(default_factory=dict)  # variant -> seconds of the call that checked it
+    errors: dict[str, list[float]] = field(default_factory=dict)  # variant -> of the output and the gradients, relative
+    truth: str | None = None  # what the errors are against
 
 
 @dataclass(eq=False)
@@ -118,22 +122,26 @@ class Case:
             out = self.eager(*inputs)
         grad_out = torch.randn_like(out) if out.dim() else torch.ones_like(out)
         del out
-        judge = Judge(self, inputs, direction, grad_out)
+        held = Judge(self, inputs, direction, grad_out)
         costs = [self.cost(inputs, b) for b in (False, True) if direction in ("fwd+bwd", "bwd" if b else "fwd")]
         moved, flops = (sum(c) for c in zip(*costs, strict=True))
 
         def variant(function, **more):
             return Variant(closure(function, inputs, direction, grad_out), **more)
 
-        trial = Trial({}, moved, flops, mismatch=judge.wrong(self.ours))
-        trial.first["ours"] = judge.taken
+        trial = Trial({}, moved, flops, truth=held.against)
+        trial.mismatch = held.look("ours", self.ours, trial)
         if trial.mismatch:
             return trial
+        trial.errors["eager"] = held.eager_errors
         trial.variants = {"eager": variant(self.eager), "ours": variant(self.ours)}
         if settings.compile and not self.opaque:
             try:
                 torch._dynamo.reset()  # or the limit on recompilations makes later cases eager in silence
-                trial.variants["compile"] = variant(torch.compile(self.eager, dynamic=False))
+                compiled = torch.compile(self.eager, dynamic=False)
+                if not self.random:  # its draws are its own
+                    held.look("compile", compiled, trial)
+                trial.variants["compile"] = variant(compiled)
             except Exception as error:
                 trial.absent["compile"] = first_line(error)
         elif settings.compile:
@@ -142,9 +150,8 @@ class Case:
         for name, make in others.items():
             try:
                 function = make()
-                if not self.random and (reason := judge.wrong(function)):
+                if not self.random and (reason := held.look(name, function, trial, FAR)):
                     raise peers.Absent(f"wrong: {reason}")
-                trial.first |= {} if self.random else {name: judge.taken}
                 trial.variants[name] = variant(function, brief=True)
             except Exception as error:  # whatever somebody else's code raises, the row says it
                 trial.absent[name] = first_line(error)
@@ -155,7 +162,7 @@ class Case:
                 if name == "reference" and (reason := too_large(self, inputs, direction)):
                     raise peers.Absent(reason)
                 with around():
-                    if name != "reference" and (reason := judge.wrong(self.ours)):
+                    if reason := held.look(name, self.ours, trial, within=None if name == "reference" else 1.0):
                         raise peers.Absent(f"wrong: {reason}")
                     trial.variants[name] = variant(self.ours, around=around, brief=True)
             except Exception as error:
@@ -222,22 +229,20 @@ def closure(function: Callable, inputs: Sequence, direction: str, grad_out: Tens
 
 
 class Judge:
-    """Says what is wrong with a function's results on the inputs to be timed; eager's and the truth are computed once."""
+    """Holds a function's results on the inputs to be timed against the op in float64; the truth and eager are computed once."""
 
     def __init__(self, case: Case, inputs: Sequence, direction: str, grad_out: Tensor):
         self.case, self.inputs, self.direction, self.grad_out = case, inputs, direction, grad_out
-        if case.random:
-            with gpt_kernels.use_backend("reference"):
-                self.eager = self.truth = self.results(case.ours)
-            return
-        self.eager = self.results(case.eager)
-        # in float32 for 16-bit inputs: eager's own 16-bit sums over rows can be far off
-        wide = [x.detach().float().requires_grad_(x.requires_grad) if is_16_bit(x) else x for x in inputs]
-        self.truth = (
-            self.results(case.eager, wide, grad_out.float() if is_16_bit(grad_out) else grad_out)
-            if case.dtype.itemsize == 2
-            else self.eager
-        )
+        wide = torch.float64 if 8 * sum(x.numel() for x in inputs if is_float(x)) <= TRUTH_BYTES else torch.float32
+        self.against = f"the op in {str(wide).removeprefix('torch.')}"
+        # who draws other numbers than ours is no measure of it: our reference draws the same from the same seed
+        around = gpt_kernels.use_backend("reference") if case.random else contextlib.nullcontext()
+        function = case.ours if case.random else case.eager
+        with around:
+            self.eager = self.results(function)
+            given = [x.detach().to(wide).requires_grad_(x.requires_grad) if is_float(x) else x for x in inputs]
+            self.truth = [t.double() for t in self.results(function, given, grad_out.to(wide))]
+        self.eager_errors = [relative_error(e, t) for e, t in zip(self.eager, self.truth, strict=True)]
 
     def results(self, function: Callable, inputs: Sequence | None = None, grad_out: Tensor | None = None) -> list[Tensor]:
         torch.manual_seed(0)
@@ -250,20 +255,25 @@ class Judge:
         self.taken = one_call(call)
         return found
 
-    def wrong(self, function: Callable) -> str | None:
-        for i, (a, e, t) in enumerate(zip(self.results(function), self.eager, self.truth, strict=True)):
+    def look(self, name: str, function: Callable, trial: Trial, within: float | None = 1.0) -> str | None:
+        """What is wrong with it: that it errs by more than `within` times what accuracy.py allows ours; nothing with None. Its
+        errors and the seconds of this call go into the trial."""
+        results = self.results(function)
+        trial.first[name] = self.taken
+        first_gradient = 0 if self.direction == "bwd" else 1
+        trial.errors[name] = []
+        for i, (a, e, t) in enumerate(zip(results, self.eager, self.truth, strict=True)):
             if a.shape != t.shape:
                 return f"output {i} has shape {tuple(a.shape)}, eager's has {tuple(t.shape)}"
-            if t.numel():
-                limit = 2 * (e - t).abs().max().item() + TOLERANCE[self.case.dtype] * t.abs().max().item()
-                error = (a - t).abs().max().item()
-                if not error <= limit:  # also for NaN
-                    return f"output {i} is off by {error:.3e}, allowed {limit:.3e}"
+            trial.errors[name].append(relative_error(a, t))
+            found = judge(a, t, e, FORWARD if i < first_gradient else INPUT_GRADIENT)
+            if found.wrong and within is not None and (within == 1.0 or not found.error <= within * found.allowed):
+                return f"output {i}: {found.wrong}"
         return None
 
 
-def is_16_bit(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 # ---- measuring ----
@@ -522,6 +532,10 @@ def measure(case: Any, direction: str, limits: Limits, settings: Settings) -> di
                 figures[name]["host"] = host_seconds(variant.call, about[name]) / trial.units
         if tiny:
             figures[name]["launch"] = figures[name]["host" if on_gpu() else "seconds"]
+    for name, errors in trial.errors.items():
+        if name in figures:
+            figures[name]["errors"] = errors
+    row |= {"truth": trial.truth} if trial.truth else {}
     row |= {"variants": figures, "bytes": trial.bytes, "flops": trial.flops, "tiny": tiny}
     row["limits"] = limits.rates | {name: statistics.median(r) for name, r in rates.items()}
     row["limits_spread"] = {name: half_interquartile(r) for name, r in rates.items()}  # of those sampled beside the variants

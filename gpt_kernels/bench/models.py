@@ -16,8 +16,9 @@ from torch import nn
 
 import gpt_kernels
 
+from ..accuracy import layers_apart
 from ..workflows.models import autocast, gpt2, next_token_loss
-from .measure import TOLERANCE, Settings, Trial, Variant, first_line, on_gpu
+from .measure import Settings, Trial, Variant, first_line, on_gpu
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,8 @@ def wrong_tokens(model: Any, ids: torch.Tensor, prompt: int, dtype: torch.dtype)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, prompt - 1 :].float()
     chosen = logits.gather(-1, ids[:, prompt:, None])[..., 0]
     best, largest = logits.amax(-1), logits.abs().max().item()
-    # two sets of logits may each be off by the tolerance
     behind = (best - chosen).max().item()
-    allowed = 4 * TOLERANCE[dtype] * largest
+    allowed = layers_apart(largest, model.config.n_layer, dtype)
     return None if behind <= allowed else f"a token is {behind:.3e} behind eager's best, allowed {allowed:.3e}"
 
 

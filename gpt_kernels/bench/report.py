@@ -85,6 +85,12 @@ def ratio(row: dict) -> str:
     return "-" if row.get("ratio") is None else f"{row['ratio']:.2f}x"
 
 
+def off_by(row: dict, variant: str) -> str:
+    """The largest relative error of a variant's output and gradients, against the op in float64."""
+    errors = row.get("variants", {}).get(variant, {}).get("errors")
+    return f"{max(errors):.1e}" if errors else "-"
+
+
 def others(row: dict) -> list[str]:
     """Variants beyond the three that have a column."""
     return [name for name in row.get("variants", {}) if name not in VARIANTS]
@@ -92,7 +98,7 @@ def others(row: dict) -> list[str]:
 
 HEADS = (
     "op", "shape", "dtype", "direction", "eager", "compile", "ours", "ours cold", "vs better", "ours, of limit",
-    "peak MiB eager / compile / ours", "others", "served by",
+    "peak MiB eager / compile / ours", "off by eager / compile / ours", "others", "served by",
 )  # fmt: skip
 
 
@@ -101,9 +107,10 @@ def cells(row: dict) -> list[str]:
     if row["mismatch"]:
         return [*head, "no numbers:", row["mismatch"], *[""] * (len(HEADS) - 7), row["served"]]
     peaks = " / ".join(mib(figure(row, v, "memory")) for v in VARIANTS)  # type: ignore[arg-type]
+    errors = " / ".join(off_by(row, v) for v in VARIANTS)
     more = "\n".join(f"{name} {timing(row, name)}" for name in others(row))
-    limit = f"{rate(row)} {row['of_limit']:.0%}"
-    return [*head, *(timing(row, v) for v in VARIANTS), other_state(row, "ours"), ratio(row), limit, peaks, more, row["served"]]
+    times = [*(timing(row, v) for v in VARIANTS), other_state(row, "ours"), ratio(row)]
+    return [*head, *times, f"{rate(row)} {row['of_limit']:.0%}", peaks, errors, more, row["served"]]
 
 
 def heads(result: dict) -> tuple[str, ...]:
@@ -203,7 +210,8 @@ def markdown(rows: Sequence[dict]) -> str:
 
 COLUMNS = (
     "op", "shape", "dtype", "direction", "length", "variant", "seconds", "spread", "timed", "warm", "cold", "first", "launch",
-    "memory", "bytes", "flops", "GB/s", "GFLOP/s", "bound", "of_limit", "ours_faster", "served", "host", "disturbed", "note",
+    "memory", "bytes", "flops", "GB/s", "GFLOP/s", "bound", "of_limit", "ours_faster", "off_by", "served", "host",
+    "disturbed", "note",
 )  # fmt: skip
 
 
@@ -216,6 +224,7 @@ def csv_text(rows: Sequence[dict]) -> str:
         for name, v in row.get("variants", {}).items():
             facts = {"variant": name, "GB/s": row["bytes"] / v["seconds"] / 1e9, "GFLOP/s": row["flops"] / v["seconds"] / 1e9}
             facts["of_limit"] = row["of_limit"] * row["variants"]["ours"]["seconds"] / v["seconds"]
+            facts["off_by"] = max(v["errors"]) if v.get("errors") else None
             facts["ours_faster"] = v["seconds"] / row["variants"]["ours"]["seconds"]
             writer.writerow({row["timed"]: v["seconds"]} | row | v | facts)
         for name, reason in {**({"ours": row["mismatch"]} if row["mismatch"] else {}), **row.get("absent", {})}.items():

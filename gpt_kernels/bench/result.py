@@ -84,8 +84,9 @@ MEASURED = {"timed": one_of("warm", "cold"), "variants": mapping(kind(dict)), "b
             "ratio": or_none(positive)}  # fmt: skip
 VARIANT = {"seconds": positive, "spread": number, "memory": or_none(number),
            "samples": lambda v: isinstance(v, list) and all(map(positive, v))}  # fmt: skip
-ROW_MAY = {"disturbed": number, "stolen": number, "repeated": number}
-MAY = {"host": positive, "warm": or_none(positive), "cold": or_none(positive), "first": number, "launch": positive}
+ROW_MAY = {"disturbed": number, "stolen": number, "repeated": number, "truth": TEXT}
+MAY = {"host": positive, "warm": or_none(positive), "cold": or_none(positive), "first": number, "launch": positive,
+       "errors": lambda v: isinstance(v, list) and all(map(number, v))}  # fmt: skip
 
 
 def validate(result: dict[str, Any]) -> None:
