@@ -103,8 +103,9 @@ def _crooked_row(a: Tensor, t: Tensor, e: Tensor, factor: float, allowed: float,
     if not large.any():
         return None
     deviation, of_eager = _deviation(a[large], t[large]), _deviation(e[large], t[large]).max()
-    # eager may be exact in a row by luck: any row may err as much as eager's elements do on the average
-    usual = (e - t).square().mean() * t.shape[-1] / (2 * t[large].square().sum(-1))
+    # eager may be exact in a row by luck: any row may err as much as eager's usual one does
+    squares = (e - t).square().sum(-1)
+    usual = (squares[squares > 0].median() if squares.any() else squares.sum()) / (2 * t[large].square().sum(-1))
     limit = factor**2 * torch.maximum(usual, of_eager).clamp(min=least / factor**2)
     row = int((deviation / limit).argmax())
     if deviation[row] <= limit[row]:

@@ -10,8 +10,9 @@ kernels do the same; any other call runs the class's own forward. `dense` is wha
 where forward hooks are set on all modules (torch.nn.modules.module.register_module_forward_hook and its kin), a module that
 does the work of its children hands them back that work, so that each of them is seen.
 
-A family of models is one file in integrations/, with a `register` line per module class and a `keep` line for what stays as it
-is; see integrations/__init__.py.
+A family of models is one file, integrations/<library>_<family>.py, with a `register` or `keep` line per module class. It is
+found by its name, and loaded when patch first sees a class of a module such as <library>.models.<family>.modeling_<family>.
+What it says counts after what was said elsewhere.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import pkgutil
 import re
-import weakref
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,26 +87,42 @@ class Plan:
 # ---- the registry ----
 
 
+Target = type[nn.Module] | Callable[[nn.Module], bool]
+
+
 @dataclass(frozen=True)
 class _Rule:
-    matches: Callable[[nn.Module], bool]
-    replacement: type
-    ops: tuple[str, ...]
+    target: Target
     why: str
-    unless: Callable[[nn.Module], str | None]
-    fuses: tuple[str, ...]
-    serves: Callable[..., bool] | None
-    forward: Callable | None  # the class's own, as it was when the rule was written for it
+    home: str  # the module that said it
+    replacement: Any = None  # None: to be kept
+    ops: tuple[str, ...] = ()
+    unless: Callable[[Any], str | None] = lambda module: None
+    fuses: tuple[str, ...] = ()
+    serves: Callable[..., bool] | None = None
+    forward: Callable | None = None  # the class's own, as it was when the rule was written for it
+
+    def matches(self, module: nn.Module) -> bool:
+        return _own(module) is self.target if isinstance(self.target, type) else self.target(module)
 
 
-_rules: list[_Rule] = []
-_keeps: list[tuple[Callable[[nn.Module], bool], str]] = []
+_rules: list[_Rule] = []  # the first that matches counts
 _base_of: dict[type, type] = {}  # class made here -> the module's own class
 
 
-def register(target: type | Callable[[nn.Module], bool], ops: tuple[str, ...], why: str,
-             unless: Callable[[nn.Module], str | None] = lambda module: None, fuses: tuple[str, ...] = (),
-             serves: Callable[..., bool] | None = None):  # fmt: skip
+def _own(module: nn.Module) -> type:
+    """The module's own class, swapped or not."""
+    return _base_of.get(type(module), type(module))
+
+
+def _add(rule: _Rule) -> None:
+    # families are loaded when they are seen: a user's newest word is the first, theirs come after it as they are written
+    family = rule.home.startswith(f"{integrations.__name__}.")
+    _rules.insert(len(_rules) if family else 0, rule)
+
+
+def register(target: Target, ops: tuple[str, ...], why: str, unless: Callable[[Any], str | None] = lambda module: None,
+             fuses: tuple[str, ...] = (), serves: Callable[..., bool] | None = None):  # fmt: skip
     """Class decorator: the class's methods replace those of modules whose class is `target`, or for which target(module).
 
     The methods find the module's own under super(). Only methods of the module's class may be named in it: any other
@@ -113,38 +131,61 @@ def register(target: type | Callable[[nn.Module], bool], ops: tuple[str, ...], w
     call what the module's own would? If not, the module's own does it. It is asked at every call: a microsecond at most.
     """
     known = getattr(target, "forward", None) if isinstance(target, type) else None
-    matches = _matcher(target)
 
     def add(replacement: type) -> type:
-        _rules.append(_Rule(matches, replacement, ops, why, unless, fuses, serves, known))
+        _add(_Rule(target, why, replacement.__module__, replacement, ops, unless, fuses, serves, known))
         return replacement
 
     return add
 
 
-def keep(target: nn.Module | type | Callable[[nn.Module], bool], why: str) -> None:
-    """Leave modules as they are in every patch() from now on: this module and what is in it, those of this class, or those
-    for which target(module). The plan says `why`.
+def keep(target: Target, why: str, *, home: str = "") -> None:
+    """The counterpart of register: modules whose class is `target`, or for which target(module), stay as they are, with all
+    that is inside them. why: what the plan says of them.
 
-    Raises TypeError for anything else, and ValueError for a module that is swapped already: unpatch it first.
+    The last word counts, of register and keep, and both count before the files in integrations/. It holds from the next patch
+    on, which gives back its class to a module that was swapped before. patch(model, keep=...) keeps modules of one model.
+    home: the __name__ of a file in integrations/ that says so.
+    Raises TypeError for a target that is neither a module class nor a function.
     """
     if isinstance(target, nn.Module):
-        if is_patched(target):
-            raise ValueError(f"keep: {type(target).__name__} is swapped already; unpatch it first")
-        found = weakref.WeakSet(target.modules())
-        _keeps.append((lambda module: module in found, why))
-    elif isinstance(target, type) or callable(target):
-        _keeps.append((_matcher(target), why))
-    else:
-        raise TypeError(f"keep: expected a module, a class of modules or a function of one, got {type(target).__name__}")
+        raise TypeError(f"keep: expected a module class, got a {type(target).__name__}; patch(model, keep=[module]) keeps one")
+    if not callable(target) or isinstance(target, type) and not issubclass(target, nn.Module):
+        raise TypeError(f"keep: expected a module class or a function of a module, got {target!r:.60}")
+    _add(_Rule(target, why, home))
 
 
-def _matcher(target: type | Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
-    return (lambda module: type(module) is target) if isinstance(target, type) else target
+# ---- families ----
+
+
+def _load_families(model: nn.Module) -> dict[str, str]:
+    """Import the files in integrations/ that know classes of the model; {file's name: why it could not be loaded}."""
+    files = {file.name for file in pkgutil.iter_modules(integrations.__path__)}
+    failed = {}
+    for name in sorted({name for module in model.modules() for name in _family_names(_own(module))} & files):
+        try:
+            importlib.import_module(f"{integrations.__name__}.{name}")
+        except Exception as error:
+            # of any kind: the file names what another library has, or had
+            failed[name] = f"integration {name} could not be loaded: {type(error).__name__}: {error}"
+    if failed:
+        # half a family is none
+        gone = {rule.home for rule in _rules if rule.home.startswith(f"{integrations.__name__}.")} - sys.modules.keys()
+        _rules[:] = [rule for rule in _rules if rule.home not in gone]
+    return failed
+
+
+def _family_names(cls: type) -> list[str]:
+    """What a file that knows cls may be called: "a_b", "a_c" for a class of module a.b.c."""
+    library, *parts = cls.__module__.split(".")
+    return [f"{library}_{part}" for part in parts]
+
+
+# ---- made classes ----
 
 
 @functools.cache
-def _made_class(replacement: Any, base: Any) -> Any:
+def _made_class(replacement: Any, base: type) -> type:
     # named as the module's class: files and other libraries know classes by their names
     names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
 
@@ -184,14 +225,15 @@ def _new(replacement: type, base: type) -> nn.Module:
 # ---- patch and unpatch ----
 
 
-def patch(model: nn.Module, dry_run: bool = False) -> Plan:
+def patch(model: nn.Module, dry_run: bool = False, keep: Iterable[nn.Module | type[nn.Module]] = ()) -> Plan:
     """Swap every module of `model` that a kernel of ours can serve with the same result; returns the plan.
 
-    dry_run: only the plan. Modules stay the same objects, and patching twice is patching once. Nothing is swapped where
-    our kernels are not there for the model's device: a patched model is not to be slower. Raises TypeError for anything
-    but a torch.nn.Module.
+    dry_run: only the plan. keep: modules of the model, or classes, that stay as they are, with all that is inside them.
+    Modules stay the same objects, and patching twice is patching once. Nothing is swapped where our kernels are not there for
+    the model's device: a patched model is not to be slower. Raises TypeError for anything but a torch.nn.Module, ValueError
+    for a module in keep that is not in the model.
     """
-    plan, changes = _plan(model, dry_run)
+    plan, changes = _plan(model, dry_run, keep)
     if not dry_run:
         for module, made in changes:
             module.__class__ = made
@@ -216,9 +258,9 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[Plan]:
-    """patch(model) inside the block; afterwards the model is as it was, also if it was already patched."""
-    plan, changes = _plan(model, False)
+def patched(model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = ()) -> Iterator[Plan]:
+    """patch(model, keep=keep) inside the block; afterwards the model is as it was, also if it was already patched."""
+    plan, changes = _plan(model, False, keep)
     before = [(module, module.__class__) for module, _ in changes]
     for module, made in changes:
         module.__class__ = made
@@ -239,65 +281,80 @@ def _require_module(model, caller: str) -> None:
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _plan(model: nn.Module, dry_run: bool) -> tuple[Plan, list[tuple[nn.Module, type]]]:
+def _plan(model: nn.Module, dry_run: bool, keep: Iterable) -> tuple[Plan, list[tuple[nn.Module, type]]]:
+    """The plan, and the modules that it changes, with their new classes."""
     _require_module(model, "patch")
-    problems = _load_families(model)
+    asked = _asked(model, keep)
+    failed = _load_families(model)
+    kept: dict[nn.Module, str] = {}
+    rules: dict[nn.Module, _Rule | None] = {}
+    for path, module in model.named_modules():
+        rule = rules[module] = next((rule for rule in _rules if rule.matches(module)), None)
+        why = rule.why if rule is not None and rule.replacement is None else None
+        if module in asked or _own(module) in asked:
+            why = "keep= asks for it"
+        if why is not None:
+            for inner in module.modules():
+                kept.setdefault(inner, why if inner is module else f"inside {path or 'the model'}, which is kept: {why}")
+
     rows: list[Row] = []
     changes: list[tuple[nn.Module, type]] = []
     fused: set[str] = set()
     for path, module in model.named_modules():
-        cls = type(module).__name__
+        rule, swapped, cls = rules[module], type(module) in _base_of, type(module).__name__
         if path in fused:
             rows.append(Row(path, cls, None, "its work is done inside its parent"))
             continue
-        own, reason = _base_of.get(type(module)), None
-        try:
-            if own is None:
-                reason = next((why for matches, why in _keeps if matches(module)), None)
-            rule = next((r for r in _rules if r.matches(module)), None) if own is None else _rule_of(type(module).__bases__[0])
-            reason = reason or (_reason_to_keep(module, rule, model) if own is None else None)
-        except Exception as error:  # an attribute that another version of its library has not
-            rule, reason = None, f"its rule fails: {type(error).__name__}: {error}"
+        reason = kept.get(module)
+        if swapped and reason is None:
+            # a module keeps the replacement that it has
+            rule = _rule_of(type(module).__bases__[0])
+        if rule is not None and reason is None:
+            reason = next((f"its {name} is kept" for name in rule.fuses if getattr(module, name, None) in kept), None)
+        if swapped and reason is not None:
+            changes.append((module, _own(module)))
+        elif rule is not None and reason is None and not swapped:
+            reason = _reason_to_keep(module, rule, model)
         if rule is None or reason is not None:
-            rows.append(Row(path, cls, None, reason or _problem(type(module), problems) or _why_no_rule(module)))
+            rows.append(Row(path, cls, None, reason or _why_no_rule(module, failed)))
             continue
         rows.append(Row(path, cls, "+".join(rule.ops), rule.why))
         fused |= {f"{path}.{child}".lstrip(".") for child in rule.fuses}
-        if own is None:
-            changes.append((module, _made_class(rule.replacement, type(module))))  # type: ignore[arg-type]
+        if not swapped:
+            changes.append((module, _made_class(rule.replacement, _own(module))))
     return Plan(type(model).__name__, rows, dry_run), changes
 
 
-def _load_families(model: nn.Module) -> dict[str, str]:
-    """Import the integrations that the model's classes ask for; file -> why it could not be."""
-    problems = {}
-    for file in sorted({file for module in model.modules() for file in integrations.of(type(module))}):
-        rules, keeps = len(_rules), len(_keeps)
-        try:
-            importlib.import_module(f"{integrations.__name__}.{file}")
-        except Exception as error:
-            # half of a family is none
-            del _rules[rules:], _keeps[keeps:]
-            problems[file] = f"integrations/{file}.py could not be loaded: {type(error).__name__}: {error}"
-    return problems
-
-
-def _problem(cls: type, problems: dict[str, str]) -> str | None:
-    return next((problems[file] for file in integrations.of(cls) if file in problems), None)
+def _asked(model: nn.Module, keep: Iterable) -> set:
+    """The modules and classes in patch's keep, checked."""
+    if isinstance(keep, nn.Module | type):
+        # some of which could be iterated over
+        raise TypeError("patch: keep: expected a list of modules and module classes, got one of them")
+    asked, modules = list(keep), set(model.modules())
+    for one in asked:
+        if isinstance(one, nn.Module):
+            if one not in modules:
+                raise ValueError(f"patch: keep has a {type(one).__name__} that is not in the model")
+        elif not (isinstance(one, type) and issubclass(one, nn.Module)):
+            raise TypeError(f"patch: keep: expected modules and module classes, got {one!r:.60}")
+    return {_base_of.get(one, one) if isinstance(one, type) else one for one in asked}
 
 
 def _rule_of(replacement: type) -> _Rule:
     return next(rule for rule in _rules if rule.replacement is replacement)
 
 
-def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> str | None:
-    if rule is None:
-        return None
+def _reason_to_keep(module: nn.Module, rule: _Rule, model: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
     if rule.forward is not None and type(module).forward is not rule.forward:
         return "its class's forward was replaced"
-    if (reason := rule.unless(module)) is not None:
+    try:
+        reason = rule.unless(module)
+    except Exception as error:
+        # it reads attributes that another version of the library may not have
+        return f"{rule.home} does not know it: {type(error).__name__}: {error}"
+    if reason is not None:
         return reason
     like = next(module.parameters(), None)
     like = next(model.parameters(), None) if like is None else like
@@ -307,18 +364,26 @@ def _reason_to_keep(module: nn.Module, rule: _Rule | None, model: nn.Module) -> 
         return f"its parameters are {like.dtype}"
     if like.dtype == torch.float64 and like.device.type != "cpu":
         return f"its parameters are float64, for which there is no kernel on {like.device.type}"
-    for op in rule.ops:
-        served = where(f"{op}_fwd").get(like.device.type.upper(), Served("reference", "no kernels for this device"))
-        # a reference that was pushed was asked for
-        if served.backend == "reference" and pushed(f"{op}_fwd") is None:
-            return f"{op} has no kernel here: {served}"
-    return None
+    absent = ((op, _no_kernel(f"{op}_fwd", like.device.type.upper())) for op in rule.ops)
+    return next((f"{op} has no kernel here: {why}" for op, why in absent if why is not None), None)
 
 
-def _why_no_rule(module: nn.Module) -> str:
-    if type(module).__module__.split(".")[0] == __package__:
+def _no_kernel(op: str, key: str) -> str | None:
+    """Why tensors of device `key` have no kernel of op here, or None where they have one."""
+    served = where(op).get(key, Served("reference", "no kernels for this device"))
+    # a reference that was pushed was asked for
+    return str(served) if served.backend == "reference" and pushed(op) != "reference" else None
+
+
+def _why_no_rule(module: nn.Module, failed: dict[str, str]) -> str:
+    if _own(module).__module__.split(".")[0] == __package__:
         return "runs on our kernels already"
-    return "its parts are looked at one by one" if next(module.children(), None) else "no replacement for this class"
+    for name in _family_names(_own(module)):
+        if name in failed:
+            return failed[name]
+    return (
+        "its parts are looked at one by one" if next(module.children(), None) is not None else "no replacement for this class"
+    )
 
 
 # ---- what our kernels serve ----

@@ -29,10 +29,10 @@ def test_just_inside_and_just_outside():
 
 def test_a_bad_row_cannot_hide_behind_a_large_one():
     truth, _ = pair(torch.float32, 6, 400)
-    truth[0] *= 1e6
+    truth[0] *= 1e3
     eager = truth.float()
     actual = eager.clone()
-    actual[2] += 1e-2 * torch.randn(400)  # less than the first row's roundings
+    actual[2] += 3e-4 * torch.randn(400).sign()  # less than the first row's roundings
     found = judge(actual, truth, eager)
     assert found.error <= found.allowed and found.wrong.startswith("a row's cosine")
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpt_kernels import GELU, GPT, GPTConfig, LayerNorm, RMSNorm, Softmax, checkpoint
-from gpt_kernels.verify import GRADIENT_FACTOR, OUTPUT_FACTOR, compare
+from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT
+from gpt_kernels.verify import compare
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -81,7 +82,7 @@ def test_logits_loss_and_every_gradient(name, dtype):
         ours[n] = g.mT if checkpoint._is_conv1d(n) else g
     assert set(ours) == set(truth)
     for n in truth:
-        factor = GRADIENT_FACTOR if n in names else OUTPUT_FACTOR
+        factor = MODEL_GRADIENT if n in names else MODEL_OUTPUT
         assert (c := compare(n, ours[n], eager[n], truth[n], dtype, factor)).ok, c
 
 

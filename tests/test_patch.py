@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 import gpt_kernels
 from gpt_kernels import Served, patch, patched, unpatch
+from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT
 from gpt_kernels.integrations import transformers_gpt2
 from gpt_kernels.patch import is_patched
-from gpt_kernels.verify import GRADIENT_FACTOR, OUTPUT_FACTOR, compare
+from gpt_kernels.verify import compare
 
 transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2DoubleHeadsModel, GPT2LMHeadModel, GPT2Model  # noqa: E402
@@ -73,7 +74,7 @@ def assert_parity(model, x, mask=None):
     bad = [
         c
         for n in truth
-        for c in [compare(n, ours[n], eager[n], truth[n], dtype, GRADIENT_FACTOR if n[:4] == "grad" else OUTPUT_FACTOR)]
+        for c in [compare(n, ours[n], eager[n], truth[n], dtype, MODEL_GRADIENT if n[:4] == "grad" else MODEL_OUTPUT)]
         if not c.ok
     ]
     assert not bad, bad
@@ -324,9 +325,8 @@ def test_unknown_model_says_that_nothing_was_swapped():
 
 def test_nothing_is_swapped_where_there_is_no_kernel(monkeypatch):
     module = importlib.import_module("gpt_kernels.patch")  # the function has the module's name
-    monkeypatch.setattr(
-        module, "where", lambda op: {"CPU": Served("reference", "not built"), "CUDA": Served("reference", "none")}
-    )
+    nothing = {"CPU": Served("reference", "not built"), "CUDA": Served("reference", "none")}
+    monkeypatch.setattr(module, "where", lambda op: nothing)
     plan = patch(tiny())
     assert not plan.swapped and "not built" in row(plan, "transformer.ln_f").why
 

@@ -39,6 +39,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+from gpt_kernels import Served  # noqa: E402
 from gpt_kernels.integrations import transformers_gpt2  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -469,7 +470,7 @@ def test_a_forward_put_into_the_class_is_run(cls, when, monkeypatch):
 
 @pytest.mark.parametrize("device", ("cuda", "cpu"))
 def test_float64_on_a_gpu_is_kept(device, monkeypatch):
-    monkeypatch.setattr(patch_module, "where", lambda op: {"CPU": "cpu (...)", "CUDA": "triton (...)"})
+    monkeypatch.setattr(patch_module, "where", lambda op: {"CPU": Served("cpu", "..."), "CUDA": Served("triton", "...")})
     with FakeTensorMode():
         rows = patch(nn.Sequential(nn.LayerNorm(N, device=device, dtype=F64), nn.GELU())).rows[1:]
         if device == "cpu":

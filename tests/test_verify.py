@@ -8,7 +8,7 @@ from torch import nn
 
 from gpt_kernels import GPT, GPTConfig, patch, unpatch, verify
 from gpt_kernels.accuracy import model_floor
-from gpt_kernels.integrations import transformers_gpt2
+from gpt_kernels.integrations import transformers_gpt2, transformers_private
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare
 
@@ -153,7 +153,7 @@ def wrong_scale(monkeypatch):
 
 
 def wrong_gelu(monkeypatch):
-    monkeypatch.setattr(transformers_gpt2, "_approximate", lambda act: "none")
+    monkeypatch.setattr(transformers_private, "gelu_of", lambda act: "none")
 
 
 def lost_bias(monkeypatch):

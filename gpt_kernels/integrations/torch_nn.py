@@ -1,4 +1,4 @@
-"""torch's own modules: norms, GELU and dropout on our kernels."""
+"""torch.nn's modules over one op each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..patch import dense, droppable, keep, parameter, register
 
-keep(nn.Linear, "matrix product: torch's")
-keep(nn.Embedding, "row lookup: torch's")
+keep(nn.Linear, "matrix product: torch's", home=__name__)
+keep(nn.Embedding, "row lookup: torch's", home=__name__)
 
 
 def _several_dimensions(module: Any) -> str | None:

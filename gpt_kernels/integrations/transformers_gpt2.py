@@ -15,26 +15,20 @@ call (see patch.py):
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers import Conv1D, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2
-from transformers.pytorch_utils import Conv1D
 
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import gelu
 from ..patch import dense, droppable, keep, parameter, register, unhooked
-from . import _transformers as private
+from . import transformers_private as private
 
-keep(Conv1D, "matrix product: torch's")
+keep(Conv1D, "matrix product: torch's", home=__name__)
 
 
 def _left_by_autocast(x: Tensor) -> bool:
@@ -48,7 +42,7 @@ def _left_by_autocast(x: Tensor) -> bool:
 # ---- attention ----
 
 # the functions that the kernel stands in for, and the keyword arguments that mean something to them
-_INTERFACES = {"sdpa": sdpa_attention_forward, "eager": modeling_gpt2.eager_attention_forward}
+_INTERFACES = private.attention_interfaces(modeling_gpt2)
 _READ = frozenset(
     (
         "module",
@@ -71,9 +65,10 @@ def _keep_attention(module: Any) -> str | None:
         return "cross-attention"
     if module.head_dim > MAX_HEAD_DIM:
         return f"head dim {module.head_dim} is above {MAX_HEAD_DIM}"
-    implementation = private.attention_implementation(module.config)
-    if implementation not in _INTERFACES:
-        return f"attention implementation {implementation!r}"
+    implementation = private.attention_implementation(module)
+    own = _INTERFACES.get(implementation or "", f"attention implementation {implementation!r}")
+    if isinstance(own, str):
+        return own
     if implementation == "eager" and module.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
     return None
@@ -86,14 +81,19 @@ def _serves_attention(
     return (
         encoder_hidden_states is None
         and not isinstance(past_key_values, EncoderDecoderCache)
-        and not (module.reorder_and_upcast_attn and private.attention_implementation(module.config) == "eager")
+        and not (module.reorder_and_upcast_attn and private.attention_implementation(module) == "eager")
     )
 
 
 def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwargs: dict) -> bool:  # fmt: skip
     """Does the kernel do what the function registered for `implementation` does with these?"""
     own = _INTERFACES.get(implementation)
-    if own is None or ALL_ATTENTION_FUNCTIONS.get(implementation, own) is not own or not _READ.isdisjoint(kwargs):
+    if (
+        own is None
+        or isinstance(own, str)
+        or private.is_replaced(implementation, own, modeling_gpt2)
+        or not _READ.isdisjoint(kwargs)
+    ):
         return False
     scaling = module.scaling
     # torch's own kernels for a CPU answer NaN to a scale of 0 or less
@@ -110,7 +110,7 @@ def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwar
         if torch.compiler.is_compiling():
             return False
         # who hooks it may want the weights
-        if private.may_be_collected("attentions") or not unhooked(module):
+        if private.wants_attentions() or not unhooked(module):
             return False
     elif mask is None and type(module.is_causal) is not bool:
         return False
@@ -159,7 +159,7 @@ class Attention:
             # a cache that was empty holds copies of k and v: these spare the backward pass through the copy
             if type(past_key_values) is DynamicCache and keys.shape == k.shape and keys.dtype == k.dtype:
                 keys, values = k, v
-        implementation = private.attention_implementation(self.config)
+        implementation = private.attention_implementation(self)
         p, weights = self.attn_dropout.p if self.training else 0.0, None
         if _kernel_serves(self, implementation, q, keys, values, attention_mask, p, kwargs):
             # "sdpa" passes no mask where causal says it all, "eager" always passes one; top-left: a static cache's tail is
@@ -169,7 +169,7 @@ class Attention:
             o, _ = attention(q, keys, values, attention_mask, scale=self.scaling, dropout_p=p, window_right=right)
             o = o.transpose(1, 2)
         else:
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_gpt2.eager_attention_forward)
+            interface = private.attention_function(implementation, modeling_gpt2)
             o, weights = interface(self, q, keys, values, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
         o = o.reshape(*o.shape[:-2], -1).contiguous()
         return self.resid_dropout(self.c_proj(o)), weights
@@ -178,26 +178,10 @@ class Attention:
 # ---- MLP ----
 
 
-def _approximate(act: Any) -> str | None:
-    """Which GELU `act` is: "tanh", "none" (erf), or None for something else."""
-    if type(act) is activations.NewGELUActivation:
-        return "tanh"
-    # these two call what stands in their `act`: torch's function, or a method of theirs in Python
-    if type(act) is activations.GELUActivation:
-        return "none" if private.is_erf(act) else None
-    if type(act) is activations.GELUTanh:
-        if isinstance(f := act.act, functools.partial):
-            own = f.func is nn.functional.gelu and not f.args and f.keywords == {"approximate": "tanh"}
-        else:
-            own = private.is_gelu_in_python(f, activations.GELUTanh)
-        return "tanh" if own else None
-    return None
-
-
 def _keep_mlp(module: Any) -> str | None:
     if type(module.c_fc) is not Conv1D:
         return f"c_fc is a {type(module.c_fc).__name__}"
-    if _approximate(module.act) is None:
+    if private.gelu_of(module.act) is None:
         return f"activation {type(module.act).__name__} has no kernel"
     if not (unhooked(module.c_fc) and unhooked(module.act)):
         return "c_fc or act has hooks"
@@ -212,7 +196,7 @@ def _child(module: Any, name: str) -> Any:
 
 def _serves_mlp(module: Any, hidden_states) -> bool:
     c_fc, act = _child(module, "c_fc"), _child(module, "act")
-    if type(c_fc) is not Conv1D or _approximate(act) is None or not (unhooked(c_fc) and unhooked(act)):
+    if type(c_fc) is not Conv1D or private.gelu_of(act) is None or not (unhooked(c_fc) and unhooked(act)):
         return False
     bias = parameter(c_fc, "bias")
     return (
@@ -232,7 +216,7 @@ class MLP:
     def forward(self, hidden_states):
         c_fc = _child(self, "c_fc")
         hidden_states = hidden_states @ parameter(c_fc, "weight")
-        hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), _approximate(_child(self, "act")))
+        hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), private.gelu_of(_child(self, "act")))
         return self.dropout(self.c_proj(hidden_states))
 
 
@@ -254,7 +238,7 @@ def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None,
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
 ):  # fmt: skip
     """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are.
@@ -263,7 +247,7 @@ def causal_lm_loss(
     among it, goes to ForCausalLMLoss itself.
     """
     if not _loss_serves(logits, labels if shift_labels is None else shift_labels, vocab_size, ignore_index):
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        return private.ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
     target = shift_labels.view(-1).to(logits.device)
@@ -279,22 +263,14 @@ def causal_lm_loss(
     return loss / num_items_in_batch
 
 
-def _wants_causal_lm_loss(model: PreTrainedModel) -> bool:
-    # as PreTrainedModel.loss_function finds it, without its warning, at which the compiler stops
-    named: Any = getattr(model, "loss_type", None)
-    return private.own_loss_function(model, LOSS_MAPPING.get(named, LOSS_MAPPING["ForCausalLM"])) is ForCausalLMLoss
-
-
-def _keep_loss(model: Any) -> str | None:
-    return None if _wants_causal_lm_loss(model) else "its loss function is not the causal language model's"
-
-
-@register(modeling_gpt2.GPT2LMHeadModel, ("cross_entropy",), "cross entropy without float32 logits", unless=_keep_loss)
+@register(
+    modeling_gpt2.GPT2LMHeadModel, ("cross_entropy",), "cross entropy without float32 logits", unless=private.no_causal_lm_loss
+)
 class CausalLM:
     @property
     def loss_function(self):
         # asked anew each time: a loss function set after patch is used
-        return causal_lm_loss if _wants_causal_lm_loss(self) else super().loss_function
+        return causal_lm_loss if private.no_causal_lm_loss(self) is None else super().loss_function
 
     @loss_function.setter
     def loss_function(self, value):

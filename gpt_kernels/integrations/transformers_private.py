@@ -1,0 +1,117 @@
+"""What our integrations read of transformers that it does not promise to keep, all of it here: names with an underscore, tables
+and functions inside its modules. No other file of integrations/ names them.
+
+Each is looked up once, when this file is loaded. For one that is not there, `absent` has the reason, for which whatever needs
+it is left to transformers, and nothing raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import transformers
+from torch import nn
+
+_absent: dict[str, str] = {}  # name -> what the plan says
+
+
+def _find(module: str, name: str) -> Any:
+    """transformers' module.name, or None, with its reason in _absent."""
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name)
+    except Exception:
+        # modules import what is optional, and fail in their own ways
+        _absent[name] = f"transformers {transformers.__version__} has no {module}.{name}"
+        return None
+
+
+def absent(*names: str) -> str | None:
+    """Why something that needs these names cannot be served, None where all are there."""
+    return next((_absent[name] for name in names if name in _absent), None)
+
+
+# ---- attention ----
+
+ALL_ATTENTION_FUNCTIONS = _find("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+sdpa_attention_forward = _find("integrations.sdpa_attention", "sdpa_attention_forward")
+_active_collector = _find("utils.output_capturing", "_active_collector")
+
+
+def attention_interfaces(modeling: ModuleType) -> dict[str, Callable | str]:
+    """{implementation: the function that our kernel stands in for, or why it does not}, for a model's module."""
+    table = absent("ALL_ATTENTION_FUNCTIONS")
+    # under "eager" who collects the weights must be known
+    eager = getattr(modeling, "eager_attention_forward", f"{modeling.__name__} has no eager_attention_forward")
+    return {
+        "sdpa": table or absent("sdpa_attention_forward") or sdpa_attention_forward,
+        "eager": table or absent("_active_collector") or eager,
+    }
+
+
+def attention_implementation(module: Any) -> str | None:
+    """What the module's config asks for ("sdpa", "eager", ...); None where it is not said."""
+    return getattr(module.config, "_attn_implementation", None)
+
+
+def attention_function(implementation: str, modeling: ModuleType) -> Callable:
+    """The function that the model's own attention calls now. Raises KeyError for an implementation that is not registered."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling.eager_attention_forward)
+
+
+def is_replaced(implementation: str, own: Callable, modeling: ModuleType) -> bool:
+    """Does another function than `own` stand in its place, in the table or in the model's module?"""
+    return ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(modeling, "eager_attention_forward", None)) is not own
+
+
+def wants_attentions() -> bool:
+    """Is a caller collecting attention weights by hooks?"""
+    wanted = _active_collector.get()
+    return wanted is not None and "attentions" in wanted
+
+
+# ---- activations ----
+
+_GELUActivation, _GELUTanh, _NewGELU = (
+    _find("activations", name) for name in ("GELUActivation", "GELUTanh", "NewGELUActivation")
+)
+# methods that stand in an activation's `act`; without them no `act` is taken for one
+_gelu_python = getattr(_GELUActivation, "_gelu_python", _absent)
+_gelu_tanh_python = getattr(_GELUTanh, "_gelu_tanh_python", _absent)
+
+
+def gelu_of(act: Any) -> str | None:
+    """Which GELU `act` is: "tanh", "none" (erf), or None for something else."""
+    if type(act) is _NewGELU:
+        return "tanh"
+    # these two call what stands in their `act`: torch's function, or a method of theirs in Python
+    if type(act) is _GELUActivation:
+        return "none" if act.act is nn.functional.gelu or getattr(act.act, "__func__", None) is _gelu_python else None
+    if type(act) is _GELUTanh:
+        if isinstance(f := act.act, functools.partial):
+            own = f.func is nn.functional.gelu and not f.args and f.keywords == {"approximate": "tanh"}
+        else:
+            own = getattr(f, "__func__", None) is _gelu_tanh_python
+        return "tanh" if own else None
+    return None
+
+
+# ---- loss ----
+
+LOSS_MAPPING = _find("loss.loss_utils", "LOSS_MAPPING")
+ForCausalLMLoss = _find("loss.loss_utils", "ForCausalLMLoss")
+
+
+def no_causal_lm_loss(model: Any) -> str | None:
+    """Why the loss of `model` is not to be taken for ForCausalLMLoss; None where it is that."""
+    if (reason := absent("LOSS_MAPPING", "ForCausalLMLoss")) is not None:
+        return reason
+    # as PreTrainedModel.loss_function finds it, without its warning, at which the compiler stops
+    if hasattr(model, "_loss_function"):
+        function = model._loss_function
+    else:
+        function = LOSS_MAPPING.get(getattr(model, "loss_type", None), LOSS_MAPPING.get("ForCausalLM"))
+    return None if function is ForCausalLMLoss else "its loss function is not the causal language model's"
