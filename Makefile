@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/args/* csrc/cpu/*)
 
 .PHONY: demo test test-full mutants bench gpu lint clean setup
 

@@ -62,42 +62,6 @@ inline std::string shape_text(const Tensor& t) {
   return s.str();
 }
 
-// ---- checks that every launcher shares ----
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  GK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments, it is on another device");
-}
-// On the device that this library's kernels serve: the CPU (its model of a GPU included) or, compiled by nvcc, a GPU.
-inline void check_device(const char* op, const char* name, const Tensor& t) {
-#ifdef __CUDACC__
-  GK_CHECK(t.is_cuda(), op, ": ", name, " must be on a GPU like the other arguments, it is on another device");
-#else
-  check_cpu(op, name, t);
-#endif
-}
-inline void check_float(const char* op, const char* name, const Tensor& t) {
-  GK_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
-           dtype_name(t.scalar_type()));
-}
-inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
-  GK_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_text(t), " with other strides");
-}
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  GK_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
-}
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == like.size(i);
-  GK_CHECK(same, op, ": ", name, " must have the shape of ", like_name, " ", shape_text(like), ", got ", shape_text(t));
-}
-// A per-column parameter: weight or bias of N elements, in x's dtype or in float32 beside a 16-bit x (autocast).
-inline void check_column(const char* op, const char* name, const Tensor& t, int64_t N, ScalarType x_dtype) {
-  check_device(op, name, t);
-  GK_CHECK(t.dim() == 1 && t.size(0) == N, op, ": ", name, " must have shape (", N, ",), got ", shape_text(t));
-  GK_CHECK(t.scalar_type() == x_dtype || t.scalar_type() == stat_dtype(x_dtype), op, ": ", name, " must be ",
-           dtype_name(x_dtype), " like x or ", dtype_name(stat_dtype(x_dtype)), ", got ", dtype_name(t.scalar_type()));
-  check_contiguous(op, name, t);
-}
-
 // ---- allocation ----
 // Outputs of several megabytes are fresh pages from the system on every call; with 4 KB pages the faults cost more
 // than the arithmetic of a memory-bound op. Huge pages are asked for (csrc/cpu/isa.cpp), where the system grants them.

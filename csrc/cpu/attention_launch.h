@@ -7,7 +7,7 @@
 #include "launch.h"
 #include "philox_launch.h"
 
-#include "../attention_args.h"
+#include "../args/attention.h"
 
 namespace gk {
 

@@ -9,15 +9,11 @@
 #include <vector>
 
 #include "launch.h"
+#include "../args/cross_entropy.h"
 
 namespace gk {
 constexpr int64_t SEGMENT = 4096;
 constexpr int64_t PART = 4;  // what is kept of a segment: maximum, origin, sum, distance
-
-struct CrossEntropyOptions {
-  int64_t ignore_index, reduction;  // 0 none, 1 mean, 2 sum
-  double smoothing, square_scale, softcap;
-};
 }  // namespace gk
 
 #define GK_FILE "cross_entropy.cpp"
@@ -25,56 +21,18 @@ struct CrossEntropyOptions {
 
 namespace gk {
 
-// Where row m of (..., V) begins: leading dimensions joined where their strides allow, so that mostly one is left.
-struct RowOffsets {
-  std::vector<int64_t> sizes, strides;
-  explicit RowOffsets(const Tensor& t) {
-    for (int64_t d = 0; d < t.dim() - 1; d++) {
-      if (t.size(d) == 1) continue;
-      if (!sizes.empty() && strides.back() == t.size(d) * t.stride(d)) {
-        sizes.back() *= t.size(d), strides.back() = t.stride(d);
-      } else {
-        sizes.push_back(t.size(d)), strides.push_back(t.stride(d));
-      }
-    }
-  }
+// Where row m of (..., V) begins; mostly one dimension is left.
+struct RowOffsets : RowDims {
+  explicit RowOffsets(const Tensor& t) : RowDims(row_dims(t)) {}
   int64_t operator()(int64_t m) const {
     int64_t offset = 0;
-    for (size_t d = sizes.size(); d-- > 1; m /= sizes[d]) offset += m % sizes[d] * strides[d];
-    return sizes.empty() ? 0 : offset + m * strides[0];
-  }
-  // may rows be written without touching one another?
-  bool disjoint(int64_t V) const {
-    std::vector<std::pair<int64_t, int64_t>> dims;
-    for (size_t d = 0; d < sizes.size(); d++) dims.emplace_back(strides[d], sizes[d]);
-    std::sort(dims.begin(), dims.end());
-    int64_t extent = V;
-    for (const auto& [stride, size] : dims) {
-      if (stride < extent) return false;
-      extent = stride * size;
-    }
-    return true;
+    for (int d = 0; d < count - 1; m /= size[d++]) offset += m % size[d] * stride[d];
+    return count ? offset + m * stride[count - 1] : 0;
   }
 };
 
-// The checks of every entry point. Returns the number of rows that are not ignored; after it each target is a valid index.
-static int64_t check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target, const CrossEntropyOptions& o) {
-  check_cpu(op, "logits", logits), check_float(op, "logits", logits);
-  GK_CHECK(logits.dim() >= 1, op, ": logits must have at least 1 dimension, got a scalar");
-  const int64_t V = logits.size(logits.dim() - 1);
-  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op,
-           ": the last dimension of logits must be contiguous, its stride is ", logits.stride(logits.dim() - 1));
-  check_cpu(op, "target", target), check_dtype(op, "target", target, ScalarType::Long), check_contiguous(op, "target", target);
-  bool same = target.dim() == logits.dim() - 1;
-  for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
-  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ",
-           shape_text(target));
-  GK_CHECK(o.reduction >= 0 && o.reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", o.reduction);
-  GK_CHECK(o.smoothing >= 0 && o.smoothing <= 1, op, ": label_smoothing must be between 0 and 1, got ", o.smoothing);
-  GK_CHECK(o.square_scale >= 0 && std::isfinite(o.square_scale), op, ": lse_square_scale must be finite and not negative, got ",
-           o.square_scale);
-  GK_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": logit_softcap must be finite and not negative (0: none), got ",
-           o.softcap);
+// The number of rows that are not ignored. Raises where a target is neither a class nor ignore_index: after it each is a valid index.
+static int64_t count_kept(const char* op, const Tensor& target, int64_t V, const CrossEntropyOptions& o) {
   const int64_t* t = (const int64_t*)target.const_data_ptr();
   int64_t kept = 0;
   for (int64_t m = 0, M = target.numel(); m < M; m++) {
@@ -88,20 +46,15 @@ static int64_t check_cross_entropy(const char* op, const Tensor& logits, const T
 
 static int64_t segments_of(int64_t V) { return std::max<int64_t>(1, (V + SEGMENT - 1) / SEGMENT); }
 
-static Tensor new_contiguous(const Tensor& like, int64_t dims, ScalarType dtype) {  // of the first `dims` sizes of like
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < dims; d++) shape.push_back(like.size(d));
-  return new_tensor(like, {shape.data(), shape.size()}, dtype);
-}
-
 // dlogits is that of dloss = 1, empty unless asked for and reduction is not "none": a row's second use comes from cache.
 static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Tensor& logits, const Tensor& target,
                                                                         int64_t ignore_index, int64_t reduction,
                                                                         double label_smoothing, double lse_square_scale,
                                                                         double logit_softcap, bool with_grad) {
   const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
-  const int64_t kept = check_cross_entropy("cross_entropy_fwd", logits, target, o);
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
+  const char* op = "cross_entropy_fwd";
+  const Matrix of = cross_entropy_args(op, logits, target, o);
+  const int64_t M = of.M, V = of.N, segments = segments_of(V), kept = count_kept(op, target, V, o);
   const ScalarType stat = stat_dtype(logits.scalar_type());
   with_grad = with_grad && reduction != 0;
   Tensor loss = new_contiguous(target, reduction == 0 ? target.dim() : 0, stat), z_loss = new_like(loss);
@@ -177,20 +130,10 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
                                       double logit_softcap, bool made, const Tensor& dlogits) {
   const char* op = "cross_entropy_bwd";
   const CrossEntropyOptions o = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
-  const int64_t kept = check_cross_entropy(op, logits, target, o);
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1), segments = segments_of(V);
-  const ScalarType stat = stat_dtype(logits.scalar_type());
-  check_cpu(op, "dloss", dloss), check_dtype(op, "dloss", dloss, stat), check_contiguous(op, "dloss", dloss);
-  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ",
-           dloss.numel());
-  check_cpu(op, "lse", lse), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ",
-           shape_text(lse));
-  check_cpu(op, "dlogits", dlogits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
-  check_same_shape(op, "dlogits", dlogits, "logits", logits);
+  const Matrix of = cross_entropy_args(op, logits, target, o);
+  const int64_t M = of.M, V = of.N, segments = segments_of(V), kept = count_kept(op, target, V, o);
+  cross_entropy_bwd_args(op, dloss, logits, lse, dlogits, o, of);
   const RowOffsets from(logits), to(dlogits);
-  GK_CHECK(M * V == 0 || ((V == 1 || dlogits.stride(dlogits.dim() - 1) == 1) && to.disjoint(V)), op,
-           ": dlogits must have a contiguous last dimension and rows that do not overlap in memory");
 
   with_dtype(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -217,7 +160,7 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
 static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
                                     int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
                                     double logit_softcap) {
-  check_cpu("cross_entropy_bwd", "logits", logits);
+  check_device("cross_entropy_bwd", "logits", logits);
   Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
   cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale,
                             logit_softcap, false, dlogits);

@@ -1,7 +1,9 @@
 // dropout (with an optional residual added) on the CPU. The op: gpt_kernels/ops/dropout.py.
 #ifndef GK_TARGET
 
+#include "launch.h"
 #include "philox_launch.h"
+#include "../args/dropout.h"
 #define GK_FILE "dropout.cpp"
 #include "foreach_target.h"
 
@@ -9,15 +11,9 @@ namespace gk {
 
 static Tensor dropout_fwd_cpu(const Tensor& x, const OptTensor& residual, const Tensor& rng_state, double dropout_p) {
   const char* op = "dropout_fwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  if (residual) {
-    check_cpu(op, "residual", *residual), check_dtype(op, "residual", *residual, x.scalar_type());
-    check_contiguous(op, "residual", *residual), check_same_shape(op, "residual", *residual, "x", x);
-  }
+  const Matrix of = dropout_args(op, x, residual);
+  const int64_t M = of.M, N = of.N;
   const Philox philox = philox_of(op, rng_state, dropout_p);
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  GK_CHECK(M < (int64_t{1} << 32) && N < (int64_t{1} << 32), op, ": at most 4294967295 rows and columns, got ", M, " and ", N);
   Tensor y = new_like(x);
   with_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

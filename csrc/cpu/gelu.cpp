@@ -2,6 +2,7 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+#include "../args/gelu.h"
 #define GK_FILE "gelu.cpp"
 #include "foreach_target.h"
 
@@ -11,11 +12,8 @@ namespace gk {
 static constexpr int64_t flat_columns = 4096;
 
 static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
-  const char* op = "gelu_fwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  GK_CHECK(!bias || x.dim() >= 1, op, ": x must have at least 1 dimension to add a bias, got a scalar");
+  gelu_fwd_args("gelu_fwd", x, bias);
   const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
-  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
   Tensor y = new_like(x);
 
   with_dtype(x.scalar_type(), [&](auto x_tag) {
@@ -37,13 +35,8 @@ static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
 }
 
 static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
-  const char* op = "gelu_bwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "x", x);
-  GK_CHECK(!bias || x.dim() >= 1, op, ": x must have at least 1 dimension to add a bias, got a scalar");
+  gelu_bwd_args("gelu_bwd", dy, x, bias);
   const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
-  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
   const ScalarType bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
   const int64_t chunks = row_chunks(M);
   Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? N : 0}, bias_dtype);

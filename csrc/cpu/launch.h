@@ -6,28 +6,14 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../torch.h"
+#include "../types.h"
 
 namespace gk {
 
 // Has the page of this address never been written to? (isa.cpp; false where the system does not tell)
 bool is_fresh(const void* address);
 
-// 16-bit storage; arithmetic is float32 (csrc/cpu/vec.h converts on load and store).
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-
 template <class T> using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// f(T{}) with the C++ type of a dtype that check_float() has accepted.
-template <class F> inline void with_dtype(ScalarType t, const F& f) {
-  switch (t) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(bf16{});
-    default: return f(f16{});
-  }
-}
 
 // Sums over rows (weight and bias gradients) are split by SHAPE into at most 64 chunks, each summed by one thread in row
 // order, and the partials added in chunk order: bitwise the same for 1, 2, 4 ... threads.

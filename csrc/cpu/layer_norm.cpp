@@ -2,6 +2,7 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+#include "../args/layer_norm.h"
 #define GK_FILE "layer_norm.cpp"
 #include "foreach_target.h"
 
@@ -10,15 +11,8 @@ namespace gk {
 static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                                              double eps) {
   const char* op = "layer_norm_fwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  GK_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative, got ", eps);
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
-  if (bias) check_column(op, "bias", *bias, N, x.scalar_type());
-  GK_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), op, ": bias must be ",
-           dtype_name(weight ? weight->scalar_type() : x.scalar_type()), " like weight, got ",
-           dtype_name(bias ? bias->scalar_type() : x.scalar_type()));
+  const Matrix of = layer_norm_fwd_args(op, x, weight, bias, eps);
+  const int64_t M = of.M, N = of.N;
   Tensor y = new_like(x), mean = new_tensor(x, {M}, stat_dtype(x.scalar_type())), rstd = new_like(mean);
 
   with_dtype(x.scalar_type(), [&](auto x_tag) {
@@ -37,9 +31,7 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps, streams);
       });
     };
-    const bool stat_params =
-        (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
-    stat_params ? run(C{}) : run(T{});
+    parameter_dtype(x, weight, bias) != x.scalar_type() ? run(C{}) : run(T{});
   });
   return {y, mean, rstd};
 }
@@ -47,17 +39,9 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
 static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
                                                              const Tensor& mean, const Tensor& rstd, bool has_bias) {
   const char* op = "layer_norm_bwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
-  for (const auto& [name, stat] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"rstd", rstd}}) {
-    check_cpu(op, name, stat), check_dtype(op, name, stat, stat_dtype(x.scalar_type())), check_contiguous(op, name, stat);
-    GK_CHECK(stat.numel() == M, op, ": ", name, " must have ", M, " elements, one per row of x, got ", stat.numel());
-  }
-  const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
+  const Matrix of = layer_norm_bwd_args(op, dy, x, weight, mean, rstd);
+  const int64_t M = of.M, N = of.N;
+  const ScalarType param_dtype = parameter_dtype(x, weight);
   Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype),
          dbias = new_tensor(x, {has_bias ? N : 0}, param_dtype);
   const int64_t chunks = row_chunks(M);

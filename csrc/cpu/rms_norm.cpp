@@ -2,6 +2,7 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+#include "../args/rms_norm.h"
 #define GK_FILE "rms_norm.cpp"
 #include "foreach_target.h"
 
@@ -9,11 +10,8 @@ namespace gk {
 
 static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, double eps) {
   const char* op = "rms_norm_fwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  GK_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and not negative, got ", eps);
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
+  const Matrix of = rms_norm_fwd_args(op, x, weight, eps);
+  const int64_t M = of.M, N = of.N;
   Tensor y = new_like(x), rstd = new_tensor(x, {M}, stat_dtype(x.scalar_type()));
 
   with_dtype(x.scalar_type(), [&](auto x_tag) {
@@ -31,7 +29,7 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTen
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps, streams);
       });
     };
-    weight && weight->scalar_type() != x.scalar_type() ? run(C{}) : run(T{});
+    parameter_dtype(x, weight) != x.scalar_type() ? run(C{}) : run(T{});
   });
   return {y, rstd};
 }
@@ -39,15 +37,9 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTen
 static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
                                                    const Tensor& rstd) {
   const char* op = "rms_norm_bwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  if (weight) check_column(op, "weight", *weight, N, x.scalar_type());
-  check_cpu(op, "rstd", rstd), check_dtype(op, "rstd", rstd, stat_dtype(x.scalar_type())), check_contiguous(op, "rstd", rstd);
-  GK_CHECK(rstd.numel() == M, op, ": rstd must have ", M, " elements, one per row of x, got ", rstd.numel());
-  const ScalarType param_dtype = weight ? weight->scalar_type() : x.scalar_type();
+  const Matrix of = rms_norm_bwd_args(op, dy, x, weight, rstd);
+  const int64_t M = of.M, N = of.N;
+  const ScalarType param_dtype = parameter_dtype(x, weight);
   const int64_t chunks = row_chunks(M);
   Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype);
   Tensor partial = new_tensor(x, {weight ? chunks : 0, N}, stat_dtype(x.scalar_type()));

@@ -2,6 +2,7 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+#include "../args/softmax.h"
 namespace gk {
 struct NoMask {};
 }
@@ -13,30 +14,12 @@ namespace gk {
 
 namespace {
 
-// Where a broadcast mask's row begins for row m of x: strides of x's leading dimensions, 0 where the mask has size 1.
-struct MaskRows {
-  static constexpr int max_dims = 16;
-  int dims = 0;
-  int64_t size[max_dims], stride[max_dims];
-  int64_t step = 0;  // of the last dimension: 1, or 0 when one element serves the whole row
-
-  MaskRows(const char* op, const Tensor& mask, const Tensor& x) {
-    GK_CHECK(x.dim() <= max_dims, op, ": x must have at most ", int64_t{max_dims}, " dimensions with a mask, got ", x.dim());
-    bool fits = mask.dim() <= x.dim();
-    for (int64_t d = x.dim() - 1, e = mask.dim() - 1; fits && e >= 0; d--, e--)
-      fits = mask.size(e) == 1 || mask.size(e) == x.size(d);
-    GK_CHECK(fits, op, ": mask must broadcast to x ", shape_text(x), ", got ", shape_text(mask));
-    const int64_t shift = x.dim() - mask.dim();
-    const auto stride_of = [&](int64_t d) { return d < shift || mask.size(d - shift) == 1 ? 0 : mask.stride(d - shift); };
-    step = stride_of(x.dim() - 1);
-    GK_CHECK(step == 0 || step == 1, op, ": mask must be contiguous in its last dimension, got stride ", step);
-    // innermost first; size-1 dimensions never move the offset
-    for (int64_t d = x.dim() - 2; d >= 0; d--)
-      if (x.size(d) != 1) size[dims] = x.size(d), stride[dims++] = stride_of(d);
-  }
+// Where a broadcast mask's row begins for row m of x.
+struct MaskRows : MaskDims {
+  using MaskDims::MaskDims;
   int64_t begin(int64_t m) const {
     int64_t offset = 0;
-    for (int i = 0; i < dims; i++) offset += m % size[i] * stride[i], m /= size[i];
+    for (int i = 0; i < rows.count; i++) offset += m % rows.size[i] * rows.stride[i], m /= rows.size[i];
     return offset;
   }
 };
@@ -44,26 +27,14 @@ struct MaskRows {
 // Bottom-right causal: of a (T, S) matrix, row t sees columns 0 ... t + S - T.
 inline int64_t visible_columns(int64_t m, int64_t T, int64_t S) { return std::clamp<int64_t>(m % T + S - T + 1, 0, S); }
 
-inline void check_rows(const char* op, const Tensor& x, bool causal) {
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  GK_CHECK(!causal || x.dim() >= 2, op, ": causal needs x with at least 2 dimensions (rows, columns), got ", shape_text(x));
-}
-
 }  // namespace
 
 static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
   const char* op = "softmax_fwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x), check_rows(op, x, causal);
-  GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  const Matrix of = softmax_fwd_args(op, x, mask, scale, causal);
   const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
-  if (mask) {
-    check_cpu(op, "mask", *mask);
-    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == stat_dtype(x_dtype), op,
-             ": mask must be bool, ", dtype_name(x_dtype), " like x or ", dtype_name(stat_dtype(x_dtype)), ", got ",
-             dtype_name(mask_dtype));
-  }
   const std::optional<MaskRows> mask_rows = mask ? std::optional<MaskRows>(MaskRows(op, *mask, x)) : std::nullopt;
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0, T_rows = causal ? x.size(x.dim() - 2) : 1;
+  const int64_t M = of.M, N = of.N, T_rows = causal ? x.size(x.dim() - 2) : 1;
   Tensor y = new_like(x);
   const bool streams = row_streams(y, N, 2);
 
@@ -90,11 +61,8 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
 }
 
 static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, bool causal) {
-  const char* op = "softmax_bwd";
-  check_cpu(op, "y", y), check_float(op, "y", y), check_contiguous(op, "y", y), check_rows(op, y, causal);
-  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, y.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "y", y);
-  const int64_t N = y.size(y.dim() - 1), M = N ? y.numel() / N : 0, T_rows = causal ? y.size(y.dim() - 2) : 1;
+  const Matrix of = softmax_bwd_args("softmax_bwd", dy, y, causal);
+  const int64_t M = of.M, N = of.N, T_rows = causal ? y.size(y.dim() - 2) : 1;
   Tensor dx = new_like(y);
   const bool streams = row_streams(dx, N, 3);
 

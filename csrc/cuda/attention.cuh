@@ -7,22 +7,7 @@
 #pragma once
 #include "common.cuh"
 
-namespace gk {
-
-inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropout_p) {
-  GK_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", dropout_p);
-  if (dropout_p == 0) return {};
-  GK_CHECK(rng_state, op, ": dropout_p = ", dropout_p, " needs rng_state, an int64 tensor (seed, offset)");
-  check_device(op, "rng_state", *rng_state), check_dtype(op, "rng_state", *rng_state, ScalarType::Long);
-  GK_CHECK(rng_state->dim() == 1 && rng_state->size(0) == 2, op, ": rng_state must have shape (2,), got ",
-           shape_text(*rng_state));
-  check_contiguous(op, "rng_state", *rng_state);
-  const uint32_t drop_below = uint32_t(std::min(int64_t(dropout_p * 65536 + 0.5), int64_t{65535}));
-  return {data<int64_t>(*rng_state), drop_below, float(1 / (1 - drop_below / 65536.0))};
-}
-
-}  // namespace gk
-#include "../attention_args.h"
+#include "../args/attention.h"
 
 namespace gk {
 

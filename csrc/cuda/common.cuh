@@ -8,7 +8,8 @@
 #include <type_traits>
 
 #define GK_CUDA
-#include "../torch.h"
+#include "../types.h"
+#include "../args/checks.h"
 #ifndef GK_SIM
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -16,9 +17,6 @@
 namespace gk {
 
 // ---- storage and arithmetic: 16-bit values are converted on load and store, everything between is float ----
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-
 GK_DEVICE float to_float(float x) { return x; }
 GK_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 GK_DEVICE float to_float(f16 x) { return cvt_f32_f16(x.bits); }
@@ -189,48 +187,24 @@ GK_DEVICE uint4 philox_8(uint64_t seed, uint32_t offset, uint32_t group, uint32_
 
 constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class F> void with_dtype(ScalarType t, const F& f) {
-  switch (t) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(bf16{});
-    default: return f(f16{});
-  }
-}
 // f(T{}, P{}): x's type, and that of its parameters: the same, or float.
 template <class F> void with_dtypes(ScalarType x, ScalarType parameter, const F& f) {
   with_dtype(x, [&](auto t) { parameter == x ? f(t, t) : f(t, float{}); });
 }
 template <class F> void with_bool(bool value, const F& f) { value ? f(std::true_type{}) : f(std::false_type{}); }
 
-// Floating, contiguous, on a GPU: what every first argument is.
-inline void check_input(const char* op, const char* name, const Tensor& t) {
-  GK_CHECK(is_float_dtype(t.scalar_type()) && t.scalar_type() != ScalarType::Double, op, ": ", name,
-           " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()), " (CUDA kernels)");
-  check_device(op, name, t), check_contiguous(op, name, t);
-}
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check_device(op, name, t);
-  GK_CHECK(t.get_device_index() == x.get_device_index(), op, ": ", name, " must be on GPU ", x.get_device_index(),
-           " like the other arguments, it is on GPU ", t.get_device_index());
-}
-// A gradient: everything as `x` has it.
-inline void check_gradient(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check_same_device(op, name, t, x), check_dtype(op, name, t, x.scalar_type()), check_contiguous(op, name, t);
-  check_same_shape(op, name, t, "x", x);
-}
-inline void check_parameter(const char* op, const char* name, const OptTensor& t, int64_t N, const Tensor& x) {
-  if (t) check_column(op, name, *t, N, x.scalar_type()), check_same_device(op, name, *t, x);
-}
-// One float per row of x.
-inline void check_row_statistic(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& x) {
-  check_same_device(op, name, t, x), check_dtype(op, name, t, ScalarType::Float), check_contiguous(op, name, t);
-  GK_CHECK(t.numel() == rows, op, ": ", name, " must have ", rows, " elements, one per row of x, got ", t.numel());
-}
 inline bool stands_on_16(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 inline bool stands_on_16(const OptTensor& t) { return !t || stands_on_16(*t); }
 template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 template <class T> const T* data(const OptTensor& t) { return t ? data<T>(*t) : nullptr; }
+
+inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropout_p) {
+  const DropoutRate rate = check_dropout(op, rng_state, dropout_p);
+  if (!rate.drop_below) return {};
+  check_contiguous(op, "rng_state", *rng_state);
+  return {data<int64_t>(rng_state), rate.drop_below, float(rate.keep_scale)};
+}
 
 // The GPU that a launcher's tensors are on, current until the launcher returns, with its stream.
 class Gpu {

@@ -2,6 +2,7 @@
 //
 // Nothing is read on the host: a target out of range, where the CPU backend raises, makes the loss and the gradient of its row
 // NaN and is never used as an address.
+#include "../args/cross_entropy.h"
 #include "row.cuh"
 
 #include <climits>
@@ -26,6 +27,9 @@ struct RowOffsets {
 struct CrossEntropy {
   int64_t ignore_index;
   float smoothing, square_scale, softcap;
+  explicit CrossEntropy(const CrossEntropyOptions& o)
+      : ignore_index(o.ignore_index), smoothing(float(o.smoothing)), square_scale(float(o.square_scale)),
+        softcap(float(o.softcap)) {}
 };
 
 // ---- kernels ----
@@ -255,59 +259,13 @@ __global__ void __launch_bounds__(reduce_threads)
 // ---- launchers ----
 
 static RowOffsets rows_of(const char* op, const Tensor& t) {
+  const RowDims dims = row_dims(t);
   RowOffsets rows;
-  for (int64_t d = t.dim() - 2; d >= 0; d--) {
-    if (t.size(d) == 1) continue;
-    if (const int i = rows.dims - 1; i >= 0 && t.stride(d) == rows.stride[i] * rows.size[i]) {
-      rows.size[i] *= unsigned(t.size(d));
-    } else {
-      GK_CHECK(rows.dims < rows.max_dims, op, ": logits must have at most ", int64_t{rows.max_dims},
-               " leading dimensions, got ", t.dim() - 1);
-      rows.size[rows.dims] = unsigned(t.size(d)), rows.stride[rows.dims++] = t.stride(d);
-    }
-  }
+  GK_CHECK(dims.count <= rows.max_dims, op, ": logits must have at most ", int64_t{rows.max_dims}, " leading dimensions, got ",
+           t.dim() - 1);
+  rows.dims = dims.count;
+  std::copy_n(dims.size, rows.dims, rows.size), std::copy_n(dims.stride, rows.dims, rows.stride);
   return rows;
-}
-// May rows be written without touching one another?
-static bool disjoint(const RowOffsets& rows, int64_t V) {
-  std::pair<int64_t, int64_t> dims[RowOffsets::max_dims];
-  for (int i = 0; i < rows.dims; i++) dims[i] = {rows.stride[i], rows.size[i]};
-  std::sort(dims, dims + rows.dims);
-  int64_t extent = V;
-  for (int i = 0; i < rows.dims; extent = dims[i].first * dims[i].second, i++)
-    if (dims[i].first < extent) return false;
-  return true;
-}
-
-static void check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target, int64_t reduction, double smoothing,
-                                double square_scale, double softcap) {
-  GK_CHECK(is_float_dtype(logits.scalar_type()) && logits.scalar_type() != ScalarType::Double, op,
-           ": logits must be float32, bfloat16 or float16, got ", dtype_name(logits.scalar_type()), " (CUDA kernels)");
-  check_device(op, "logits", logits);
-  GK_CHECK(logits.dim() >= 1, op, ": logits must have at least 1 dimension, got a scalar");
-  const int64_t V = logits.size(logits.dim() - 1);
-  GK_CHECK(V <= 1 || logits.stride(logits.dim() - 1) == 1, op,
-           ": the last dimension of logits must be contiguous, its stride is ", logits.stride(logits.dim() - 1));
-  check_same_device(op, "target", target, logits), check_dtype(op, "target", target, ScalarType::Long),
-      check_contiguous(op, "target", target);
-  bool same = target.dim() == logits.dim() - 1;
-  for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
-  GK_CHECK(same, op, ": target must have the shape of logits ", shape_text(logits), " without the last dimension, got ",
-           shape_text(target));
-  check_row_count(op, target.numel());
-  GK_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  GK_CHECK(smoothing >= 0 && smoothing <= 1, op, ": label_smoothing must be between 0 and 1, got ", smoothing);
-  GK_CHECK(square_scale >= 0 && std::isfinite(square_scale), op, ": lse_square_scale must be finite and not negative, got ",
-           square_scale);
-  GK_CHECK(softcap >= 0 && std::isfinite(softcap), op, ": logit_softcap must be finite and not negative (0: none), got ",
-           softcap);
-}
-
-// Contiguous, of the first `dims` sizes of like.
-static Tensor new_contiguous(const Tensor& like, int64_t dims, ScalarType dtype) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < dims; d++) shape.push_back(like.size(d));
-  return new_tensor(like, {shape.data(), shape.size()}, dtype);
 }
 
 // The number of rows that are not ignored, on the GPU; empty unless it is asked for.
@@ -325,9 +283,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
                                                                          double label_smoothing, double lse_square_scale,
                                                                          double logit_softcap, bool with_grad) {
   const char* op = "cross_entropy_fwd";
-  check_cross_entropy(op, logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap);
-  const CrossEntropy o = {ignore_index, float(label_smoothing), float(lse_square_scale), float(logit_softcap)};
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1);
+  const CrossEntropyOptions options = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
+  const Matrix of = cross_entropy_args(op, logits, target, options);
+  check_row_count(op, of.M);
+  const CrossEntropy o(options);
+  const int64_t M = of.M, V = of.N;
   const Gpu gpu(logits);
   const RowOffsets rows = rows_of(op, logits);
   with_grad = with_grad && reduction != 0;
@@ -362,21 +322,13 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
                                        int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
                                        double logit_softcap, bool made, Tensor dlogits) {
   const char* op = "cross_entropy_bwd";
-  check_cross_entropy(op, logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap);
-  const CrossEntropy o = {ignore_index, float(label_smoothing), float(lse_square_scale), float(logit_softcap)};
-  const int64_t M = target.numel(), V = logits.size(logits.dim() - 1);
-  check_same_device(op, "dloss", dloss, logits), check_dtype(op, "dloss", dloss, ScalarType::Float),
-      check_contiguous(op, "dloss", dloss);
-  GK_CHECK(dloss.numel() == (reduction == 0 ? M : 1), op, ": dloss must have ", reduction == 0 ? M : 1, " elements, got ",
-           dloss.numel());
-  check_same_device(op, "lse", lse, logits), check_dtype(op, "lse", lse, ScalarType::Float), check_contiguous(op, "lse", lse);
-  GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == M, op, ": lse must have shape (2, ", M, "), got ",
-           shape_text(lse));
-  check_same_device(op, "dlogits", dlogits, logits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
-  check_same_shape(op, "dlogits", dlogits, "logits", logits);
+  const CrossEntropyOptions options = {ignore_index, reduction, label_smoothing, lse_square_scale, logit_softcap};
+  const Matrix of = cross_entropy_args(op, logits, target, options);
+  check_row_count(op, of.M);
+  cross_entropy_bwd_args(op, dloss, logits, lse, dlogits, options, of);
+  const CrossEntropy o(options);
+  const int64_t M = of.M, V = of.N;
   const RowOffsets from = rows_of(op, logits), to = rows_of(op, dlogits);
-  GK_CHECK(M * V == 0 || ((V == 1 || dlogits.stride(dlogits.dim() - 1) == 1) && disjoint(to, V)), op,
-           ": dlogits must have a contiguous last dimension and rows that do not overlap in memory");
   if (M * V == 0) return;
   const Gpu gpu(logits);
   const Tensor count = count_of(gpu, logits, target, ignore_index, reduction == 1);

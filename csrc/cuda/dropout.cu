@@ -1,4 +1,5 @@
 // dropout, with an optional residual added, on NVIDIA GPUs. The op: gpt_kernels/ops/dropout.py.
+#include "../args/dropout.h"
 #include "common.cuh"
 
 namespace gk {
@@ -47,26 +48,12 @@ __global__ void __launch_bounds__(dropout_threads, dropout_blocks<T>)
   }
 }
 
-static Philox philox_of(const char* op, const Tensor& rng_state, double dropout_p, const Tensor& x) {
-  GK_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", dropout_p);
-  check_same_device(op, "rng_state", rng_state, x), check_dtype(op, "rng_state", rng_state, ScalarType::Long);
-  GK_CHECK(rng_state.dim() == 1 && rng_state.size(0) == 2, op, ": rng_state must have shape (2,), got ", shape_text(rng_state));
-  check_contiguous(op, "rng_state", rng_state);
-  const uint32_t drop_below = uint32_t(std::min<int64_t>(int64_t(dropout_p * 65536 + 0.5), 65535));
-  return {data<int64_t>(rng_state), drop_below, float(1 / (1 - drop_below / 65536.0))};
-}
-
 static Tensor dropout_fwd_cuda(const Tensor& x, const OptTensor& residual, const Tensor& rng_state, double dropout_p) {
   const char* op = "dropout_fwd";
-  check_input(op, "x", x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  if (residual) {
-    check_same_device(op, "residual", *residual, x), check_dtype(op, "residual", *residual, x.scalar_type());
-    check_contiguous(op, "residual", *residual), check_same_shape(op, "residual", *residual, "x", x);
-  }
-  const Philox philox = philox_of(op, rng_state, dropout_p, x);
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
-  GK_CHECK(M < (int64_t{1} << 32) && N < (int64_t{1} << 32), op, ": at most 4294967295 rows and columns, got ", M, " and ", N);
+  const Matrix of = dropout_args(op, x, residual);
+  const int64_t M = of.M, N = of.N;
+  const Philox philox = philox_of(op, rng_state, dropout_p);
+  check_same_device(op, "rng_state", rng_state, x);
   const Gpu gpu(x);
   Tensor y = new_like(x);
   const bool aligned = N % dropout_columns == 0 && stands_on_16(x) && stands_on_16(y) && stands_on_16(residual);

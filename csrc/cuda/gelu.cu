@@ -1,4 +1,5 @@
 // gelu on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/gelu.py.
+#include "../args/gelu.h"
 #include "reduce.cuh"
 
 namespace gk {
@@ -102,12 +103,6 @@ static GeluShape gelu_shape(const Tensor& x, const OptTensor& bias, bool all_on_
           all_on_16 && N % V == 0 && N % per_parameter == 0};
 }
 
-static void check_gelu(const char* op, const Tensor& x, const OptTensor& bias) {
-  check_input(op, "x", x);
-  GK_CHECK(!bias || x.dim() >= 1, op, ": x must have at least 1 dimension to add a bias, got a scalar");
-  check_parameter(op, "bias", bias, bias ? x.size(x.dim() - 1) : 0, x);
-}
-
 // f(x's type, the bias's, form, alignment)
 template <class F> static void with_gelu(const Tensor& x, const OptTensor& bias, bool tanh, bool aligned, const F& f) {
   with_dtypes(x.scalar_type(), bias ? bias->scalar_type() : x.scalar_type(), [&](auto t, auto p) {
@@ -116,7 +111,7 @@ template <class F> static void with_gelu(const Tensor& x, const OptTensor& bias,
 }
 
 static Tensor gelu_fwd_cuda(const Tensor& x, const OptTensor& bias, bool tanh) {
-  check_gelu("gelu_fwd", x, bias);
+  gelu_fwd_args("gelu_fwd", x, bias);
   const Gpu gpu(x);
   Tensor y = new_like(x);
   const GeluShape s = gelu_shape(x, bias, stands_on_16(x) && stands_on_16(bias));
@@ -130,7 +125,7 @@ static Tensor gelu_fwd_cuda(const Tensor& x, const OptTensor& bias, bool tanh) {
 }
 
 static std::tuple<Tensor, Tensor> gelu_bwd_cuda(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
-  check_gelu("gelu_bwd", x, bias), check_gradient("gelu_bwd", "dy", dy, x);
+  gelu_bwd_args("gelu_bwd", dy, x, bias);
   const Gpu gpu(x);
   const GeluShape s = gelu_shape(x, bias, stands_on_16(x) && stands_on_16(dy) && stands_on_16(bias));
   Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? s.N : 0}, bias ? bias->scalar_type() : x.scalar_type());

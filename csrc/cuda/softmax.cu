@@ -1,4 +1,5 @@
 // softmax on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/softmax.py.
+#include "../args/softmax.h"
 #include "row.cuh"
 
 namespace gk {
@@ -187,44 +188,19 @@ __global__ void __launch_bounds__(row_threads<block>, softmax_bwd_blocks(block, 
 // ---- launchers ----
 
 static MaskRows mask_rows_of(const char* op, const Tensor& mask, const Tensor& x) {
+  const MaskDims dims(op, mask, x);
   MaskRows rows;
-  GK_CHECK(x.dim() <= rows.max_dims, op, ": x must have at most ", int64_t{rows.max_dims}, " dimensions with a mask, got ",
-           x.dim());
-  bool fits = mask.dim() <= x.dim();
-  for (int64_t d = x.dim() - 1, e = mask.dim() - 1; fits && e >= 0; d--, e--)
-    fits = mask.size(e) == 1 || mask.size(e) == x.size(d);
-  GK_CHECK(fits, op, ": mask must broadcast to x ", shape_text(x), ", got ", shape_text(mask));
-  const int64_t shift = x.dim() - mask.dim();
-  const auto stride_of = [&](int64_t d) { return d < shift || mask.size(d - shift) == 1 ? 0 : mask.stride(d - shift); };
-  rows.step = stride_of(x.dim() - 1);
-  GK_CHECK(rows.step == 0 || rows.step == 1, op, ": mask must be contiguous in its last dimension, got stride ", rows.step);
-  for (int64_t d = x.dim() - 2; d >= 0; d--) {
-    if (x.size(d) == 1) continue;
-    // joined with the dimension inside it where one stride serves both
-    if (const int i = rows.dims - 1; i >= 0 && stride_of(d) == rows.stride[i] * rows.size[i]) rows.size[i] *= x.size(d);
-    else rows.size[rows.dims] = x.size(d), rows.stride[rows.dims++] = stride_of(d);
-  }
+  rows.dims = dims.rows.count, rows.step = dims.step;
+  std::copy_n(dims.rows.size, rows.dims, rows.size), std::copy_n(dims.rows.stride, rows.dims, rows.stride);
   return rows;
-}
-
-static void check_rows(const char* op, const char* name, const Tensor& x, bool causal) {
-  check_input(op, name, x);
-  GK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got a scalar");
-  GK_CHECK(!causal || x.dim() >= 2, op, ": causal needs x with at least 2 dimensions (rows, columns), got ", shape_text(x));
 }
 
 static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
   const char* op = "softmax_fwd";
-  check_rows(op, "x", x, causal);
-  GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  const Matrix of = softmax_fwd_args(op, x, mask, scale, causal);
   const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
-  if (mask) {
-    check_same_device(op, "mask", *mask, x);
-    GK_CHECK(mask_dtype == ScalarType::Bool || mask_dtype == x_dtype || mask_dtype == ScalarType::Float, op,
-             ": mask must be bool, ", dtype_name(x_dtype), " like x or float32, got ", dtype_name(mask_dtype));
-  }
   const MaskRows mask_rows = mask ? mask_rows_of(op, *mask, x) : MaskRows{};
-  const int64_t N = x.size(x.dim() - 1), M = N ? x.numel() / N : 0;
+  const int64_t M = of.M, N = of.N;
   const unsigned T_rows = causal ? unsigned(x.size(x.dim() - 2)) : 0;
   check_row_count(op, M);
   const Gpu gpu(x);
@@ -251,10 +227,8 @@ static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double sc
 
 static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, bool causal) {
   const char* op = "softmax_bwd";
-  check_rows(op, "y", y, causal);
-  check_same_device(op, "dy", dy, y), check_dtype(op, "dy", dy, y.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "y", y);
-  const int64_t N = y.size(y.dim() - 1), M = N ? y.numel() / N : 0;
+  const Matrix of = softmax_bwd_args(op, dy, y, causal);
+  const int64_t M = of.M, N = of.N;
   const unsigned T_rows = causal ? unsigned(y.size(y.dim() - 2)) : 0;
   check_row_count(op, M);
   const Gpu gpu(y);

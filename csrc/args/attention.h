@@ -1,16 +1,9 @@
-// What the attention launchers of every backend share: checks, and what they hand to the kernels: raw pointers, sizes, strides in
-// elements, score-step options. Philox and philox_of are the backend's own, included before this.
+// attention's arguments, and what the launchers hand to the kernels: raw pointers, sizes, strides in elements, score-step options.
+// Philox and philox_of are the backend's own, included before this. The op: gpt_kernels/ops/attention.py.
 #pragma once
-#include <cmath>
 #include <utility>
 
-#include "torch.h"
-
-#ifdef __CUDACC__
-#define GK_BOTH __host__ __device__
-#else
-#define GK_BOTH
-#endif
+#include "checks.h"
 
 namespace gk {
 
@@ -80,7 +73,8 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
                                     const OptTensor& slopes, const OptTensor& rng_state, double scale, double softcap,
                                     double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right) {
   const ScalarType dtype = q.scalar_type();
-  check_float(op, "q", q), check_heads(op, "q", q, dtype), check_heads(op, "k", k, dtype), check_heads(op, "v", v, dtype);
+  check_device(op, "q", q), check_float(op, "q", q), check_heads(op, "q", q, dtype), check_heads(op, "k", k, dtype),
+      check_heads(op, "v", v, dtype);
   AttentionArgs s = {};
   s.B = q.size(0), s.H = q.size(1), s.Tq = q.size(2), s.D = q.size(3), s.Hk = k.size(1), s.Tk = k.size(2), s.Dv = v.size(3);
   GK_CHECK(k.size(0) == s.B && v.size(0) == s.B, op, ": q has batch ", s.B, ", k ", k.size(0), " and v ", v.size(0));
