@@ -15,6 +15,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+// csrc/cuda is being compiled: for a GPU, or for its model on the CPU
+#if defined(__CUDACC__) || defined(GK_SIM)
+#define GK_CUDA
+#endif
+
 namespace gk {
 
 using torch::headeronly::ScalarType;

@@ -1,5 +1,5 @@
 // What the CPU's and the GPU's launchers have in common beside torch: storage types, the switch from a dtype to a C++ type, the
-// numbers of dropout. GK_CUDA is defined where csrc/cuda is compiled, for a GPU or for its model.
+// numbers of dropout.
 #pragma once
 #include "torch.h"
 

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <type_traits>
 
-#define GK_CUDA
 #include "../types.h"
 #include "../args/checks.h"
 #ifndef GK_SIM
