@@ -185,7 +185,7 @@ class BuildKernels(build_ext):
         # no path of this machine in the library
         maps = [f"-ffile-prefix-map={ROOT.resolve()}=.", f"-ffile-prefix-map={torch}=torch"]
         # exported: the C entry points and nothing else, so that no symbol of ours or of libstdc++ meets another library's
-        (build / "exports.map").write_text("{ global: gpt_kernels_*; local: *; };\n")
+        (build / "exports.map").write_text(f"{{ global: gpt_kernels_*;{' PyInit_*;' * (kind in SIMULATORS)} local: *; }};\n")
         mac = sys.platform == "darwin"  # another linker
         flags = [*CXXFLAGS, *maps]
         link = ["-Wl,-x", "-Wl,-exported_symbol,_gpt_kernels_*"] if mac else ["-s", "-Wl,--version-script=exports.map"]
@@ -203,12 +203,14 @@ class BuildKernels(build_ext):
             libraries += ["-ltorch", *cudart_folders(), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         elif kind in SIMULATORS:
             sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if kind == "sim_asan" else []
-            # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sim.cpp)
+            # ThreadSanitizer's instrumentation, met by its runtime or by the model's own (csrc/sim/sanitizer.cpp)
             instrument = sanitizer or ["-fsanitize=thread", "-Wno-tsan"]
             optimise = shlex.split(os.environ.get("GPT_KERNELS_SIM_FLAGS") or "-O1 -g1")
             flags = [*flags, "-DGK_SIM", "-fno-fast-math", "-ffp-contract=off", "-Wno-unknown-pragmas", *optimise]
             compilers[".cu"] = [*flags, *instrument, "-isystem", torch / "include", "-x", "c++"]
-            compilers[".cpp"] = [*flags, "-O2", *sanitizer, *(["-DGK_SIM_TSAN"] if kind == "sim_tsan" else [])]
+            # its Python face: csrc/sim/python.cpp
+            python = [option for folder in python_headers() for option in ("-isystem", folder)]
+            compilers[".cpp"] = [*flags, "-O2", *sanitizer, *(["-DGK_SIM_TSAN"] if kind == "sim_tsan" else []), *python]
             link = [*sanitizer, "-Wl,--version-script=exports.map"]
         rules = [f"cxx = {find_compiler()}"]
         for suffix, words in compilers.items():
@@ -242,6 +244,20 @@ class BuildKernels(build_ext):
             if ext.optional:
                 raise CompileError(f"the {what} kernels did not compile, see above: installed without them")
             sys.exit(f"the {what} kernels did not compile, see above; GPT_KERNELS_BUILD=none installs without them")
+
+
+def python_headers():
+    """Of pybind11 and of this Python, which the simulator alone needs."""
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("the simulator needs pybind11: pip install pybind11 (requirements-dev.txt names it)")
+    here = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(here, "Python.h")):
+        sys.exit(
+            f"the simulator needs Python's headers, there is no {here}/Python.h; on Debian and Ubuntu: apt install python3-dev"
+        )
+    return pybind11.get_include(), here
 
 
 def shell(*words):

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pathlib
+import sys
 
 import grids
 import pytest
@@ -10,12 +12,13 @@ import torch
 from gpt_kernels import dispatch
 from gpt_kernels.names import families
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # csrc and tools, whose tests these are
 collect_ignore = ["made_up"]  # laid over a copy of the tree (test_added_op.py)
 
 if grids.BACKEND == "cuda_sim":
-    import sim_tools
+    from csrc import sim
 
-    sim_tools.register()
+    sim.register()
 
 if grids.DEVICE != "cpu":
     # before any test module makes a tensor; the reference's products must be as deterministic as what is tested

@@ -11,7 +11,7 @@ from gpt_kernels.ops import attention as module
 
 if grids.BACKEND != "cuda_sim":
     pytest.skip("needs GPT_KERNELS_TEST_BACKEND=cuda_sim", allow_module_level=True)
-import sim_tools
+from csrc import sim
 
 DIMS = (64, 80, 96, 128)
 
@@ -28,7 +28,7 @@ def run(q, k, v, **options):
 
 def counted(*args, **options):
     """name of a kernel without its template arguments -> counters"""
-    with sim_tools.counting() as counters:
+    with sim.counting() as counters:
         run(*args, **options)
     return {name.partition("<")[0]: c for name, c in counters.items()}
 
@@ -37,9 +37,9 @@ def counted(*args, **options):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_cuda_sim_no_bank_conflicts(D, dtype):
     for name, c in counted(*qkv(1, 1, 1, 130, 130, D, dtype), right=0).items():
-        assert c["shared_wavefronts"] == c["shared_ideal"], f"{name}: {c}"
+        assert c.shared_wavefronts == c.shared_ideal, f"{name}: {c}"
         # rows of whole chunks are read and written by 16 bytes, but for the statistics
-        assert c["global_bytes_16"] > 0.97 * c["global_bytes"], f"{name}: {c}"
+        assert c.global_bytes_16 > 0.97 * c.global_bytes, f"{name}: {c}"
 
 
 @pytest.mark.parametrize("D", DIMS)
@@ -79,8 +79,8 @@ def test_cuda_sim_tiles_outside_the_range_are_not_visited(D):
 def test_cuda_sim_schedules_agree(shape, dtype, options):
     """Bit for bit, whichever warp and lane comes first, whichever block; asynchronous copies land as late as they may."""
     args, results = qkv(*shape, dtype), []
-    for seed in sim_tools.SEEDS:
-        with sim_tools.configured(seed=seed):
+    for seed in sim.SEEDS:
+        with sim.configured(seed=seed):
             results.append(run(*args, **options))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -135,7 +135,7 @@ def test_cuda_sim_tf32(D, tf32):
     """Where torch is told so, float32 is multiplied on the tensor cores: exact for few bits, near for all; otherwise not."""
     args = qkv(1, 2, 1, 70, 90, D, torch.float32)
     expected = run(*args, right=3)
-    assert all(c["mma"] == 0 for c in counted(*args, right=3).values())
+    assert all(c.mma == 0 for c in counted(*args, right=3).values())
     tf32()
     counters = counted(*args, right=3)
     assert counters["attention_fwd"]["mma"] > 0 and counters["attention_bwd"]["mma"] > 0
@@ -150,7 +150,7 @@ def test_cuda_sim_splits(processors):
     """However many blocks share a head's keys, dq is the same sum; the same bits each time."""
     args = qkv(1, 1, 1, 130, 500, 64, torch.float32)
     expected = run(*args, right=0, offset=370)
-    with sim_tools.configured(processors=processors):
+    with sim.configured(processors=processors):
         first, second = (run(*args, right=0, offset=370) for _ in range(2))
     for a, b, e in zip(first, second, expected, strict=True):
         assert torch.equal(a, b)
@@ -162,7 +162,7 @@ def test_cuda_sim_small_shared_memory():
     for D in (*DIMS, 256):
         for dtype in (torch.bfloat16, torch.float32):
             args, within = qkv(1, 1, 1, 70, 70, D, dtype), 2e-2 if dtype == torch.bfloat16 else 1e-5
-            with sim_tools.configured(arch=86):
+            with sim.configured(arch=86):
                 small = run(*args, right=0)
             for a, e in zip(small, run(*args, right=0), strict=True):
                 torch.testing.assert_close(a, e, rtol=within, atol=within)

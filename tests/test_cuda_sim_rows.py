@@ -14,7 +14,7 @@ from gpt_kernels.ops.cross_entropy import fwd
 
 if grids.BACKEND != "cuda_sim":
     pytest.skip("needs GPT_KERNELS_TEST_BACKEND=cuda_sim", allow_module_level=True)
-import sim_tools
+from csrc import sim
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def on_the_simulator():
 
 def ways(call):
     """kernel -> counters of the launches that call() makes"""
-    with sim_tools.counting() as counters:
+    with sim.counting() as counters:
         call()
     return counters
 
@@ -59,18 +59,18 @@ def test_cuda_sim_rows_move_16_bytes_at_a_time(case):
     for name, c in ways(call).items():
         if "count" in name or "reduce" in name:  # they read targets and sums
             continue
-        assert c["global_bytes_16"] >= least * c["global_bytes"], f"{name}: {c['global_bytes_16'] / c['global_bytes']:.4f}"
+        assert c.global_bytes_16 >= least * c.global_bytes, f"{name}: {c['global_bytes_16'] / c['global_bytes']:.4f}"
 
 
 def test_cuda_sim_rows_are_read_once():
     """From memory each byte of a row that fits comes once: x in, y out; forward and backward, on 99, 163 and 227 KB."""
     for arch, dtype, N in ((86, torch.bfloat16, 50257), (80, torch.float32, 40001), (90, torch.float32, 50257)):
         x, M = scores(7, N, dtype=dtype), 7
-        with sim_tools.configured(arch=arch):
+        with sim.configured(arch=arch):
             (c,) = ways(lambda x=x: gpt_kernels.softmax(x)).values()
         row = M * N * x.element_size()
-        assert c["launches"] == 1 and c["cp_async"] > 0
-        assert 2 * row <= c["global_bytes"] < 2.001 * row, c
+        assert c.launches == 1 and c.cp_async > 0
+        assert 2 * row <= c.global_bytes < 2.001 * row, c
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -86,13 +86,13 @@ def test_cuda_sim_rows_around_48_kb(dtype):
 @pytest.mark.parametrize("arch, longest", ((86, 50297), (80, 83065), (90, 115833)))
 def test_cuda_sim_rows_fit_every_limit(arch, longest):
     """The longest 16-bit row that a block holds beside its sums; one column more goes in parts. The model takes no more."""
-    with sim_tools.configured(arch=arch):
+    with sim.configured(arch=arch):
         for N, launches in ((longest, 1), (longest + 1, 2)):
             x = scores(2, N, dtype=torch.bfloat16)
             half = x[:, : N // 2 - 8].contiguous()  # of which two fit
             (c,) = ways(lambda x=x: gpt_kernels.softmax(x)).values()
             (both,) = ways(lambda x=half: torch.ops.gpt_kernels.softmax_bwd(x, x, 1.0, False)).values()
-            assert (c["launches"], both["launches"]) == (launches, 1)
+            assert (c.launches, both.launches) == (launches, 1)
 
 
 def test_cuda_sim_rows_beyond_32_bits():
@@ -166,9 +166,9 @@ CALLS = {
 def test_cuda_sim_rows_schedules_agree(call):
     """Bit for bit, whichever warp and lane comes first, whichever block; asynchronous copies land as late as they may."""
     results = []
-    for seed in sim_tools.SEEDS:
+    for seed in sim.SEEDS:
         torch.manual_seed(0)
-        with sim_tools.configured(seed=seed):
+        with sim.configured(seed=seed):
             results.append(CALLS[call]())
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

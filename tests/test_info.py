@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-import sim_tools
 import torch
 
 import gpt_kernels
+from csrc import sim
 from gpt_kernels import cache, cli, dispatch, library, triton
 from gpt_kernels.info import CUDA_DTYPES, _in_triton, support
 from gpt_kernels.names import families, family
@@ -172,10 +172,11 @@ def test_table_of_support_is_what_runs(isa):
 
 
 PROBE = """
-import contextlib, gpt_kernels, sim_tools, torch
+import contextlib, gpt_kernels, torch
+from csrc import sim
 from gpt_kernels import cases
 from gpt_kernels.info import DTYPES
-sim_tools.register()
+sim.register()
 for op in cases.families():
     for dtype in DTYPES:
         with gpt_kernels.use_backend("cuda_sim"), contextlib.suppress(RuntimeError):
@@ -186,7 +187,7 @@ for op in cases.families():
 """
 
 
-@pytest.mark.skipif(not sim_tools.PATH.exists(), reason="the CUDA kernels were not built for the simulator")
+@pytest.mark.skipif(not sim.PATH.exists(), reason="the CUDA kernels were not built for the simulator")
 def test_support_table_tells_what_the_cuda_kernels_take():
     """Forward and backward of each op, run on the simulator."""
     root = pathlib.Path(__file__).parents[1]

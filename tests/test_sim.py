@@ -3,20 +3,22 @@ found, counters that say what is known. The ops on it: GPT_KERNELS_TEST_BACKEND=
 
 import concurrent.futures
 import ctypes
-import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "sim"))
 import gemm  # noqa: E402
+import pybind11  # noqa: E402
 
+from csrc import sim  # noqa: E402
 from gpt_kernels import cases  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,14 +47,26 @@ def kernels(tmp_path_factory):
     return [compiled(folder, s, f"{pathlib.Path(s).stem}.o", "-fsanitize=thread", "-x", "c++") for s in sources]
 
 
+def model(folder, *flags):
+    """The model's objects, without its Python face."""
+    sources = [p for p in sorted((ROOT / "csrc" / "sim").glob("*.cpp")) if p.stem != "python"]
+    return [compiled(folder, p, f"{p.stem}.o", "-O2", *flags) for p in sources]
+
+
 @pytest.fixture(scope="module")
-def lib(kernels, tmp_path_factory):
+def face(tmp_path_factory):
+    folders = (pybind11.get_include(), sysconfig.get_path("include"))
+    flags = [option for folder in folders for option in ("-isystem", folder)]
+    return compiled(tmp_path_factory.mktemp("face"), "csrc/sim/python.cpp", "python.o", "-fvisibility=hidden", *flags)
+
+
+@pytest.fixture(scope="module")
+def lib(kernels, face, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    library = ctypes.CDLL(str(linked([*kernels, compiled(folder, "csrc/sim/sim.cpp", "sim.o", "-O2")], folder / "selftest.so")))
+    library = ctypes.CDLL(str(linked([*kernels, *model(folder), face], folder / "selftest.so")))
     for name in ("gemm", "mma", "ldmatrix", "warp", "cp_async", "named", "last", "banks", "wrong", "size"):
         getattr(library, f"test_{name}").restype = ctypes.c_char_p
-    library.gpt_kernels_sim_configure.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    library.gpt_kernels_sim_counters.restype = ctypes.c_char_p
+    library.sim = sim.load(folder / "selftest.so")
     return library
 
 
@@ -62,11 +76,11 @@ def seeds(lib):
 
     def each():
         for seed in range(SEEDS):
-            lib.gpt_kernels_sim_configure(b"seed", seed)
+            lib.sim.dials.seed = seed
             yield seed
 
     yield each
-    lib.gpt_kernels_sim_configure(b"seed", 0)
+    lib.sim.dials.seed = 0
 
 
 def pointer(t):
@@ -175,8 +189,7 @@ def under_tsan(kernels, tmp_path_factory):
     if not os.path.isabs(runtime):
         pytest.skip("no ThreadSanitizer runtime")
     folder = tmp_path_factory.mktemp("tsan")
-    model = compiled(folder, "csrc/sim/sim.cpp", "sim.o", "-O2", "-DGK_SIM_TSAN")
-    return runtime, linked([*kernels, model], folder / "selftest.so", "-fsanitize=thread")
+    return runtime, linked([*kernels, *model(folder, "-DGK_SIM_TSAN")], folder / "selftest.so", "-fsanitize=thread")
 
 
 @pytest.mark.parametrize("fault", gemm.FAULTS)
@@ -236,7 +249,33 @@ WRONG = {
 def test_reports(lib, what):
     message = lib.test_wrong(pointer(torch.zeros(128)), what).decode()
     assert message.startswith("simulator: kernel gk::wrong, block (0, 0, 0)") and re.search(WRONG[what], message), message
+    report = lib.sim.take_report()
+    assert report.text == message and report.kernel == "gk::wrong" and report.block == (0, 0, 0)
+    assert bool(report.waits) is (report.what == "deadlock") is (report.warp < 0)
     assert lib.test_wrong(pointer(torch.zeros(128)), 99) is None  # and the next launch works
+    assert lib.sim.take_report() is None
+
+
+def test_a_deadlock_raises_with_what_each_lane_waits_for(lib):
+    """The README's story."""
+
+    def launch():
+        if text := lib.test_wrong(pointer(torch.zeros(128)), 0):
+            raise RuntimeError(text.decode())  # as torch hands it on
+
+    with pytest.raises(sim.Deadlock, match="deadlock") as caught:
+        sim.reporting(lib.sim, launch)()
+    first, second = caught.value.waits
+    assert (first.warp, first.at, first.barrier, first.arrived, first.expected) == (0, "barrier", 0, 32, 64)
+    assert (second.warp, second.at, second.lanes) == (1, "", list(range(32)))
+
+    def fault():
+        raise RuntimeError(lib.test_wrong(pointer(torch.zeros(128)), 3).decode())
+
+    with pytest.raises(sim.Fault, match="past the 256 bytes") as caught:
+        sim.reporting(lib.sim, fault)()
+    assert not isinstance(caught.value, sim.Deadlock)
+    assert (caught.value.kernel, caught.value.warp, caught.value.lane) == ("gk::wrong", 0, 0)
 
 
 @pytest.fixture
@@ -244,7 +283,7 @@ def size(lib):
     """(kernel, x, y, z, threads, bytes) -> None or the report"""
     lib.test_size.argtypes = [ctypes.c_int, *[ctypes.c_uint] * 4, ctypes.c_size_t]
     yield lambda *args: (lib.test_size(*args) or b"").decode() or None
-    lib.gpt_kernels_sim_configure(b"arch", 80)
+    lib.sim.dials.arch = 80
 
 
 def test_the_runtime_refuses_what_a_driver_refuses(size):
@@ -267,7 +306,7 @@ def test_what_a_kernel_declares_counts_in_the_48_kb_that_are_free(size):
 def test_each_gpu_is_asked(lib, size):
     """The attribute is of a kernel on one GPU; the model plays one for each architecture."""
     for arch, limit in ((86, 99), (90, 227), (80, 163), (86, 99)):
-        lib.gpt_kernels_sim_configure(b"arch", arch)
+        lib.sim.dials.arch = arch
         assert size(3, 1, 1, 1, 64, (limit << 10) - 256) is None
 
 
@@ -297,19 +336,15 @@ def test_lanes_of_a_warp_are_not_in_step(lib, seeds):
 
 @pytest.mark.parametrize("stride, ways", ((0, 1), (1, 1), (2, 2), (4, 4), (8, 8), (32, 32), (33, 1)))
 def test_bank_conflicts(lib, stride, ways):
-    lib.gpt_kernels_sim_counters()
-    lib.gpt_kernels_sim_configure(b"count", 1)
+    lib.sim.take_counters()
+    lib.sim.dials.count = 1
     assert lib.test_banks(pointer(torch.zeros(32)), stride) is None
-    lib.gpt_kernels_sim_configure(b"count", 0)
-    (counters,) = json.loads(lib.gpt_kernels_sim_counters()).values()
+    lib.sim.dials.count = 0
+    (counters,) = lib.sim.take_counters().values()
     writes = 33
-    assert counters["shared_requests"] == writes + 1
-    assert counters["shared_wavefronts"] == writes + ways
-    assert (counters["global_requests"], counters["global_sectors"], counters["global_ideal"]) == (1, 4, 4)
-
-
-def test_dials(lib):
-    assert lib.gpt_kernels_sim_configure(b"speed", 1) == 1
+    assert counters.shared_requests == writes + 1
+    assert counters.shared_wavefronts == writes + ways
+    assert (counters.global_requests, counters.global_sectors, counters.global_ideal) == (1, 4, 4)
 
 
 # ---- the ops under sanitizers ----
@@ -320,7 +355,7 @@ def environment(build, *runtimes):
     found = [subprocess.run([CXX, f"-print-file-name={r}"], capture_output=True, text=True).stdout.strip() for r in runtimes]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": str(ROOT),
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0",
         "GPT_KERNELS_SIM_LIBRARY": str(ROOT / "gpt_kernels" / f"_cuda_{build}.so"),

@@ -1,7 +1,7 @@
 """Do two trees' kernels give the same bits? `python -m tools.bitwise OTHER [--backends cpu cuda_sim triton]`.
 
-Each tree answers in processes of its own: every kernel call of gpt_kernels/cases, in every dtype, on every instruction set of the
-CPU, and on the backends asked for. OTHER is a checkout with its libraries built; the calls are this tree's.
+Each tree answers in processes of its own: every kernel call of gpt_kernels/cases, in every dtype, on every instruction set of
+the CPU, and on the backends asked for. OTHER is a checkout with its libraries built; the calls are this tree's.
 """
 
 from __future__ import annotations
@@ -49,10 +49,9 @@ def answered(backend: str, folder: str) -> None:
     import gpt_kernels
 
     if backend == "cuda_sim":
-        sys.path.insert(0, "tests")
-        import sim_tools
+        from csrc import sim
 
-        sim_tools.register()
+        sim.register()
     levels = ("base", "avx2", "avx512", "avx512_bf16")
     isas = levels[: levels.index(str(gpt_kernels.isa())) + 1] if backend == "cpu" else (str(gpt_kernels.isa()),)
     for isa in isas:

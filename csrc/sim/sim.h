@@ -1,5 +1,5 @@
 // The CPU model of the GPU, as a kernel sees it: what csrc/cuda/*.cu are compiled against as plain C++ when GK_SIM is
-// defined. The model itself: sim.cpp. What it models and what it does not: README.md beside this file.
+// defined. The model itself: model.h and what it names. What it models and what it does not: README.md beside this file.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -22,7 +22,7 @@ def bf16(value):
 def wrong(library, fault, seeds):
     """Of how many schedules? Integers in, so the right result is exact."""
     library.test_gemm.restype = ctypes.c_char_p
-    library.gpt_kernels_sim_configure.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    library.test_seed.argtypes, library.test_seed.restype = [ctypes.c_int64], None
     random.seed(1)
     a, b = ([random.randint(-4, 4) for _ in range(rows * K)] for rows in (32, 8))
     A, B, C = aligned(ctypes.c_uint16, len(a)), aligned(ctypes.c_uint16, len(b)), aligned(ctypes.c_float, 256)
@@ -30,10 +30,10 @@ def wrong(library, fault, seeds):
     expected = [sum(a[i * K + k] * b[j * K + k] for k in range(K)) for i in range(32) for j in range(8)]
     count = 0
     for seed in range(seeds):
-        library.gpt_kernels_sim_configure(b"seed", seed)
+        library.test_seed(seed)
         report = library.test_gemm(C, A, B, K, FAULTS.index(fault))
         count += report is not None or list(C) != expected
-    library.gpt_kernels_sim_configure(b"seed", 0)
+    library.test_seed(0)
     return count
 
 

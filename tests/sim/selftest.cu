@@ -1,5 +1,6 @@
 // Kernels that exercise the model itself, most of them with a fault that it must find. Called by test_sim.py through ctypes.
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/sim/face.h"
 
 #include <stdexcept>
 #include <string>
@@ -202,3 +203,5 @@ extern "C" __attribute__((visibility("default"))) const char* test_size(int whic
     if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));
   });
 }
+// for gemm.py, which runs without torch and pybind11 where a sanitizer's runtime is preloaded
+extern "C" __attribute__((visibility("default"))) void test_seed(int64_t seed) { gk::sim::dials.seed = seed; }
