@@ -24,7 +24,7 @@ def check(name: str, call, args: list, compared: int = PARTS) -> None:
     """call(*args) gives tensors in the rows of args[0]: bit for bit those of its parts."""
     for isa in ISAS:
         with gpt_kernels.use_isa(isa):
-            for _ in range(6):  # until the memory of what went before serves
+            for _ in range(12):  # until the memory of what went before serves
                 whole = parts = same_rows = None
                 before = faults()
                 whole = call(*args)

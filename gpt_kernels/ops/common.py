@@ -14,8 +14,9 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(..., N) as (M, N), also when there are no elements."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """(..., N) as (M, N), also when there are no elements; rows without columns are none, as in every launcher."""
+    N = x.shape[-1]
+    return x.reshape(x.shape[:-1].numel() if N else 0, N)
 
 
 def unit_of(x: Tensor) -> Tensor:

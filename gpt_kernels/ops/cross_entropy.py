@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
-from .common import REVERSE, TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
+from .common import REVERSE, TRANSFORMED, derivative_of, rederived, stat_dtype
 
 __all__ = ["cross_entropy"]  # the public functions
 
@@ -33,7 +33,8 @@ REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in t
 def _rows(op, logits, target, ignore_index, softcap):
     """The capped logits (M, V), the targets (M,), and which rows count (M,)."""
     _check_target(op, target, ignore_index, logits.shape[-1])
-    x, t = rows_of(logits).to(stat_dtype(logits.dtype)), target.reshape(-1)
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no classes, too
+    x, t = rows.to(stat_dtype(logits.dtype)), target.reshape(-1)
     keep = t != ignore_index
     # zero times an infinite logit of an ignored row would be NaN in the derivative of this
     x = x.masked_fill(~keep[:, None], 0)
