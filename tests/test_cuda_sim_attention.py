@@ -138,7 +138,7 @@ def test_cuda_sim_tf32(D, tf32):
     assert all(c.mma == 0 for c in counted(*args, right=3).values())
     tf32()
     counters = counted(*args, right=3)
-    assert counters["attention_fwd"].mma > 0 and counters["attention_bwd"]["mma"] > 0
+    assert counters["attention_fwd"].mma > 0 and counters["attention_bwd"].mma > 0
     for a, e in zip(run(*args, right=3), expected, strict=True):
         assert 1e-5 < (a - e).norm() / e.norm() < 1e-3
     zero, v = torch.zeros(1, 1, 64, D), torch.randint(-8, 9, (1, 1, 64, D)).float()
