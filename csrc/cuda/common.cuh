@@ -200,7 +200,7 @@ template <class T> const T* data(const OptTensor& t) { return t ? data<T>(*t) : 
 
 inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropout_p) {
   const DropoutRate rate = check_dropout(op, rng_state, dropout_p);
-  if (!rate.drop_below) return {};
+  if (!rate.drop_below) return {nullptr, 0, 1};  // all is kept, as it is
   check_contiguous(op, "rng_state", *rng_state);
   return {data<int64_t>(rng_state), rate.drop_below, float(rate.keep_scale)};
 }
