@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gpt_kernels import dispatch
-from gpt_kernels.names import families
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # csrc and tools, whose tests these are
 collect_ignore = ["made_up"]  # laid over a copy of the tree (test_added_op.py)
@@ -37,14 +36,9 @@ if grids.DEVICE != "cpu":
         setattr(torch, _name, drawn_on_the_cpu(getattr(torch, _name)))
 
 
-def on_the_backend_under_test(module) -> bool:
-    """The ops' own files, and what says so of itself."""
-    return module.__name__ in [f"test_{op}" for op in families()] or getattr(module, "ON_THE_BACKEND_UNDER_TEST", False)
-
-
 def pytest_generate_tests(metafunc):
     """The op tests run on the backend under test, and their names say so; for the CPU backend there is nothing to push."""
-    if grids.BACKEND != "cpu" and on_the_backend_under_test(metafunc.module):
+    if grids.BACKEND != "cpu" and grids.on_the_backend_under_test(metafunc.module.__file__):
         metafunc.parametrize("backend", [grids.BACKEND], indirect=True)
 
 

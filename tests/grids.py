@@ -7,10 +7,12 @@ theirs then is (conftest.py), on the Triton kernels or, with GPT_KERNELS_TEST_BA
 """
 
 import os
+import pathlib
 
 import torch
 
 from gpt_kernels import library
+from gpt_kernels.names import families
 from gpt_kernels.triton import INTERPRETED
 
 DEVICE = os.environ.get("GPT_KERNELS_TEST_DEVICE", "cpu")
@@ -22,3 +24,9 @@ if BACKEND == "cpu":
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     ISAS = (library.best_isa(),)  # of the CPU: nothing to the kernels under test
+
+
+def on_the_backend_under_test(file: str | os.PathLike[str]) -> bool:
+    """The ops' own test files, and those that say so of themselves."""
+    path = pathlib.Path(file)
+    return path.stem in [f"test_{op}" for op in families()] or "\nON_THE_BACKEND_UNDER_TEST = True" in path.read_text()

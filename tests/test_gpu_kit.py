@@ -158,9 +158,12 @@ def test_stages_of_a_gpu(monkeypatch, built, count):
     """Which stages there are, without running them: sanitizer's tools, every benchmark, ConSan only when asked for; the
     tests once more where the CUDA kernels were built."""
     monkeypatch.setattr(library, "cuda_archs", lambda: built)
-    plain, more = gpu_stages.stages("cuda", False, False), gpu_stages.stages("cuda", False, True)
-    assert len(plain) == 4 * count + len(gpu_stages.TOOLS) + len(gpu_stages.TARGETS) and len(more) == len(plain) + 1
-    assert len(gpu_stages.stages("cpu", False, False)) == 5 + len(gpu_stages.TOOLS)
+    served, benchmarks = gpu_calls.backends("cuda"), len(gpu_stages.TARGETS)
+    plain, more = (gpu_stages.stages("cuda", False, consan, served) for consan in (False, True))
+    assert len(plain) == 4 * count + len(gpu_stages.TOOLS) + benchmarks and len(more) == len(plain) + 1
+    assert len(gpu_stages.stages("cpu", False, False, ["triton"])) == 5 + len(gpu_stages.TOOLS)
+    assert len(gpu_stages.stages("cuda", False, True, served, ("op_tests", "benchmark"))) == count + benchmarks
+    assert sum(len(gpu_stages.stages("cuda", False, False, served, (kind,))) for kind in gpu_stages.KINDS) == len(plain)
 
 
 def test_the_backend_under_test_is_told(monkeypatch):
@@ -171,6 +174,11 @@ def test_the_backend_under_test_is_told(monkeypatch):
     assert (ops, launches) == ("op tests, cuda", "launch tests, cuda") and arguments[-1].startswith("cuda and")
     assert variables == {"GPT_KERNELS_TEST_DEVICE": "cuda", "GPT_KERNELS_TEST_BACKEND": "cuda"}
     assert more["GPT_KERNELS_TEST_BACKEND"] == "cuda" and more["GPT_KERNELS_RACE_LOOPS"] == "25"
+
+
+def test_the_op_tests_are_those_of_the_backend_under_test():
+    """A file that is forgotten does not run, and nothing is red."""
+    assert {"tests/test_ops.py", "tests/test_magnitudes.py", "tests/test_gelu.py"} < set(gpu_stages.files_of_the_ops())
 
 
 def test_the_other_backend_is_timed_beside_the_default(monkeypatch):
@@ -190,7 +198,7 @@ def test_comparison_of_backends(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_report, "fingerprint", lambda device: {"gpu": "X"})
     rows = [row(1e-3, 1.5e-3), row(9e-3, 9e-3, shape="2x2"), row(1, 1, shape="3x3", mismatch="off")]
-    assert gpu.run("cuda", False, False, tmp_path, [lambda: Stage("benchmark", "passed", "", rows=rows)]) == 0
+    assert gpu.run("cuda", "", tmp_path, [lambda: Stage("benchmark", "passed", "", rows=rows)]) == 0
     (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
     assert "| op | dtype | direction | default | triton | PyTorch | fastest |" in text
     assert "| dropout 1x64 | float32 | fwd | 1 | 1.5 | 2 | default |" in text
@@ -202,16 +210,16 @@ def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_report, "fingerprint", lambda device: facts)
     good = Stage("benchmark dropout", "passed", "1 rows", rows=[ROW])
     bad = Stage("op tests", "failed", "1 passed, 1 failed, 0 skipped", ["a::b: assert 1 == 2"])
-    assert gpu.run("cuda", False, False, tmp_path, [lambda: good]) == 0
+    assert gpu.run("cuda", "", tmp_path, [lambda: good]) == 0
     (data,) = tmp_path.glob("*-nvidia-test-9000-x.json")
     report = json.loads(data.read_text())
     assert report["environment"] == facts and report["stages"][0]["rows"] == [ROW] and not report["dry_run"]
     text = data.with_suffix(".md").read_text()
     assert text.startswith("# gpt_kernels on NVIDIA Test 9000 / X\n\nAll stages passed.")
     assert "| dropout 1x64 | fwd | 2.00x (1 ms) |" in text and "2 / - / 1" in text
-    assert gpu.run("cuda", True, True, tmp_path, [lambda: good, lambda: bad]) == 1
+    assert gpu.run("cuda", "--quick --consan", tmp_path, [lambda: good, lambda: bad]) == 1
     text = data.with_suffix(".md").read_text()
-    assert "FAILED: op tests. `python -m tools.gpu --device cuda --quick --consan`" in text and "a::b: assert 1 == 2" in text
+    assert "FAILED: op tests. `python -m tools.gpu --quick --consan`" in text and "a::b: assert 1 == 2" in text
     assert "failed  op tests: 1 passed, 1 failed" in capsys.readouterr().out
 
 
@@ -221,13 +229,18 @@ def test_an_interrupted_run_still_reports(tmp_path, monkeypatch):
     def stop():
         raise KeyboardInterrupt
 
-    assert gpu.run("cuda", False, False, tmp_path, [lambda: Stage("a", "passed", ""), stop, stop]) == 1
+    def after_the_first():
+        (data,) = tmp_path.glob("*.json")
+        assert json.loads(data.read_text())["verdict"] == "2 stages are not reached"
+        stop()
+
+    assert gpu.run("cuda", "", tmp_path, [lambda: Stage("a", "passed", ""), after_the_first, stop]) == 1
     (data,) = tmp_path.glob("*.json")
     assert [s["name"] for s in json.loads(data.read_text())["stages"]] == ["a", "interrupted"]
 
 
 def test_dry_run_reports_no_figures(tmp_path):
-    assert gpu.run("cpu", False, False, tmp_path, [lambda: Stage("a", "passed", "8 rows")]) == 0
+    assert gpu.run("cpu", "", tmp_path, [lambda: Stage("a", "passed", "8 rows")]) == 0
     (text,) = (path.read_text() for path in tmp_path.glob("*-dry-run-cpu.md"))
     assert text.startswith("# gpt_kernels on dry run on a CPU: no figures\n\ndry run on a CPU: no figures.")
     assert torch.__version__ in text and "Benchmarks" not in text
@@ -246,4 +259,4 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (data,) = tmp_path.glob("*.json")
     status = {s["name"]: s["status"] for s in json.loads(data.read_text())["stages"]}
-    assert {status[f"{stage}, triton"] for stage in ("op tests", "launch tests", "benchmark dropout")} == {"passed"}
+    assert {status[s] for s in ("op tests, triton", "launch tests, triton", "benchmark dropout")} == {"passed"}

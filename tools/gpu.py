@@ -27,37 +27,40 @@ from gpt_kernels.bench.environment import ROOT
 from gpt_kernels.streams import streams
 
 from . import gpu_calls, gpu_report, gpu_stages
-from .gpu_calls import DRY
-from .gpu_stages import Stage, stages
+from .gpu_calls import DRY, backends
+from .gpu_stages import KINDS, Stage, stages
 
 
-def run(
-    device: str, quick: bool, consan: bool, folder: pathlib.Path, chosen: Sequence[Callable[[], Stage]] | None = None
-) -> int:
-    facts, done = gpu_report.fingerprint(device), []
-    for stage in stages(device, quick, consan) if chosen is None else chosen:
+def run(device: str, arguments: str, folder: pathlib.Path, chosen: Sequence[Callable[[], Stage]]) -> int:
+    """Each stage's result is in the report as soon as it is known: a lease that ends leaves what was read so far."""
+    facts, done, paths = gpu_report.fingerprint(device), [], []
+    for stage in chosen:
         begin = time.perf_counter()
         try:
             result = stage()
         except KeyboardInterrupt:
-            done.append(Stage("interrupted", "failed", "the stages above were finished"))
-            break
+            result = Stage("interrupted", "failed", "the stages above were finished")
         result.seconds = time.perf_counter() - begin
         done.append(result)
         print(f"{result.status:8}{result.name}: {result.summary} ({result.seconds:.0f} s)", flush=True)
         for line in result.failures:
             print(f"        {line}", flush=True)
-    failed = [s.name for s in done if s.status == "failed"]
-    report = {
-        "kit": "gpt_kernels",
-        "dry_run": device == "cpu",
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-        "arguments": " ".join([f"--device {device}", *["--quick"] * quick, *["--consan"] * consan]),
-        "verdict": f"FAILED: {', '.join(failed)}" if failed else DRY if device == "cpu" else "All stages passed",
-        "environment": facts,
-        "stages": [asdict(s) for s in done],
-    }
-    print("report:", *gpu_report.write(report, folder))
+        failed = [s.name for s in done if s.status == "failed"]
+        left = len(chosen) - len(done)
+        good = f"{left} stages are not reached" if left else DRY if device == "cpu" else "All stages passed"
+        report = {
+            "kit": "gpt_kernels",
+            "dry_run": device == "cpu",
+            "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+            "arguments": arguments,
+            "verdict": f"FAILED: {', '.join(failed)}" if failed else good,
+            "environment": facts,
+            "stages": [asdict(s) for s in done],
+        }
+        paths = gpu_report.write(report, folder)
+        if result.name == "interrupted":
+            break
+    print("report:", *paths)
     return bool(failed)
 
 
@@ -68,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
     )
+    parser.add_argument("--only", nargs="+", choices=KINDS, metavar="STAGE", help=f"these alone, of {', '.join(KINDS)}")
+    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help="these alone (default: all that are here)")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
     few = max(1, min(8, (os.cpu_count() or 1) // 2))
     parser.add_argument("--jobs", type=int, default=few, metavar="N", help="processes for the tests (default: %(default)s)")
     parser.add_argument("--slice", metavar="DEVICE", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
     parser.add_argument("--host", nargs=2, metavar=("DEVICE", "BACKEND"), help=argparse.SUPPRESS)
+    argv = sys.argv[1:] if argv is None else [*argv]
     args = parser.parse_args(argv)
     if args.smoke:
         return gpu_calls.run_smoke(*args.smoke)
@@ -95,8 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.device == "cpu") != triton.INTERPRETED:
         return refuse("TRITON_INTERPRET=1 goes with --device cpu, and only with it")
     folder = args.out or ROOT / "benchmarks" / ("results" if args.device == "cuda" else "out")
+    chosen = stages(args.device, args.quick, args.consan, args.backends or backends(args.device), args.only or KINDS)
+    if not chosen:
+        return refuse("no stage is left to run")
     with streams():  # hours of stages do not end with who reads of them
-        return run(args.device, args.quick, args.consan, folder)
+        return run(args.device, " ".join(argv), folder, chosen)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from gpt_kernels.bench.environment import ROOT
 from gpt_kernels.bench.run import TARGETS, scrub
-from gpt_kernels.names import families
 
 from .gpu_calls import DRY, backends
 
@@ -89,14 +88,20 @@ def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage
     return Stage(name, "failed" if bad else "passed" if len(cases) > skipped else "skipped", summary, failures)
 
 
+def files_of_the_ops() -> list[str]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from grids import on_the_backend_under_test
+
+    return [f"tests/{file.name}" for file in sorted((ROOT / "tests").glob("test_*.py")) if on_the_backend_under_test(file)]
+
+
 def op_tests(device: str, quick: bool, backend: str) -> Stage:
     """The tests that every backend passes, with every tensor on the device."""
     name = f"op tests, {backend}"
     if device == "cpu":
         return pytest_stage(name, ["tests/test_dropout.py", "-k", "triton and (bad_input or gradient)"])
-    files = [f"tests/test_{op}.py" for op in families()]
     chosen = ["-k", f"{backend} and (truth or float64 or bad_input)"] if quick else ["-k", backend]
-    return pytest_stage(name, [*files, *chosen], GPT_KERNELS_TEST_DEVICE=device, GPT_KERNELS_TEST_BACKEND=backend)
+    return pytest_stage(name, [*files_of_the_ops(), *chosen], GPT_KERNELS_TEST_DEVICE=device, GPT_KERNELS_TEST_BACKEND=backend)
 
 
 def launch_tests(device: str, quick: bool, backend: str, **variables: str) -> Stage:
@@ -151,13 +156,20 @@ def last_lines(text: str, count: int = 12) -> list[str]:
     return [scrub(line) for line in text.strip().splitlines()[-count:]]
 
 
-def stages(device: str, quick: bool, consan: bool) -> list[Callable[[], Stage]]:
-    chosen: list[Callable[[], Stage]] = [functools.partial(smoke, device, backend) for backend in backends(device)]
-    for backend in backends(device):
+KINDS = ("smoke", "op_tests", "launch_tests", "host_cost", "sanitizer", "benchmark")
+
+
+def stages(
+    device: str, quick: bool, consan: bool, served: Sequence[str], kinds: Sequence[str] = KINDS
+) -> list[Callable[[], Stage]]:
+    """Those of these kinds; on each of these backends, but for the sanitizer and the benchmarks, which have them all."""
+    chosen: list[functools.partial[Stage]] = [functools.partial(smoke, device, backend) for backend in served]
+    for backend in served:
         chosen += [functools.partial(test, device, quick, backend) for test in (op_tests, launch_tests)]
         chosen.append(functools.partial(host_cost, device, backend))
     if consan:
         chosen.append(functools.partial(launch_tests, device, True, "triton", TRITON_INSTRUMENTATION_MODE="consan"))
     chosen += [functools.partial(sanitizer, device, tool, quick) for tool in TOOLS]
     targets = TARGETS if device == "cuda" else ("dropout",)
-    return chosen + [functools.partial(benchmark, device, target, quick or device == "cpu") for target in targets]
+    chosen += [functools.partial(benchmark, device, target, quick or device == "cpu") for target in targets]
+    return [stage for stage in chosen if stage.func.__name__ in kinds]
