@@ -17,8 +17,8 @@ constexpr int64_t few_queries = 2;  // up to here packing a key costs more than 
 // Multiplications in the two products of every query with every key.
 inline double score_work(const AttentionArgs& s) { return double(s.B * s.H) * s.Tq * s.Tk * (s.D + s.Dv) + 1; }
 
-// run(first, last, scratch) over [0, tasks) in parallel, each thread with `bytes` of memory aligned to a cache line. work: of all
-// tasks, in multiplications; a thread gets what takes it some microseconds at least, so that a tiny call stays on its own.
+// run(first, last, scratch) over [0, tasks) in parallel, each thread with `bytes` of memory aligned to a cache line. work: of
+// all tasks, in multiplications; a thread gets what takes it some microseconds at least, so that a tiny call stays on its own.
 template <class Run> inline void run_with_scratch(const char* op, int64_t tasks, double work, int64_t bytes, const Run& run) {
   std::atomic<bool> out_of_memory{false};  // nothing may be thrown on another thread
   const int64_t grain = std::max<int64_t>(1, (int64_t)(std::min(1.0, 1e5 / work) * tasks));

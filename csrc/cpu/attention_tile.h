@@ -1,8 +1,8 @@
-// The pieces of the attention kernels, per target, after vec.h and philox.h: operand types, the matrix micro-kernel, packing, the
-// score steps (each written once), dropout's rows of random numbers.
+// The pieces of the attention kernels, per target, after vec.h and philox.h: operand types, the matrix micro-kernel, packing,
+// the score steps (each written once), dropout's rows of random numbers.
 //
-// A "unit" is what one multiply-add consumes: one float or double, or a pair of bf16 for the AVX-512 bf16 dot product.
-// A product C += A B runs on A in units (row stride, k stride) and B packed as [k][columns] units.
+// A "unit" is what one multiply-add consumes: one float or double, or a pair of bf16 for the AVX-512 bf16 dot product. A
+// product C += A B runs on A in units (row stride, k stride) and B packed as [k][columns] units.
 
 namespace GK_TARGET {
 namespace {
@@ -44,8 +44,9 @@ template <class C> GK_INLINE int64_t padded(int64_t n) { return round_up(n, lane
 constexpr int tile_rows = 6;
 constexpr int tile_vectors = GK_BYTES == 64 ? 4 : 2;
 
-// c[r][0 .. NV vectors) (+)= sum over k of a[r * a_row + k * a_k] * b[k * b_row + ...]. The sum is its own before it is added to
-// c: one running sum over all the tiles of a long sequence would lose what a tile adds, in proportion to the root of its length.
+// c[r][0 .. NV vectors) (+)= sum over k of a[r * a_row + k * a_k] * b[k * b_row + ...]. The sum is its own before it is added
+// to c: one running sum over all the tiles of a long sequence would lose what a tile adds, in proportion to the root of its
+// length.
 template <class Op, int MR, int NV>
 static inline __attribute__((always_inline)) void tile(typename Op::C* c, int64_t c_row, const typename Op::unit* a,
                                                        int64_t a_row, int64_t a_k, const typename Op::unit* b, int64_t b_row,
@@ -183,8 +184,8 @@ template <class Op> GK_INLINE int64_t units(int64_t n) { return (n + Op::depth -
 // unit stride between the rows that pack_rows wrote
 template <class Op> GK_INLINE int64_t row_units(int64_t columns) { return padded<typename Op::C>(columns) / Op::depth; }
 
-// Products of one query with n keys where they lie, which costs less than packing them. Forward and backward must add in the same
-// order: exp(score - lse) magnifies what a score of some hundred differs by. noinline: so must the compiler.
+// Products of one query with n keys where they lie, which costs less than packing them. Forward and backward must add in the
+// same order: exp(score - lse) magnifies what a score of some hundred differs by. noinline: so must the compiler.
 template <class T, class C = compute_t<T>>
 static __attribute__((noinline)) void few_scores(C* score, const T* q, const T* k, int64_t k_row, int64_t n, int64_t D) {
   C query[gk::max_head_dim];

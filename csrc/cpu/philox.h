@@ -5,17 +5,46 @@
 namespace GK_TARGET {
 namespace {
 
+typedef uint64_t vq __attribute__((vector_size(GK_BYTES)));
+
+// the 64-bit products of m and the low halves of 64-bit lanes, whatever stands in the high ones
+GK_INLINE vq multiply_low(vq a, uint32_t m) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vq)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(m));
+#elif GK_X86_TARGETS && GK_BYTES == 32
+  return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return (a & 0xffffffffu) * m;
+#endif
+}
+GK_INLINE vq exclusive_or(vq a, vq b, vq c) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// v where its 16-bit word is not below `limit`, 0 elsewhere
+GK_INLINE vf keep_from(vf v, vh words, uint16_t limit) {
+#if GK_X86_TARGETS && GK_BYTES == 64
+  return (vf)_mm512_maskz_mov_ps(_mm256_cmpge_epu16_mask((__m256i)words, _mm256_set1_epi16(limit)), (__m512)v);
+#else
+  return __builtin_convertvector(words, vi) >= limit ? v : vf{};
+#endif
+}
+
 GK_INLINE vu lane_index() {
   vu lane;
   for (int i = 0; i < lanes<float>; i++) lane[i] = i;
   return lane;
 }
 
-// The values of one vector of column groups, eight to each lane, in order: out[8 * lanes], of which only the first
-// `groups` groups are written. Counter: (group, row, plane, offset), key: seed.
+// The values of one vector of column groups, eight to each lane, in order: out[8 * lanes], of which only the first `groups`
+// groups are written. Counter: (group, row, plane, offset), key: seed.
 //
-// Products of 32-bit words are 64 bits wide: the lanes are worked on in two halves, a word in the low part of each 64 bits, what
-// is left of a product above it. Which lane stands where is chosen such that the words come together in order at the end.
+// Products of 32-bit words are 64 bits wide: the lanes are worked on in two halves, a word in the low part of each 64 bits,
+// what is left of a product above it. Which lane stands where is chosen such that the words come together in order at the end.
 GK_INLINE void philox_groups(uint16_t* out, int64_t groups, vu group, vu row, uint32_t plane, const gk::Philox& philox) {
   constexpr int W = lanes<float>;
   uint64_t words[2 * W];

@@ -1,8 +1,8 @@
 // The second stage of every sum over rows: partials, one per chunk, added in chunk order. Per target, after vec.h.
 namespace GK_TARGET {
 
-// Squares of a row with elements from 1e19 on are infinite in float. Statistics of such a row are taken of it times this, an exact
-// factor, after the first attempt: of everything else nothing is asked but a comparison.
+// Squares of a row with elements from 1e19 on are infinite in float. Statistics of such a row are taken of it times this, an
+// exact factor, after the first attempt: of everything else nothing is asked but a comparison.
 template <class C> constexpr C shrunk = sizeof(C) == 4 ? (C)0x1p-80 : (C)0x1p-600;
 template <class C> GK_INLINE bool is_finite(C x) { return x - x == 0; }
 

@@ -4,16 +4,6 @@
 // the online softmax in registers, O += P V with P as it lies there. Keys and values stream through a ring of three tiles.
 #include "attention.cuh"
 
-// torch's own setting, which its stable interface does not have: weak, so that under a torch without it float32 stays float32.
-#define GK_WEAK __attribute__((weak, visibility("default")))
-namespace at {
-enum class Float32Backend { GENERIC, CUDA };
-enum class Float32Op { ALL, CONV, RNN, MATMUL };
-enum class Float32Precision { NONE, IEEE, TF32 };
-struct Context { GK_WEAK Float32Precision float32Precision(Float32Backend, Float32Op) const; };
-GK_WEAK Context& globalContext();
-}  // namespace at
-
 namespace gk {
 
 // ---- tiles: queries and keys of a block, its warps ----
@@ -194,12 +184,6 @@ __global__ void __launch_bounds__(32 * forward_tile<T, D, plain>().warps, 2)
 }
 
 // ==== launcher ====
-
-bool tf32_wanted() {
-  auto precision = &at::Context::float32Precision;
-  return precision && at::globalContext &&
-         (at::globalContext().*precision)(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
-}
 
 static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
                                                      const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,

@@ -273,7 +273,9 @@ __global__ void __launch_bounds__(32 * backward_tile<T, D, plain>().warps, D > (
     write_fragments<T, D, KC, key_stride>(shared + v_at, dv, own_key, warp % KC, keep_scale);
     __syncthreads();
     int batch = b, head = hk;
-    opaque(head);  // or where the two begin takes registers through the loop; of the batch's part ptxas judges so for some
+    // or where dk's and dv's tiles begin is computed before the loop above, and held in registers through it; ptxas does so
+    // with the batch's part for some kernels only, and these are they
+    opaque(head);
     if constexpr (tile_arch >= 90 || D == 96) opaque(batch);
     store_tile<T, D, keys, threads>(shared + k_at, rows_of<T>(s.dk, batch, head, s.D, aligned), j0, c.Tk);
     store_tile<T, D, keys, threads>(shared + v_at, rows_of<T>(s.dv, batch, head, s.Dv, aligned), j0, c.Tk);

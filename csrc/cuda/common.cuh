@@ -198,6 +198,9 @@ template <class T> const T* data(const Tensor& t) { return static_cast<const T*>
 template <class T> T* out(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 template <class T> const T* data(const OptTensor& t) { return t ? data<T>(*t) : nullptr; }
 
+// torch.backends.cuda.matmul asks for TF32 in products of float32 (runtime.cu).
+bool tf32_wanted();
+
 inline Philox philox_of(const char* op, const OptTensor& rng_state, double dropout_p) {
   const DropoutRate rate = check_dropout(op, rng_state, dropout_p);
   if (!rate.drop_below) return {nullptr, 0, 1};  // all is kept, as it is

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(dropout_threads, dropout_blocks<T>)
       raw[c] = row.load(x + m * N, group * chunks + c);
       if (residual) added[c] = row.load(residual + m * N, group * chunks + c);
     }
-    opaque(low), opaque(high);  // or the keys of all rounds stay in registers from draw to draw
+    opaque(low), opaque(high);  // or the keys of all rounds, the same for every draw, are held in registers between the draws
     const uint4 bits = philox_8(uint64_t(uint32_t(high)) << 32 | uint32_t(low), offset, uint32_t(group), uint32_t(m), 0);
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll

@@ -9,8 +9,9 @@
 
 namespace gk {
 
-// Without asking, a kernel has 48 KB, of which what it declares is a part. So all that there is is asked for, once per kernel and
-// GPU: the attribute is the kernel's, and a launch that asked for its own size would take back what another thread's has asked for.
+// Without asking, a kernel has 48 KB, of which what it declares is a part. So all that there is is asked for, once per kernel
+// and GPU: the attribute is the kernel's, and a launch that asked for its own size would take back what another thread's has
+// asked for.
 static cudaError_t ask_for_shared(const void* function) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> asked;

@@ -1,5 +1,14 @@
 // Layer norm and RMS norm, forward and backward: they differ in the mean, which `centred` says. Formulas:
 // gpt_kernels/ops/layer_norm.py and rms_norm.py; launchers: layer_norm.cu, rms_norm.cu.
+//
+// A guide to the template parameters:
+//   T        x's, dy's and the output's elements: float, Half or BFloat16; arithmetic is in float
+//   P        the weight's and bias's: T, or float beside 16 bits
+//   centred  true: layer norm; false: RMS norm, without mean and bias
+//   block    false: a warp has a row, four of them a block; true: a block of up to 512 threads shares one
+//   kept     16-byte chunks of a row that a thread keeps in registers between the passes; 0: it reads the row again, from cache
+//   aligned  every row begins on 16 bytes, so that a chunk is one load; otherwise it is read by elements (and kept is 0)
+// norm_shape() chooses block, kept and the threads from the sizes; with_kept() and with_unkept() make constants of them.
 #pragma once
 #include "reduce.cuh"
 
@@ -9,8 +18,8 @@ namespace gk {
 // A warp takes a row of up to 1024 columns, a block a longer one. `kept` chunks of 16 bytes per thread stay in registers
 // between the passes over a row; 0: the row is read again, from cache (rows off the 16-byte boundaries, or too long).
 struct NormShape {
-  bool block;   // does a block share a row, or a warp?
-  int kept;     // chunks per thread in registers
+  bool block;  // does a block share a row, or a warp?
+  int kept;  // chunks per thread in registers
   int threads;  // per block
   int64_t rows_per_block() const { return block ? 1 : threads / 32; }
 };

@@ -31,8 +31,11 @@ constexpr unsigned full_mask = 0xFFFFFFFFu;
 GK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
-// Nothing at all, but the compiler no longer knows where the value comes from: a pointer that goes from row to row by one addition
-// each is not turned into a product for each row, addresses of a later step are not computed before an earlier one.
+// No instruction, but afterwards the compiler does not know where the value comes from. It is for loops. Without it ptxas and
+// nvcc's optimiser see that everything derived from the value (the address of each row, of each chunk) is the same or evenly
+// spaced in every iteration, compute all of it once before the loop and hold it in registers throughout: dozens of them, in
+// kernels that have none left, so that accumulators are spilled. And a pointer that advances by one addition is turned back
+// into base + row * stride, a 64-bit multiplication for each row. After opaque(x) all of that is computed where it is used.
 template <class T> GK_DEVICE void opaque(T*& p) { GK_PURE((void)p, "" : "+l"(p)); }
 GK_DEVICE void opaque(int64_t& x) { GK_PTX((void)x, "" : "+l"(x)); }
 GK_DEVICE void opaque(int& x) { GK_PTX((void)x, "" : "+r"(x)); }
@@ -52,11 +55,6 @@ GK_DEVICE uint4 load_16_once(const void* p) {
   GK_PTX(v = sim::load<uint4>(p), "ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z),
          "=r"(v.w) : "l"(p));
   return v;
-}
-// not read again soon: first to leave L2
-GK_DEVICE void store_16_once(void* p, uint4 v) {
-  GK_PTX(sim::store(p, v), "st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-         "r"(v.w) : "memory");
 }
 
 // ---- asynchronous copies to shared memory ("Non-bulk copy: cp.async", ".commit_group", ".wait_group") ----
@@ -113,8 +111,8 @@ GK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
          "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// d += a b. With g = lane / 4, t = lane % 4: d[e] is row g + 8 (e / 2), column 2 t + e % 2. 16 bits: a[r] holds row g + 8 (r % 2),
-// k = 2 t + 8 (r / 2) and the next; b[r] column g, k = 2 t + 8 r and the next. tf32: k = t + 4 (r / 2) and t + 4 r.
+// d += a b. With g = lane / 4, t = lane % 4: d[e] is row g + 8 (e / 2), column 2 t + e % 2. 16 bits: a[r] holds row g + 8 (r %
+// 2), k = 2 t + 8 (r / 2) and the next; b[r] column g, k = 2 t + 8 r and the next. tf32: k = t + 4 (r / 2) and t + 4 r.
 #define GK_MMA(name, simulated, ptx)                                                                                          \
   GK_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                                        \
     GK_PTX(sim::mma(simulated, d, a, b), ptx " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]), \
@@ -166,11 +164,6 @@ GK_DEVICE float ex2_approx(float x) {
   GK_PURE(r = std::exp2(x), "ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-GK_DEVICE float lg2_approx(float x) {
-  float r;
-  GK_PURE(r = std::log2(x), "lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
 GK_DEVICE float rcp_approx(float x) {
   float r;
   GK_PURE(r = 1 / x, "rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -203,7 +196,8 @@ GK_DEVICE bool warp_all(bool predicate) { return ballot(predicate) == full_mask;
 // orders the warp's memory accesses, which shuffles, votes, ldmatrix and mma do not
 GK_DEVICE void warp_sync() { GK_PTX(sim::sync_warp(full_mask), "bar.warp.sync 0xffffffff;" :: : "memory"); }
 
-// ---- the block ("Parallel Synchronization: barrier"): 16 barriers, 0 is __syncthreads'; `threads` counts those that sync and those that arrive ----
+// ---- the block ("Parallel Synchronization: barrier"): 16 barriers, 0 is __syncthreads'; `threads` counts those that sync and
+// those that arrive ----
 GK_DEVICE void barrier_sync(unsigned id, unsigned threads) {
   GK_PTX(sim::barrier_sync(id, threads), "barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -218,19 +212,6 @@ GK_DEVICE uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t value) {
   GK_PTX(r = sim::atomic_add(p, value), "atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(r) : "l"(p),
          "r"(value) : "memory");
   return r;
-}
-GK_DEVICE uint32_t load_acquire(const uint32_t* p) {
-  uint32_t r;
-  GK_PTX((sim::yield(), sim::synchronise(p, true, false), r = *p),
-         "ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
-  return r;
-}
-GK_DEVICE void store_release(uint32_t* p, uint32_t value) {
-  GK_PTX((sim::synchronise(p, false, true), *p = value), "st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
-}
-// A sum whose order changes from run to run: for opt-in variants only.
-GK_DEVICE void red_add(float* p, float value) {
-  GK_PTX(sim::atomic_add(p, value), "red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory");
 }
 
 }  // namespace gk

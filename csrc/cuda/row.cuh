@@ -1,6 +1,17 @@
 // Rows that are read once: a warp or a block keeps its row, of any alignment, between the passes over it, in registers or, a
 // longer one, in shared memory. A row too long for that, or one of too few, is cut into parts, a block each: one launch reads
 // them, a second one writes.
+//
+// A guide to the template parameters, here and in softmax.cu and cross_entropy.cu:
+//   T      what a row's elements are in memory: float, Half or BFloat16; arithmetic is in float
+//   V      elements of a 16-byte chunk, the unit of every load and store: 4 or 8 (per_16<T>)
+//   block  false: a warp has a row, up to 1024 columns of it; true: a block of up to 512 threads shares a row, or a part of one
+//   kept   chunks that a thread keeps in registers between its passes over a row; 0: the row waits in shared memory instead
+//   few    the most that an op can keep, beside what its arithmetic needs
+//   held   the op has a kernel for rows in shared memory
+//   Pass   whole: one launch does all; read, then write: two launches, of a row in parts that tell each other their statistics
+// row_shape() chooses from the sizes, with_row_shape() makes constants of them, RowPlace says which columns are a thread's,
+// Chunks loads and stores them whatever address the row begins at, KeptRow is where they wait.
 #pragma once
 #include "common.cuh"
 
@@ -11,10 +22,10 @@ namespace gk {
 // same for all architectures, whose registers are as many. Of shared memory they have 99, 163 or 227 KB: a 16-bit row of 50257
 // columns fits everywhere.
 struct RowShape {
-  bool block;    // does a block share a row, or a warp?
-  int kept;      // chunks per thread in registers; 0: in shared memory
-  int threads;   // per block
-  int parts;     // of a row
+  bool block;  // does a block share a row, or a warp?
+  int kept;  // chunks per thread in registers; 0: in shared memory
+  int threads;  // per block
+  int parts;  // of a row
   int64_t span;  // columns of a part
   size_t shared = 0;
   int64_t wave = 0;  // blocks that go from row to row, so that one row is on its way while another is written
@@ -175,8 +186,11 @@ template <class T> struct Chunks {
       if (at + k >= 0 && at + k < n) y[at + k] = from_float<T>(v[k]);
   }
 
-  // v[k] is a sum over this thread's elements k. Turned so that it is of the same columns wherever the row begins: the order
-  // of the sum of them all, and with it its bits, does not depend on where it lies.
+  // Before a row's sum: v[k] is what this thread has summed of the k-th elements of its chunks. Chunks begin `skew` columns
+  // before the row, so the k-th element is another column of the row for another skew, and the row's sum would add the same
+  // numbers in another order: other last bits for the same row at another address. So the sums are handed on, the first `skew`
+  // of each thread to the thread before it, and rotated by `skew`: then v[k] is of columns k, k + V, ... of the row itself,
+  // always.
   template <bool block> GK_DEVICE void turn(float (&v)[V]) const {
     if (skew == 0) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

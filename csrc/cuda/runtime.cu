@@ -1,7 +1,27 @@
-// What the launchers need of a GPU and of torch's streams, and what the library says about its own build. The simulator has its
-// own (csrc/sim).
-#ifndef GK_SIM
+// What the launchers need of a GPU and of torch beyond its stable interface, and what the library says about its own build.
 #include "common.cuh"
+
+// torch's own setting, which its stable interface does not have: weak, so that under a torch without it float32 stays float32.
+#define GK_WEAK __attribute__((weak, visibility("default")))
+namespace at {
+enum class Float32Backend { GENERIC, CUDA };
+enum class Float32Op { ALL, CONV, RNN, MATMUL };
+enum class Float32Precision { NONE, IEEE, TF32 };
+struct Context { GK_WEAK Float32Precision float32Precision(Float32Backend, Float32Op) const; };
+GK_WEAK Context& globalContext();
+}  // namespace at
+
+namespace gk {
+
+bool tf32_wanted() {
+  auto precision = &at::Context::float32Precision;
+  return precision && at::globalContext &&
+         (at::globalContext().*precision)(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
+
+}  // namespace gk
+
+#ifndef GK_SIM  // which has a GPU of its own (csrc/sim)
 
 #include <dlfcn.h>
 

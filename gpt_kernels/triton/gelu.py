@@ -28,7 +28,7 @@ def gauss(v):
 def normal_cdf(v, gauss):
     """The normal distribution function: gauss(v) P(t) on the left, relatively accurate, and 1 minus that on the right.
 
-    P, in t = 2 / (2 + |v|), is the CPU kernel's fit (csrc/cpu/vec.h).
+    P, in t = 2 / (2 + |v|), is the CPU kernel's fit (csrc/cpu/arithmetic.h).
     """
     t = 2.0 / (2.0 + tl.abs(v))
     p = -4.795330753e-2
