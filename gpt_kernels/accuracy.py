@@ -2,12 +2,14 @@
 both against float64. Tests, verify(), the benchmark and what else compares read it here.
 
     |actual - truth| <= factor * max|eager - truth| + floor        for every element
-    floor = 2 * max|(truth + 0.3) - 0.3 - truth| in actual's dtype    (two roundings; exact cases have no eager error)
+    floor = RELATIVE_FLOOR * max|truth|    (two roundings in 16 bits, 16 in float32, 1e-12 in float64, where there is no wider
+                                            truth to measure eager's error with), and two of the type's smallest numbers
 
-    at least 16 eps max(1, max|truth|) in float32 (over few elements eager may be exact by luck)
-    and 1e-12 max(1, max|truth|) in float64, where there is no wider truth to measure eager's error with
+    of tensors of up to FEW elements at least RELATIVE_FLOOR in float32 and float64: eager may be exact by luck
 
-And every row's cosine with the truth is close to 1, so that one bad row cannot hide behind a global maximum,
+And the same for the root mean square, whose floor follows the truth's own: or small elements, most of a cross entropy's
+gradient, could be anything beside a few large ones.
+Every row's cosine with the truth is close to 1, so that one bad row cannot hide behind a global maximum,
 and NaN and inf stand in the same places.
 """
 
@@ -20,13 +22,20 @@ from torch import Tensor
 
 # of one op: its output, its parameters' gradients, which are sums over many rows, and its inputs'
 FORWARD, WEIGHT_GRADIENT, INPUT_GRADIENT = 1.5, 2.0, 3.0
+# attention's bias, whose gradient is a sum over a batch: torch allows its own 12 to 22 (test_transformers.py)
+BIAS_GRADIENT = 4.0
 # of a whole model: gradients pass through more roundings than outputs, and kernels order their sums differently
 MODEL_OUTPUT, MODEL_GRADIENT = 1.5, 3.0
 # somebody else's kernel that errs by more than so many times what ours may is taken for another function
 FAR = 30.0
 # 1 - cosine of a row: a few roundings of that dtype, squared, with room for short rows
 COSINE = {torch.float64: 1e-13, torch.float32: 1e-9, torch.float16: 1e-5, torch.bfloat16: 1e-3}
-RELATIVE_FLOOR = {torch.float64: 1e-12, torch.float32: 16 * 2.0**-23}
+# two formulas are the same one where their results differ by no more, of the largest element or of 1: of tests that look for
+# another formula, not for a rounding
+SAME_FORMULA = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+FEW = 4096
+RELATIVE_FLOOR = {torch.float64: 1e-12, torch.float32: 2.0**-19, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,16 @@ class Judgement:
     wrong: str | None
 
 
-def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
+def floor_of(truth: Tensor, dtype: torch.dtype, size: float | None = None) -> float:
+    """In elements of this size, the truth's largest unless told."""
     finite = truth[torch.isfinite(truth)]
     if not finite.numel():
         return 0.0
-    rounded = finite.to(dtype)
-    two_roundings = 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().double().item()
-    return max(two_roundings, RELATIVE_FLOOR.get(dtype, 0.0) * max(1.0, finite.abs().max().item()))
+    if size is None:
+        size = finite.abs().max().item()
+    if dtype.itemsize >= 4 and truth.numel() <= FEW:
+        size = max(1.0, size)
+    return RELATIVE_FLOOR[dtype] * size + 2 * SMALLEST[dtype]
 
 
 def model_floor(truth: Tensor, dtype: torch.dtype) -> float:
@@ -68,6 +80,15 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return error / size if size else error
 
 
+def misplaced(a: Tensor, t: Tensor, e: Tensor) -> str | None:
+    """Which of NaN, +inf and -inf the actual values lack where the truth has it, or have where neither it nor eager does:
+    float16 may overflow where eager does and float64 does not."""
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        if ((test(t) & ~test(a)) | (test(a) & ~(test(t) | test(e)))).any():
+            return kind
+    return None
+
+
 def judge(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD) -> Judgement:
     """actual: a kernel's result; eager: plain PyTorch's in the same dtype; truth: the same computed in float64."""
     if actual.shape != truth.shape:
@@ -75,10 +96,8 @@ def judge(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD)
     if actual.is_cuda and actual.dtype == torch.float32:
         factor *= 3  # exponentials of a GPU's special function unit err by 2^-22
     a, t, e = actual.detach().double(), truth.detach(), eager.detach().double()
-    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-        # where the truth has it; also where eager has: float16 may overflow where float64 does not
-        if ((test(t) & ~test(a)) | (test(a) & ~(test(t) | test(e)))).any():
-            return Judgement(torch.inf, 0.0, 0.0, f"{kind} in other places than the truth has them")
+    if kind := misplaced(a, t, e):
+        return Judgement(torch.inf, 0.0, 0.0, f"{kind} in other places than the truth has them")
     ok = torch.isfinite(a) & torch.isfinite(t) & torch.isfinite(e)
     if not ok.any():
         return Judgement(0.0, 0.0, 0.0, None)
@@ -92,9 +111,15 @@ def judge(actual: Tensor, truth: Tensor, eager: Tensor, factor: float = FORWARD)
             f"error {worst:.3e} at {where} (got {a[where].item():.6g}, truth {t[where].item():.6g}), "
             f"allowed {allowed:.3e} = {factor} x eager's {eager_error:.3e} + floor {floor:.3e}"
         )
+    elif (rms := _rms(a - t)) > (limit := factor * _rms(e - t) + floor_of(t, actual.dtype, _rms(t))):
+        wrong = f"the error's root mean square {rms:.3e}, allowed {limit:.3e} = {factor} x eager's {_rms(e - t):.3e} + floor"
     elif t.dim() and t.shape[-1] > 1:
         wrong = _crooked_row(a, t, e, factor, allowed, COSINE[actual.dtype])
     return Judgement(worst, eager_error, allowed, wrong)
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 def _crooked_row(a: Tensor, t: Tensor, e: Tensor, factor: float, allowed: float, least: float) -> str | None:

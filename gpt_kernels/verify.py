@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .accuracy import MODEL_GRADIENT, MODEL_OUTPUT, model_floor
+from .accuracy import MODEL_GRADIENT, MODEL_OUTPUT, misplaced, model_floor
 from .dispatch import use_backend
 from .generate import evaluating
 from .models.gpt import GPT
@@ -91,8 +91,7 @@ class Report:
 def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, factor: float) -> Comparison:
     """The rule of this module's docstring for one tensor. truth is float64; dtype is what the model computes in."""
     o, e, t = ours.detach().double(), eager.detach().double(), truth.detach()
-    kinds = (torch.isnan, torch.isposinf, torch.isneginf)
-    same = all(torch.equal(kind(o), kind(t) | kind(e)) for kind in kinds)
+    same = misplaced(o, t, e) is None
     finite = torch.isfinite(o) & torch.isfinite(e) & torch.isfinite(t)
     floor = model_floor(t, dtype)
     (error, rms), (eager_error, eager_rms) = _errors(o - t, finite), _errors(e - t, finite)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gpt_kernels
+from gpt_kernels.accuracy import SAME_FORMULA
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs" / "differences.md"
 NAMESAKES: dict[str, Any] = {
@@ -377,7 +378,7 @@ def _far(a: Tensor | None, b: Tensor | None, result: torch.dtype) -> bool:
     """By more than a few roundings of the result's dtype, of the largest element: this looks for other formulas."""
     if a is None or b is None or not a.numel():
         return a is not b and (a is None or b is None)
-    tolerance = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 2e-5, torch.float64: 1e-10}.get(result, 0)
+    tolerance = SAME_FORMULA.get(result, 0)
     largest = torch.nan_to_num(b.double(), 0, 0, 0).abs().max().item()
     return not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance * (1 + largest), equal_nan=True)
 

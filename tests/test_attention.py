@@ -349,7 +349,10 @@ BAD = {
         "bias must be bool, float32 like q or float32",
     ),
     "bias dims": (lambda: ours()(Q, K, V, torch.zeros(6, 7)), "bias must be 4-dimensional"),
-    "bias device": (lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")), "on one device, got (cpu|cuda:0) and meta"),
+    "bias device": (
+        lambda: ours()(Q, K, V, torch.zeros(2, 4, 6, 7, device="meta")),
+        "one device, got (cpu|cuda:0) and meta",
+    ),
     "slopes": (lambda: ours(slopes=torch.zeros(3))(Q, K, V), r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
     "offset": (lambda: ours(offset=2**50)(Q, K, V), "causal_offset, window_left and window_right must be below 2\\^40"),
 }

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 from gpt_kernels import patch
+from gpt_kernels.accuracy import SAME_FORMULA
 from gpt_kernels.patch import is_patched
 
 transformers = pytest.importorskip("transformers")
@@ -77,9 +78,6 @@ def form(t):
     return type(t), t.shape, t.dtype, t.device, t.layout, strides, t.requires_grad
 
 
-TOLERANCE = {F32: 2e-5, F64: 1e-10, F16: 4e-3, BF16: 3e-2}
-
-
 def difference(expected, actual, computed=F64):
     """What is not the same, or None. computed: the coarsest dtype on the way."""
     (error, want), (other_error, got) = expected, actual
@@ -98,7 +96,7 @@ def difference(expected, actual, computed=F64):
         elif not a.is_meta:
             a, b = (t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in (a, b))
             a, b = (t.dequantize() if t.is_quantized else t for t in (a, b))
-            tolerance = max(TOLERANCE[a.dtype], TOLERANCE[computed]) if a.dtype in FLOATS else 0.0
+            tolerance = max(SAME_FORMULA[a.dtype], SAME_FORMULA[computed]) if a.dtype in FLOATS else 0.0
             if a.dtype not in FLOATS:
                 a, b = (t.to(F64) if not t.is_complex() else t for t in (a, b))
             if not torch.allclose(

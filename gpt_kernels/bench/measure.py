@@ -43,7 +43,7 @@ from torch import Tensor
 import gpt_kernels
 
 from .. import process
-from ..accuracy import FAR, FORWARD, INPUT_GRADIENT, judge, relative_error
+from ..accuracy import FAR, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, judge, relative_error
 from ..dispatch import ops
 from ..memory import hold_heap
 from ..triton.tuning import event_timer
@@ -133,14 +133,15 @@ class Case:
         trial.mismatch = held.look("ours", self.ours, trial)
         if trial.mismatch:
             return trial
-        trial.errors["eager"] = held.eager_errors
+        trial.errors["reference" if self.random else "eager"] = held.eager_errors
         trial.variants = {"eager": variant(self.eager), "ours": variant(self.ours)}
         if settings.compile and not self.opaque:
             try:
                 torch._dynamo.reset()  # or the limit on recompilations makes later cases eager in silence
                 compiled = torch.compile(self.eager, dynamic=False)
-                if not self.random:  # its draws are its own
-                    held.look("compile", compiled, trial)
+                # its draws are its own
+                if not self.random and (reason := held.look("compile", compiled, trial, FAR)):
+                    raise peers.Absent(f"wrong: {reason}")
                 trial.variants["compile"] = variant(compiled)
             except Exception as error:
                 trial.absent["compile"] = first_line(error)
@@ -260,13 +261,14 @@ class Judge:
         errors and the seconds of this call go into the trial."""
         results = self.results(function)
         trial.first[name] = self.taken
-        first_gradient = 0 if self.direction == "bwd" else 1
+        factors = [WEIGHT_GRADIENT if x.dim() == 1 else INPUT_GRADIENT for x in self.inputs if is_float(x) and x.requires_grad]
+        factors = factors if self.direction == "bwd" else [FORWARD, *factors]
         trial.errors[name] = []
-        for i, (a, e, t) in enumerate(zip(results, self.eager, self.truth, strict=True)):
+        for i, (a, e, t, factor) in enumerate(zip(results, self.eager, self.truth, factors[: len(results)], strict=True)):
             if a.shape != t.shape:
                 return f"output {i} has shape {tuple(a.shape)}, eager's has {tuple(t.shape)}"
             trial.errors[name].append(relative_error(a, t))
-            found = judge(a, t, e, FORWARD if i < first_gradient else INPUT_GRADIENT)
+            found = judge(a, t, e, factor)
             if found.wrong and within is not None and (within == 1.0 or not found.error <= within * found.allowed):
                 return f"output {i}: {found.wrong}"
         return None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..accuracy import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from ..accuracy import BIAS_GRADIENT, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from ..bench.measure import Case
 from ..bench.settings import Settings
 from ..ops.attention import (
@@ -31,8 +31,8 @@ from ._huge import pair_up
 TAKES = "head dim to 256; MHA, GQA, MQA; other key length; causal, window, softcap, ALiBi, bias or mask, dropout; strides"
 RNG = torch.tensor([-1234567890123456789, 42])
 INF = float("inf")
-# o, dq, dk, dv, dbias: torch's own flash kernel is allowed 1, 4, 2, 2 and 12 to 22 (test_transformers.py)
-FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, WEIGHT_GRADIENT, 4.0)
+# o, dq, dk, dv, dbias
+FACTORS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, WEIGHT_GRADIENT, BIAS_GRADIENT)
 # B, H, Hk, Tq, Tk, D: both sides of every tile edge (6 rows, 64 keys, 96 queries, 2 "few" queries), odd head dims, GQA, MQA
 SHAPES = (
     (1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 63, 16), (1, 2, 1, 2, 64, 40), (1, 2, 2, 3, 65, 64), (1, 1, 1, 5, 5, 7),
