@@ -23,9 +23,12 @@ def settings(config):
     if unknown := set(backends) - set(BACKENDS):
         raise pytest.UsageError(f"--backends: unknown {unknown.pop()!r}, expected some of {', '.join(BACKENDS)}")
     return Settings(
-        quick=config.getoption("--quick"), device=config.getoption("--device"), dtypes=config.getoption("--dtypes").split(","),
-        compile="compile" in backends, backends=[b for b in backends if b == "reference"],
-    )  # fmt: skip
+        quick=config.getoption("--quick"),
+        device=config.getoption("--device"),
+        dtypes=config.getoption("--dtypes").split(","),
+        compile="compile" in backends,
+        backends=[b for b in backends if b == "reference"],
+    )
 
 
 def pytest_configure(config):
@@ -39,10 +42,19 @@ def pytest_generate_tests(metafunc):
     backends = metafunc.config.getoption("--backends").split(",")
     cases = [case for op in families() for case in run.cases(op, chosen)]
     parameters = [
-        pytest.param(case, case.op, case.shape, str(case.dtype).removeprefix("torch."), direction, backend,
-                     id=f"{case.op}-{case.shape}-{str(case.dtype).removeprefix('torch.')}-{direction}-{backend}")
-        for case in cases for direction in case.directions for backend in backends
-    ]  # fmt: skip
+        pytest.param(
+            case,
+            case.op,
+            case.shape,
+            str(case.dtype).removeprefix("torch."),
+            direction,
+            backend,
+            id=f"{case.op}-{case.shape}-{str(case.dtype).removeprefix('torch.')}-{direction}-{backend}",
+        )
+        for case in cases
+        for direction in case.directions
+        for backend in backends
+    ]
     # each by its own name, so that --benchmark-group-by=param:backend and the like work
     metafunc.parametrize("case, op, shape, dtype, direction, backend", parameters)
 

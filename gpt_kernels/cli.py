@@ -52,7 +52,7 @@ def parsed(argv: list[str]) -> tuple[Any, Any]:
             text = inspect.getdoc(module) or ""
             one = parsers.add_parser(
                 name, prog=f"{PROG} {name.replace('_', ' ')}", help=text.partition("\n")[0], description=text
-            )  # fmt: skip
+            )
             if name in argv:
                 arguments.add(one, module.Settings)
     values = vars(parser.parse_args(argv))

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def generate(
-    model: Any, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, eos_token_id: int | None = None, generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
+    model: Any,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """idx (B, T) continued by up to max_new_tokens; see GPT.generate.
 
     model: has config (n_layer, n_head, n_embd, block_size), lm_head and hidden(idx, cache, start) as GPT has.
@@ -37,9 +43,7 @@ def generate(
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     length = min(config.block_size, T + max_new_tokens)
-    cache = weight.new_empty(
-        config.n_layer, 2, B, length, config.n_head, config.n_embd // config.n_head, dtype=dtype
-    )  # fmt: skip
+    cache = weight.new_empty(config.n_layer, 2, B, length, config.n_head, config.n_embd // config.n_head, dtype=dtype)
     with evaluating(model):
         for end in range(T, T + max_new_tokens):
             if end > config.block_size:

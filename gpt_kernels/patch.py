@@ -121,8 +121,14 @@ def _add(rule: _Rule) -> None:
     _rules.insert(len(_rules) if family else 0, rule)
 
 
-def register(target: Target, ops: tuple[str, ...], why: str, unless: Callable[[Any], str | None] = lambda module: None,
-             fuses: tuple[str, ...] = (), serves: Callable[..., bool] | None = None):  # fmt: skip
+def register(
+    target: Target,
+    ops: tuple[str, ...],
+    why: str,
+    unless: Callable[[Any], str | None] = lambda module: None,
+    fuses: tuple[str, ...] = (),
+    serves: Callable[..., bool] | None = None,
+):
     """Class decorator: the class's methods replace those of modules whose class is `target`, or for which target(module).
 
     The methods find the module's own under super(). Only methods of the module's class may be named in it: any other

@@ -32,9 +32,7 @@ def print_table(
         if caption:
             print(caption)
         return
-    table = Table(
-        title=escape(title) or None, caption=escape(caption) or None, show_header=any(header), title_justify="left"
-    )  # fmt: skip
+    table = Table(title=escape(title) or None, caption=escape(caption) or None, show_header=any(header), title_justify="left")
     for i, name in enumerate(header):
         table.add_column(escape(name), justify="right" if i in right else "left", overflow="fold")
     for row in rows:

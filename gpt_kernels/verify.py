@@ -84,8 +84,13 @@ class Report:
             if self.ok
             else f"{len(bad)} worse than eager: {', '.join(bad[:4])}"
         )
-        return "\n".join([f"{self.model} in {self.dtype}; {self.swapped}", *aligned(lines, right=range(1, 5)),
-                          f"{'OK' if self.ok else 'FAIL'}: of {len(self.rows)} tensors, {verdict}"])  # fmt: skip
+        return "\n".join(
+            [
+                f"{self.model} in {self.dtype}; {self.swapped}",
+                *aligned(lines, right=range(1, 5)),
+                f"{'OK' if self.ok else 'FAIL'}: of {len(self.rows)} tensors, {verdict}",
+            ]
+        )
 
 
 def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, factor: float) -> Comparison:

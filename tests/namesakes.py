@@ -488,10 +488,7 @@ and float64, return probabilities without dropout, too, and under autocast cast 
 
 
 def table(differ: dict[Call, tuple[str, str]]) -> str:
-    lines = [
-        HEAD.format(n=len(calls())),
-        "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|",
-    ]  # fmt: skip
+    lines = [HEAD.format(n=len(calls())), "| function | called with | for example | torch | ours | because |", "|---" * 6 + "|"]
     for reason in REASONS:
         call, (theirs, ours) = next((c, d) for c, d in differ.items() if reason_of(c) is reason)
         cells = (f"`{reason.function}`", reason.what, f"`{call.code}`", theirs, ours, reason.because)

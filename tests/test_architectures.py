@@ -204,10 +204,13 @@ def check_where(name, reason):
     assert found.backend == "reference" and reason in found.reason
 
 
-@pytest.mark.parametrize("arch, ops, reason", [
-    ("sm_75", ("attention_fwd", "attention_bwd"), "sm_75 has no matrix instructions"),
-    ("gfx906", ("attention_fwd", "layer_norm_fwd"), "gfx906: Triton compiles for no architecture of its kind"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, ops, reason",
+    [
+        ("sm_75", ("attention_fwd", "attention_bwd"), "sm_75 has no matrix instructions"),
+        ("gfx906", ("attention_fwd", "layer_norm_fwd"), "gfx906: Triton compiles for no architecture of its kind"),
+    ],
+)
 def test_where_names_the_gpu_that_is_left_to_the_reference(arch, ops, reason, monkeypatch):
     """Before any call; and a call is the reference's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -106,10 +106,19 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
     assert [(command, job["run"]) for command, job in workers[0]] == [(run.__name__, "rms_norm"), (run.__name__, "sweep")]
     given = Settings(**workers[0][0][1]["settings"])
     assert dataclasses.asdict(given) == {
-        "targets": ["rms_norm", "sweep"], "quick": True, "huge": True, "reuse": True, "device": "cpu", "threads": 3,
-        "dtypes": ["float16"], "against": ["liger", "apex"], "backends": ["reference"], "compile": False, "cases": 2,
+        "targets": ["rms_norm", "sweep"],
+        "quick": True,
+        "huge": True,
+        "reuse": True,
+        "device": "cpu",
+        "threads": 3,
+        "dtypes": ["float16"],
+        "against": ["liger", "apex"],
+        "backends": ["reference"],
+        "compile": False,
+        "cases": 2,
         "out": "here",
-    }  # fmt: skip
+    }
     written = json.loads((tmp_path / "here" / "bench.json").read_text())
     assert written["command"] == f"python -m gpt_kernels bench {flags} --no-compile --cases 2", "all but --out, as it was typed"
     assert sorted(os.listdir(tmp_path / "here")) == FILES
@@ -354,8 +363,10 @@ def test_scrub(monkeypatch):
 
 
 def test_limits_are_medians_by_dtype():
-    rows = [bench_tools.row(dtype=d) | {"limits": {"copy": c, "gemm": 10 * c}} for d, c in (("float32", 1.0), ("float32", 3.0),
-                                                                                         ("bfloat16", 2.0))]  # fmt: skip
+    rows = [
+        bench_tools.row(dtype=d) | {"limits": {"copy": c, "gemm": 10 * c}}
+        for d, c in (("float32", 1.0), ("float32", 3.0), ("bfloat16", 2.0))
+    ]
     rows.append({"mismatch": "wrong", "dtype": "float16"})
     assert run.medians(rows) == {"copy": 2.0, "gemm float32": 20.0, "gemm bfloat16": 20.0}
 

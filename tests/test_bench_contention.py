@@ -115,8 +115,16 @@ def test_busy_loops_of_other_processes():
 def test_the_row_of_a_busy_machine(monkeypatch):
     machine = Machine(monkeypatch, lambda n: 0.01)
     trial = measure.Trial({name: Variant(machine.call) for name in ("eager", "ours")}, 8, 8)
-    made = types.SimpleNamespace(op="gelu", shape="", main=True, length=None, dtype=torch.float32, served=lambda: "cpu",
-                                 apart=True, trial=lambda direction, settings: trial)  # fmt: skip
+    made = types.SimpleNamespace(
+        op="gelu",
+        shape="",
+        main=True,
+        length=None,
+        dtype=torch.float32,
+        served=lambda: "cpu",
+        apart=True,
+        trial=lambda direction, settings: trial,
+    )
     limits = types.SimpleNamespace(rates={"copy": 1e9, "gemm": 1e9}, calls={}, work={})
     row = measure.measure(made, "fwd", limits, Settings(quick=True, compile=False))
     assert row["disturbed"] == 1.0 and row["repeated"] > 9 and report.stayed_disturbed(row)

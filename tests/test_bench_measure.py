@@ -79,9 +79,10 @@ def test_every_variant_is_held_against_float64_and_the_row_shows_it():
     """The known fact: PyTorch's own bfloat16 gradient of a layer norm's weight, over 8192 rows, is 7 % off, ours 0.2 %: no
     tolerance around eager hides it, and it is no mismatch of ours."""
     (of_size,) = [
-        c for c in run.cases("layer_norm", Settings(dtypes=("float32", "bfloat16"), quick=True))
+        c
+        for c in run.cases("layer_norm", Settings(dtypes=("float32", "bfloat16"), quick=True))
         if (c.shape, c.dtype) == ("8192x768", torch.bfloat16)
-    ]  # fmt: skip
+    ]
     trial = of_size.trial("fwd+bwd", Settings(quick=True, compile=False))
     assert trial.mismatch is None and trial.truth == "the op in float64"
     weight_gradient = 2  # after the output and x's
@@ -161,8 +162,16 @@ def test_row():
 
 def made(trial, apart=False):
     """A case of which this trial comes."""
-    return types.SimpleNamespace(op="decode", shape="", main=True, length=None, dtype=torch.float32, served=lambda: "cpu",
-                                 apart=apart, trial=lambda direction, settings: trial)  # fmt: skip
+    return types.SimpleNamespace(
+        op="decode",
+        shape="",
+        main=True,
+        length=None,
+        dtype=torch.float32,
+        served=lambda: "cpu",
+        apart=apart,
+        trial=lambda direction, settings: trial,
+    )
 
 
 def test_time_of_many_units_is_per_unit(monkeypatch):
@@ -581,11 +590,18 @@ def test_adapters_call_as_the_documentation_has_it(monkeypatch):
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
         return heads_first(query, key, value, p, isinstance(attn_bias, LowerTriangularMask))
 
-    module(monkeypatch, "xformers.ops", LowerTriangularMask=LowerTriangularMask,
-           memory_efficient_attention=memory_efficient_attention)  # fmt: skip
-    module(monkeypatch, "flash_attn.ops.triton.layer_norm",
-           layer_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
-           rms_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps))  # fmt: skip
+    module(
+        monkeypatch,
+        "xformers.ops",
+        LowerTriangularMask=LowerTriangularMask,
+        memory_efficient_attention=memory_efficient_attention,
+    )
+    module(
+        monkeypatch,
+        "flash_attn.ops.triton.layer_norm",
+        layer_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+        rms_norm_fn=lambda x, weight, bias, residual=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps),
+    )
 
     def cross_entropy_loss(logits, labels, label_smoothing=0.0, inplace_backward=False):
         return F.cross_entropy(logits, labels, reduction="none"), None
@@ -594,11 +610,16 @@ def test_adapters_call_as_the_documentation_has_it(monkeypatch):
     sys.modules["flash_attn"].flash_attn_func = lambda q, k, v, dropout_p=0.0, softmax_scale=None, causal=False: heads_first(
         q, k, v, dropout_p, causal
     )
-    module(monkeypatch, "apex.normalization.fused_layer_norm",
-           fused_layer_norm_affine=lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
-               input, normalized_shape, weight, bias, eps),
-           fused_rms_norm_affine=lambda input, weight, normalized_shape, eps=1e-6: F.rms_norm(
-               input, normalized_shape, weight, eps))  # fmt: skip
+    module(
+        monkeypatch,
+        "apex.normalization.fused_layer_norm",
+        fused_layer_norm_affine=lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
+            input, normalized_shape, weight, bias, eps
+        ),
+        fused_rms_norm_affine=lambda input, weight, normalized_shape, eps=1e-6: F.rms_norm(
+            input, normalized_shape, weight, eps
+        ),
+    )
 
     class SoftmaxCrossEntropyLoss(torch.autograd.Function):
         @staticmethod
@@ -615,9 +636,11 @@ def test_adapters_call_as_the_documentation_has_it(monkeypatch):
             given[made.op] = set(trial.variants) - {"eager", "ours", "hf"}
             assert not any(reason.startswith("wrong") for reason in trial.absent.values()), trial.absent
     assert given == {
-        "attention": {"flash_attn", "xformers"}, "layer_norm": {"flash_attn", "apex"}, "rms_norm": {"flash_attn", "apex"},
+        "attention": {"flash_attn", "xformers"},
+        "layer_norm": {"flash_attn", "apex"},
+        "rms_norm": {"flash_attn", "apex"},
         "cross_entropy": {"flash_attn", "apex"},
-    }  # fmt: skip
+    }
 
 
 def test_a_process_that_measures(monkeypatch):

@@ -314,9 +314,12 @@ def test_a_triton_outside_the_range_is_refused_unimported(tmp_path, version):
     (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = '{version}'\nraise SystemExit('imported')\n")
     reason = f"Triton {version} is outside the supported range 3.6 to 3.9"
     assert shown(SHOW, PYTHONPATH=str(tmp_path)) == [
-        "False False", f"reference ({reason})", reason, "False",
+        "False False",
+        f"reference ({reason})",
+        reason,
+        "False",
         f"use_backend: backend 'triton' has no kernel for dropout_fwd: {reason}",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.9.7", "3.8.0+git1"])

@@ -61,9 +61,12 @@ def machine(tmp_path):
         path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:/usr/bin:/bin"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "MAKE"))}
         done = subprocess.run(
-            [python / "bin" / "python", "-m", "tools.gpu_setup", "--quick"], cwd=repository, text=True,
-            capture_output=True, env={**clean, "PATH": path, "MAKE": "make-of-it", **environment},
-        )  # fmt: skip
+            [python / "bin" / "python", "-m", "tools.gpu_setup", "--quick"],
+            cwd=repository,
+            text=True,
+            capture_output=True,
+            env={**clean, "PATH": path, "MAKE": "make-of-it", **environment},
+        )
         assert done.returncode == ok, done.stderr
 
         def said(name):

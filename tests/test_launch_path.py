@@ -68,9 +68,10 @@ def test_a_training_step_on_hopper(pretended):
 def test_what_is_a_kind(pretended):
     seen = pretended("sm_80", "kinds")
     assert seen[:14] == [
-        [what, n, 0] for what, n in
-        [("first", 1), ("same", 1), ("option", 2), ("bias", 3), ("shape", 4), ("alignment", 5), ("dtype", 6)] for _ in range(2)
-    ]  # fmt: skip
+        [what, n, 0]
+        for what, n in [("first", 1), ("same", 1), ("option", 2), ("bias", 3), ("shape", 4), ("alignment", 5), ("dtype", 6)]
+        for _ in range(2)
+    ]
     assert seen[14:19] == [["hook", 6, 1], ["no hook", 6, 0], ["parameters changed", 7, 0], *[["refused", 7, 0]] * 2]
 
 

@@ -1,9 +1,11 @@
 """The runner of seeded faults: what is killed, what survives, what is no fault at all."""
 
+import pathlib
+import shlex
 import subprocess
 
 import pytest
-from mutants import INVALID, KILLED, SURVIVED, load, run
+from mutants import INVALID, KILLED, ROOT, SURVIVED, load, run
 
 SOURCE = "def double(x):\n    return x + x\n\n\ndef unused():\n    return 1\n"
 TESTS = """
@@ -74,3 +76,10 @@ def test_reasons_and_environment(tree):
     results = run(tree, load(tree, []), 2, lambda r: None)
     assert [(r.verdict, r.ok) for r in results] == [(KILLED, True), (SURVIVED, True), (KILLED, False)]
     assert [m.name for m in load(tree, ["triton_m: s"])] == ["seen", "said to be unseen"]
+
+
+def test_every_fault_has_its_place():
+    """The text that it changes stands there once, and its tests' file exists: code that moves takes its faults along."""
+    for mutant in load(pathlib.Path(__file__).parent / "mutants", []):
+        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant
+        assert (ROOT / shlex.split(mutant.tests)[0]).exists(), mutant

@@ -157,9 +157,15 @@ def test_sdpa_has_torchs_signature():
     kinds = [(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in signature.parameters.values()]
     missing = inspect.Parameter.empty
     assert kinds == [
-        ("query", missing, False), ("key", missing, False), ("value", missing, False), ("attn_mask", None, False),
-        ("dropout_p", 0.0, False), ("is_causal", False, False), ("scale", None, True), ("enable_gqa", False, True),
-    ]  # fmt: skip
+        ("query", missing, False),
+        ("key", missing, False),
+        ("value", missing, False),
+        ("attn_mask", None, False),
+        ("dropout_p", 0.0, False),
+        ("is_causal", False, False),
+        ("scale", None, True),
+        ("enable_gqa", False, True),
+    ]
 
 
 def test_flash_attn_under_autocast():

@@ -72,8 +72,9 @@ def test_a_patched_class_of_its_shapes_trains_the_same(folder):
 def test_fine_tuning_from_hugging_faces_files(folder, name, monkeypatch):
     """A folder or a name in the local cache, cropped, trained, saved; resumed by model_args that do not name the GELU."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=65, n_positions=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
-                                     bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=65, n_positions=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=0, eos_token_id=0
+    )
     hf = transformers.GPT2LMHeadModel(config).eval()
     snapshot = folder / "files"
     if name != "a folder":

@@ -116,8 +116,11 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
 def test_opcheck(family):
     """Schema, fake tensors and dynamic shapes of every kernel that the op's calls come to, with and without elements."""
     seen = collections.Counter()
-    for example in (*cases.of(family).small(torch.float32), *list(cases.of(family).small(torch.bfloat16))[:1],
-                    *list(cases.of(family).empty())[:2]):  # fmt: skip
+    for example in (
+        *cases.of(family).small(torch.float32),
+        *list(cases.of(family).small(torch.bfloat16))[:1],
+        *list(cases.of(family).empty())[:2],
+    ):
         with Recorded() as recorded:
             forward_backward(example.ours, example.args)
         for func, args in recorded.calls:

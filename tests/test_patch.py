@@ -172,10 +172,17 @@ def test_static_cache():
 def fingerprint(model):
     """Everything that must be as before: objects by id, classes, attribute names, hooks, keys, config."""
     modules = [
-        (path, id(m), type(m), sorted(m.__dict__), {k: id(v) for k, v in m.__dict__.items() if k[:1] != "_"},
-         list(m._forward_hooks), m.training)
+        (
+            path,
+            id(m),
+            type(m),
+            sorted(m.__dict__),
+            {k: id(v) for k, v in m.__dict__.items() if k[:1] != "_"},
+            list(m._forward_hooks),
+            m.training,
+        )
         for path, m in model.named_modules()
-    ]  # fmt: skip
+    ]
     params = [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()]
     return modules, params, list(model.state_dict()), model.config.to_dict()
 

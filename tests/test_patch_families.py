@@ -102,8 +102,12 @@ def test_a_family_is_one_file(family, named):
 )
 def test_a_broken_family_is_a_reason_and_the_rest_is_swapped(family, fault, why):
     family("madeup_broken", f"{TWICE}\n{fault}\n")  # after it has registered something
-    family("madeup_whole", TWICE.replace("type(module).__name__", "type(module).__module__.split('.')[2] + 'Scale'").replace(
-        '"Scale",', '"wholeScale",'))  # fmt: skip
+    family(
+        "madeup_whole",
+        TWICE.replace("type(module).__name__", "type(module).__module__.split('.')[2] + 'Scale'").replace(
+            '"Scale",', '"wholeScale",'
+        ),
+    )
     model, x = model_of("broken", "whole"), torch.randn(3, 4)
     expected = model(x)
     for _ in range(2):

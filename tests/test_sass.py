@@ -115,9 +115,14 @@ def test_product(arch, base, count):
 
 
 def test_tcgen05():
-    kernel = compiled(product_kernel, *(Inputs(d, True)(128, n) for d, n in ((torch.float32, 128), (torch.bfloat16, 512),
-                                                                             (torch.bfloat16, 512))), 512,
-                      arch="sm_100", BLOCK=128, num_warps=4)  # fmt: skip
+    kernel = compiled(
+        product_kernel,
+        *(Inputs(d, True)(128, n) for d, n in ((torch.float32, 128), (torch.bfloat16, 512), (torch.bfloat16, 512))),
+        512,
+        arch="sm_100",
+        BLOCK=128,
+        num_warps=4,
+    )
     assert "UTCHMMA" in kernel.matrix
     assert model.region(kernel, loops.regions(kernel)[0], 4, 1).bound is None, "its shape is not in the instruction"
 

@@ -161,8 +161,13 @@ def test_shuffles_and_votes(lib, seeds):
         for lane, got in enumerate(out.tolist()):
             votes = sum(1 << i for i in range(0, 32, 3))
             assert [g & 0xFFFFFFFF for g in got] == [
-                lane ^ 5, lane + 3 if lane < 29 else lane, lane - 3 if lane >= 3 else lane, 3, votes, 1 + 4
-            ]  # fmt: skip
+                lane ^ 5,
+                lane + 3 if lane < 29 else lane,
+                lane - 3 if lane >= 3 else lane,
+                3,
+                votes,
+                1 + 4,
+            ]
 
 
 @pytest.mark.parametrize("valid", ((4, 8, 16), (3, 5, 7), (0, 0, 0)))
@@ -198,8 +203,11 @@ def test_faults_show_to_thread_sanitizer(under_tsan, fault):
     runtime, library = under_tsan
     done = subprocess.run(
         [sys.executable, gemm.__file__, str(library), fault, "4"],
-        env={**os.environ, "LD_PRELOAD": runtime}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env={**os.environ, "LD_PRELOAD": runtime},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     reports = done.stderr.count("WARNING: ThreadSanitizer: data race")
     assert (reports == 0) is (fault in ("none", "swapped_accumulators")), done.stderr[-3000:]
     assert done.returncode == (66 if reports else 0), done.stderr[-3000:]

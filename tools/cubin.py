@@ -33,8 +33,10 @@ def main() -> int:
     threads = args.threads or kernel.threads or 128
     fit, limit = sass.occupancy(kernel.gpu, kernel.registers, threads, args.shared or kernel.shared)
     ctas = min(fit, args.ctas) if args.ctas else fit
-    print(f"{kernel.name}: sm_{kernel.sm} ({kernel.gpu.gpu}), {kernel.registers} registers, {kernel.spills} spills, "
-          f"{kernel.code} bytes of code, {ctas} CTAs of {threads} threads on an SM (limit: {limit})")  # fmt: skip
+    print(
+        f"{kernel.name}: sm_{kernel.sm} ({kernel.gpu.gpu}), {kernel.registers} registers, {kernel.spills} spills, "
+        f"{kernel.code} bytes of code, {ctas} CTAs of {threads} threads on an SM (limit: {limit})"
+    )
     for code in loops.regions(kernel):
         print(f"-- from {code[0].address:#x}")
         figures = model.region(kernel, code, args.loop_warps or threads // 32, max(1, ctas), args.useful)

@@ -64,8 +64,12 @@ def host_cost(device: str, backend: str) -> Stage:
     """Microseconds until a call of a small problem returns, the GPU not waited for: what a model of small layers pays."""
     name = f"host cost, {backend}"
     done = command([sys.executable, "-m", "tools.gpu", "--host", device, backend])
-    return Stage(name, "failed" if done.returncode else "passed", done.stdout.strip() or "nothing",
-                 last_lines(done.stderr) if done.returncode else [])  # fmt: skip
+    return Stage(
+        name,
+        "failed" if done.returncode else "passed",
+        done.stdout.strip() or "nothing",
+        last_lines(done.stderr) if done.returncode else [],
+    )
 
 
 def pytest_stage(name: str, arguments: Sequence[str], **variables: str) -> Stage:

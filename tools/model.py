@@ -70,10 +70,14 @@ def replay(
             "shfl": ("shared", 4, QUEUE, LATENCY["shfl"]),
             "global": ("memory", i.bytes * 32 / memory, QUEUE, latency),
             "local": ("shared", max(4, i.shared * 4 / gpu.shared_rate), QUEUE, gpu.shared_latency + 8),
-            "shared": ("shared", max(4, i.shared * 4 / gpu.shared_rate), QUEUE,
-                       LATENCY["ldmatrix"] if i.base == "LDSM" else gpu.shared_latency),
+            "shared": (
+                "shared",
+                max(4, i.shared * 4 / gpu.shared_rate),
+                QUEUE,
+                LATENCY["ldmatrix"] if i.base == "LDSM" else gpu.shared_latency,
+            ),
             "tensor": ("tensor", i.fma * 4 / gpu.tensor / (gpu.sync if i.sync else 1), 0 if i.sync else QUEUE, 0),
-        }.get(i.kind, ("", 0, 0, LATENCY["other"]))  # fmt: skip
+        }.get(i.kind, ("", 0, 0, LATENCY["other"]))
         barrier = i.base == "BAR" and ".SYNC" in i.op and bool(re.match(r"0x0\s*$", i.args))
         left = re.search(r"(?:SB\d|gsb0), 0x([0-9a-f]+)", i.args) if i.base in ("DEPBAR", "WARPGROUP") else None
         steps.append((i, pipe, cost, cost * queued, after, barrier, int(left[1], 16) if left else None))

@@ -44,10 +44,17 @@ def show(row: Row, budget: Budget) -> dict[str, str]:
     if row.facts is None:
         return {**cells, "notes": row.error if row.whose != "ours" else ""}
     f, hot = row.facts, next(iter(row.regions), None)
-    cells |= {"regs": str(f.registers), "spills": str(f.spills), "smem KB": f"{f.shared / 1024:.3g}",
-              "CTAs x threads": f"{f.ctas}x{f.threads}",
-              "occupancy": _occupancy(f, row.case.arch), "limit": f.limit, "code KB": f"{f.code / 1024:.1f}",
-              "16 B": f"{f.wide:.0%}", "matrix": " ".join(f"{n} {op}" for op, n in f.matrix.items())}  # fmt: skip
+    cells |= {
+        "regs": str(f.registers),
+        "spills": str(f.spills),
+        "smem KB": f"{f.shared / 1024:.3g}",
+        "CTAs x threads": f"{f.ctas}x{f.threads}",
+        "occupancy": _occupancy(f, row.case.arch),
+        "limit": f.limit,
+        "code KB": f"{f.code / 1024:.1f}",
+        "16 B": f"{f.wide:.0%}",
+        "matrix": " ".join(f"{n} {op}" for op, n in f.matrix.items()),
+    }
     if hot:
         cells |= {
             "hot loop": str(hot.instructions),
@@ -81,10 +88,20 @@ def markdown(shown: list[dict[str, str]]) -> str:
 def report(found: list[Row]) -> list[dict]:
     """Every figure, for --json."""
     return [
-        {"id": r.id, "whose": r.whose, "op": r.case.problem.op, "problem": r.case.problem.of.name, "arch": r.case.arch,
-         "dtype": r.case.dtype, "kernel": r.kernel, "facts": r.facts and asdict(r.facts), "error": r.error,
-         "regions": [asdict(g) for g in r.regions]} for r in found
-    ]  # fmt: skip
+        {
+            "id": r.id,
+            "whose": r.whose,
+            "op": r.case.problem.op,
+            "problem": r.case.problem.of.name,
+            "arch": r.case.arch,
+            "dtype": r.case.dtype,
+            "kernel": r.kernel,
+            "facts": r.facts and asdict(r.facts),
+            "error": r.error,
+            "regions": [asdict(g) for g in r.regions],
+        }
+        for r in found
+    ]
 
 
 def overruns(rows: list[Row], budget: Budget) -> list[str]:

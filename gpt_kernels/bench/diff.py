@@ -56,7 +56,7 @@ def tested(a: Sequence[float], b: Sequence[float], alpha: float) -> tuple[float,
     p = float(stats.mannwhitneyu(a, b, alternative="two-sided").pvalue)
     interval = stats.bootstrap(
         (a, b), ratio, n_resamples=2000, confidence_level=1 - alpha, method="percentile", rng=numpy.random.default_rng(0)
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     return float(ratio(a, b)), float(interval.low), float(interval.high), p
 
 
@@ -121,9 +121,18 @@ def diff(a: str, b: str, threshold: float, alpha: float) -> int:
     if shown:
         header = ["row", "A", "B", "B / A", "interval", "p", "eager B / A", ""]
         rows = [
-            (c.name, duration(c.before), duration(c.after), f"{c.ratio:.2f}", f"{c.low:.2f} to {c.high:.2f}", f"{c.p:.1g}",
-             "-" if c.eager is None else f"{c.eager:.2f}", c.verdict) for c in shown
-        ]  # fmt: skip
+            (
+                c.name,
+                duration(c.before),
+                duration(c.after),
+                f"{c.ratio:.2f}",
+                f"{c.low:.2f} to {c.high:.2f}",
+                f"{c.p:.1g}",
+                "-" if c.eager is None else f"{c.eager:.2f}",
+                c.verdict,
+            )
+            for c in shown
+        ]
         print_table(header, rows, right=range(1, len(header)))
     counted = collections.Counter(change.verdict for change in changes)
     print(f"{len(changes)} rows in both: {', '.join(f'{n} {verdict}' for verdict, n in counted.items()) or 'none'}")

@@ -384,7 +384,7 @@ def once_more(call: Callable, repeats: int, warm: bool) -> float:
 
 def interleaved_on_gpu(
     variants: dict[str, Variant], rounds: int = 9, warm: bool = False, known: dict[str, float] | None = None
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """The same by CUDA events: a sample is the median of some calls, each on a cold L2, or right after another one. A call that
     is known to be slow is timed by the clock, once a sample: no cache holds what it needs."""
     slow = {name for name in variants if known and known.get(name, 0.0) > SLOW}

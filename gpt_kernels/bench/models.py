@@ -45,9 +45,7 @@ def sizes_for(settings: Settings) -> Sizes:
 
 def build(sizes: Sizes, dropout: float) -> Any:
     context = max(sizes.length, sizes.prompt + sizes.new)
-    model = gpt2(
-        vocab=sizes.vocab, context=context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, dropout=dropout
-    )  # fmt: skip
+    model = gpt2(vocab=sizes.vocab, context=context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, dropout=dropout)
     return model.to(torch.get_default_device())
 
 

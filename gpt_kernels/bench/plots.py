@@ -65,9 +65,7 @@ def log_axis(axis: Any, text: Callable[[float], str] = "{:g}".format) -> None:
 def legend(figure: Figure, columns: int = 3) -> None:
     """Under the plot, each name once."""
     handles = {str(h.get_label()): h for ax in figure.axes for h in ax.get_legend_handles_labels()[0]}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.4
-    )  # fmt: skip
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.4)
 
 
 def dots(rows: Sequence[dict], values: Callable[[dict], dict[str, float]], xlabel: str, one: bool = False) -> Figure | None:
@@ -194,9 +192,14 @@ def roofline(result: dict) -> Figure | None:
         for variant in ("eager", "ours"):
             if t := seconds(row, variant):
                 ax.plot(
-                    x, row["flops"] / t / 1e9, MARKERS[row["op"]], markersize=5, linestyle="none",
-                    markerfacecolor=color(variant) if variant == "ours" else "none", markeredgecolor=color(variant),
-                )  # fmt: skip
+                    x,
+                    row["flops"] / t / 1e9,
+                    MARKERS[row["op"]],
+                    markersize=5,
+                    linestyle="none",
+                    markerfacecolor=color(variant) if variant == "ours" else "none",
+                    markeredgecolor=color(variant),
+                )
     for op in dict.fromkeys(row["op"] for row in rows):
         ax.plot([], [], MARKERS[op], color=INK, markersize=5, linestyle="none", label=op)
     for variant in ("ours", "eager"):

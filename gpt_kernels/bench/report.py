@@ -120,9 +120,7 @@ def heads(result: dict) -> tuple[str, ...]:
 
 def left_out(rows: Sequence[dict]) -> list[str]:
     """Every variant without numbers, with its reason: nothing is dropped in silence."""
-    counts = collections.Counter(
-        (name, reason, row["op"]) for row in rows for name, reason in row.get("absent", {}).items()
-    )  # fmt: skip
+    counts = collections.Counter((name, reason, row["op"]) for row in rows for name, reason in row.get("absent", {}).items())
     merged: dict[tuple[str, str], list[str]] = {}
     for (name, reason, op), n in counts.items():
         merged.setdefault((name, reason), []).append(f"{op} ({n})" if n > 1 else op)
@@ -130,9 +128,7 @@ def left_out(rows: Sequence[dict]) -> list[str]:
 
 
 def limits_text(result: dict) -> str:
-    parts = [
-        f"{name} {value / 1e9:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in result["limits"].items()
-    ]  # fmt: skip
+    parts = [f"{name} {value / 1e9:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in result["limits"].items()]
     return "limits, medians of the run: " + (", ".join(parts) or "none")
 
 

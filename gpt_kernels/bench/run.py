@@ -132,9 +132,7 @@ def bench(settings: Settings) -> int:
     return int(bool(result["failed"]) or any(row["mismatch"] for row in result["rows"]))
 
 
-def collect(
-    targets: list[str], settings: Settings, folder: str, result: dict[str, Any], keep: Callable[[], None]
-) -> None:  # fmt: skip
+def collect(targets: list[str], settings: Settings, folder: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
     """Adds to the result, and calls keep() when a target is done: a machine that dies takes one target with it."""
     say = progress()
     for target in targets:
@@ -170,8 +168,9 @@ def warn_of_others(environment: dict[str, Any]) -> None:
     if busy and cores and threads and "gpu" not in environment and threads > cores - busy + 0.3:
         print(
             f"other work uses {busy} of {cores} processors, {threads} threads are to be timed: the times will be too long",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def add_memory(row: dict[str, Any], name: str, job: dict[str, Any], folder: str) -> None:

@@ -38,9 +38,7 @@ class Settings:
     reuse: bool = option(False, "with gpt_kernels.reuse_memory(), for every variant: no fresh pages in a call")
     device: str = device()
     threads: int | None = option(None, "torch's threads (otherwise its own choice)", type=positive, metavar="N")
-    dtypes: Sequence[str] = option(
-        DTYPES[:2], "the first everywhere, all of them in the main cases", metavar="A,B", of=DTYPES
-    )  # fmt: skip
+    dtypes: Sequence[str] = option(DTYPES[:2], "the first everywhere, all of them in the main cases", metavar="A,B", of=DTYPES)
     against: Sequence[str] = option((), "kernels of others beside ours", metavar="A,B", of=_peers)
     backends: Sequence[str] = option((), "our other backends beside the one that serves", metavar="A,B", of=_backends)
     compile: bool = option(True, "leave torch.compile out")

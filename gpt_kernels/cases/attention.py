@@ -83,9 +83,18 @@ def ours(**options):
             slopes = slopes.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         scale = o.pop("scale", None)
         return attention(
-            q, k, v, bias, slopes, o.pop("rng", None), scale=scale,
-            causal_offset=o.pop("offset", 0), window_left=o.pop("left", -1), window_right=o.pop("right", -1), **o,
-        )[0]  # fmt: skip
+            q,
+            k,
+            v,
+            bias,
+            slopes,
+            o.pop("rng", None),
+            scale=scale,
+            causal_offset=o.pop("offset", 0),
+            window_left=o.pop("left", -1),
+            window_right=o.pop("right", -1),
+            **o,
+        )[0]
 
     return call
 
@@ -225,23 +234,44 @@ def derivatives():
         return prob * dropout_factor(rng, p, s) @ v
 
     sdpa = scaled_dot_product_attention
-    yield Function("", lambda q, k, v: sdpa(q, k, v, is_causal=True),
-                   lambda q, k, v: plain(q, k, v, scale=2**-0.5, right=0), ((2, 1, 3, 2),) * 3)  # fmt: skip
-    yield Function("grouped heads, bias", lambda q, k, v, b: sdpa(q, k, v, b, enable_gqa=True),
-                   lambda q, k, v, b: plain(q, k, v, b, scale=2**-0.5), (*heads, (1, 2, 1, 4)))  # fmt: skip
-    yield Function("mask", lambda q, k, v: sdpa(q, k, v, keep, scale=0.3, enable_gqa=True),
-                   lambda q, k, v: plain(q, k, v, scale=0.3, mask=keep), heads)  # fmt: skip
-    yield Function("dropout", lambda q, k, v: attention(q, k, v, None, None, rng, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
-                   lambda q, k, v: plain(q, k, v, scale=0.5, softcap=2.0, p=0.3), heads)  # fmt: skip
+    yield Function(
+        "",
+        lambda q, k, v: sdpa(q, k, v, is_causal=True),
+        lambda q, k, v: plain(q, k, v, scale=2**-0.5, right=0),
+        ((2, 1, 3, 2),) * 3,
+    )
+    yield Function(
+        "grouped heads, bias",
+        lambda q, k, v, b: sdpa(q, k, v, b, enable_gqa=True),
+        lambda q, k, v, b: plain(q, k, v, b, scale=2**-0.5),
+        (*heads, (1, 2, 1, 4)),
+    )
+    yield Function(
+        "mask",
+        lambda q, k, v: sdpa(q, k, v, keep, scale=0.3, enable_gqa=True),
+        lambda q, k, v: plain(q, k, v, scale=0.3, mask=keep),
+        heads,
+    )
+    yield Function(
+        "dropout",
+        lambda q, k, v: attention(q, k, v, None, None, rng, scale=0.5, softcap=2.0, dropout_p=0.3)[0],
+        lambda q, k, v: plain(q, k, v, scale=0.5, softcap=2.0, p=0.3),
+        heads,
+    )
     yield Function(
         "tokens before heads, alibi",
         lambda q, k, v, slopes: flash_attn_func(
-            q, k, v, window_size=(1, 1), softcap=2.0, alibi_slopes=slopes, softmax_scale=0.4),
-        lambda q, k, v, slopes: swap(plain(
-            swap(q), swap(k), swap(v), None, slopes, scale=0.4, softcap=2.0, left=1, right=1)),
-        (*((1, 3, 2, 2),) * 3, (2,)))  # fmt: skip
-    yield Function("packed", lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True),
-                   lambda qkv: swap(plain(*map(swap, qkv.unbind(2)), scale=0.5, right=0)), ((1, 2, 3, 1, 4),))  # fmt: skip
+            q, k, v, window_size=(1, 1), softcap=2.0, alibi_slopes=slopes, softmax_scale=0.4
+        ),
+        lambda q, k, v, slopes: swap(plain(swap(q), swap(k), swap(v), None, slopes, scale=0.4, softcap=2.0, left=1, right=1)),
+        (*((1, 3, 2, 2),) * 3, (2,)),
+    )
+    yield Function(
+        "packed",
+        lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True),
+        lambda qkv: swap(plain(*map(swap, qkv.unbind(2)), scale=0.5, right=0)),
+        ((1, 2, 3, 1, 4),),
+    )
     yield Function("one tensor for three", lambda x: sdpa(x, x, x), lambda x: plain(x, x, x, scale=0.5), ((1, 1, 3, 4),))
 
 
@@ -311,9 +341,11 @@ def calls(new):
             options = (bias, slopes, rng_state, D**-0.5, softcap, dropout_p, offset, left, right)
             need_dbias = bias is not None and bias.dtype != torch.bool
             yield from forward_backward(
-                f"{what} {sizes}", "attention", (q, k, v, *options),
+                f"{what} {sizes}",
+                "attention",
+                (q, k, v, *options),
                 lambda o, lse, q=q, k=k, v=v, options=options, need=need_dbias: (o, q, k, v, o, lse, *options, need),
-            )  # fmt: skip
+            )
 
 
 def bounds(name):

@@ -126,17 +126,29 @@ def derivatives():
 
     yield Function("", ours, plain, ((3, 4),))
     for reduction in ("sum", "none"):
-        yield Function(reduction, lambda x, r=reduction: ours(x, r, 0.1, 0.2, 2.0),
-                       lambda x, r=reduction: plain(x, 0.1, 0.2, 2.0, r), ((3, 4),))  # fmt: skip
+        yield Function(
+            reduction,
+            lambda x, r=reduction: ours(x, r, 0.1, 0.2, 2.0),
+            lambda x, r=reduction: plain(x, 0.1, 0.2, 2.0, r),
+            ((3, 4),),
+        )
     yield Function("in place", lambda x: cross_entropy(x * 1, target, inplace_backward=True), plain, ((3, 4),))
-    yield Function("z_loss", lambda x: cross_entropy(x, target, lse_square_scale=0.2, return_z_loss=True)[0],
-                   lambda x: plain(x, z=0.2), ((3, 4),))  # fmt: skip
+    yield Function(
+        "z_loss",
+        lambda x: cross_entropy(x, target, lse_square_scale=0.2, return_z_loss=True)[0],
+        lambda x: plain(x, z=0.2),
+        ((3, 4),),
+    )
 
 
 def magnitudes():
     target = torch.tensor([3, 0, 12])
-    yield Function("", lambda x: cross_entropy(x, target, reduction="none"),
-                   lambda x: eager(x, target, reduction="none").to(x.dtype), ((3, 13),))  # fmt: skip
+    yield Function(
+        "",
+        lambda x: cross_entropy(x, target, reduction="none"),
+        lambda x: eager(x, target, reduction="none").to(x.dtype),
+        ((3, 13),),
+    )
     options = {"label_smoothing": 0.1, "logit_softcap": 15.0}
     yield Function(
         "with a cap", lambda x: cross_entropy(x, target, **options), lambda x: eager(x, target, **options), ((3, 13),)
@@ -285,10 +297,17 @@ def bench(settings: Settings) -> Iterator[Case]:
 
         yield Case(
             "cross_entropy", f"{M}x{V}", dtype, inputs, F.cross_entropy, cross_entropy, cost, others={"hf": hf}, main=main
-        )  # fmt: skip
+        )
         if main:
             # logits as a model has them, no leaf, so that the gradient may be written over them
             yield Case(
-                "cross_entropy", f"{M}x{V} in place, after a clone", dtype, inputs, eager_after_clone, ours_inplace,
-                cost_after_clone, ("fwd+bwd",), options={"inplace": True},
-            )  # fmt: skip
+                "cross_entropy",
+                f"{M}x{V} in place, after a clone",
+                dtype,
+                inputs,
+                eager_after_clone,
+                ours_inplace,
+                cost_after_clone,
+                ("fwd+bwd",),
+                options={"inplace": True},
+            )

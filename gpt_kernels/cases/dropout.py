@@ -96,7 +96,7 @@ def streamed(dtype):
         # a row's mask depends on its place, so that the first part alone has the whole's
         yield Streamed(
             "dropout", lambda x, r: dropout(x, 0.1, residual=r, rng_state=rng), (x, torch.randn_like(x)), all_parts=False
-        )  # fmt: skip
+        )
 
 
 def watched():

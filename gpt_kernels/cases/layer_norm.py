@@ -133,9 +133,11 @@ def calls(new):
         x, dy = new(M, N), new(M, N)
         for w, b in ((None, None), (new(N), None), (None, new(N)), (new(N, dtype=torch.float32),) * 2):
             yield from forward_backward(
-                f"{M}x{N}, weight {w is not None and w.dtype}, bias {b is not None}", "layer_norm", (x, w, b, 1e-5),
+                f"{M}x{N}, weight {w is not None and w.dtype}, bias {b is not None}",
+                "layer_norm",
+                (x, w, b, 1e-5),
                 lambda _, mean, rstd, x=x, dy=dy, w=w, b=b: (dy, x, w, mean, rstd, b is not None),
-            )  # fmt: skip
+            )
 
 
 def bounds(name):

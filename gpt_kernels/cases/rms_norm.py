@@ -121,9 +121,11 @@ def calls(new):
         x, dy = new(M, N), new(M, N)
         for w in (None, new(N), new(N, dtype=torch.float32)):
             yield from forward_backward(
-                f"{M}x{N}, weight {w is not None and w.dtype}", "rms_norm", (x, w, 1e-6),
+                f"{M}x{N}, weight {w is not None and w.dtype}",
+                "rms_norm",
+                (x, w, 1e-6),
                 lambda _, rstd, x=x, dy=dy, w=w: (dy, x, w, rstd),
-            )  # fmt: skip
+            )
 
 
 def bounds(name):

@@ -131,9 +131,12 @@ def exact():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             expected = (keep / n).to(dtype).expand(3, -1)
             yield Example(
-                f"{n} of {dtype}", lambda x, keep=keep: softmax(x, keep), lambda x, expected=expected: expected + 0 * x,
-                (torch.full((3, 1029), 77.0, dtype=dtype),), dy=torch.zeros(3, 1029),
-            )  # fmt: skip
+                f"{n} of {dtype}",
+                lambda x, keep=keep: softmax(x, keep),
+                lambda x, expected=expected: expected + 0 * x,
+                (torch.full((3, 1029), 77.0, dtype=dtype),),
+                dy=torch.zeros(3, 1029),
+            )
 
 
 def derivatives():
@@ -166,7 +169,7 @@ def magnitudes():
     yield Function("", softmax, eager, ((3, 13), (3, 13)))
     yield Function(
         "scaled and causal", lambda x: softmax(x, None, 0.125, True), lambda x: eager(x, None, 0.125, True), ((3, 13),)
-    )  # fmt: skip
+    )
 
 
 def streamed(dtype):
@@ -196,9 +199,11 @@ def calls(new):
         keep = torch.ones(N, dtype=torch.bool, device=new.device)
         for mask in (None, keep, new(M, N), new(M, 1, dtype=torch.float32)):
             yield from forward_backward(
-                f"{M}x{N}, mask {mask is not None and mask.dtype}", "softmax", (x, mask, 0.3, mask is None),
+                f"{M}x{N}, mask {mask is not None and mask.dtype}",
+                "softmax",
+                (x, mask, 0.3, mask is None),
                 lambda y, dy=dy, mask=mask: (dy, y, 0.3, mask is None),
-            )  # fmt: skip
+            )
 
 
 def bounds(name):

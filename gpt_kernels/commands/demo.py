@@ -37,9 +37,7 @@ COLORS = {"eager": "#8c8c8c", "compile": "#e08214", "ours": "#1b6ca8"}
 @dataclasses.dataclass
 class Settings:
     steps: int = option(40, "optimizer steps per run", type=positive)
-    data: str | None = option(
-        None, "UTF-8 text to train on (otherwise Python's own sources and documentation)", metavar="FILE"
-    )  # fmt: skip
+    data: str | None = option(None, "UTF-8 text to train on (otherwise Python's own sources and documentation)", metavar="FILE")
     layers: int = option(4, "transformer blocks", type=positive)
     heads: int = option(6, "attention heads of a block", type=positive)
     width: int = option(384, "of a token's vector", type=positive)
@@ -69,9 +67,15 @@ def _model(job: dict, settings: Settings) -> Any:
 
     s = settings
     return gpt2(
-        vocab=s.vocab, context=s.context, width=s.width, layers=s.layers, heads=s.heads, dropout=s.dropout, end=job["end"],
+        vocab=s.vocab,
+        context=s.context,
+        width=s.width,
+        layers=s.layers,
+        heads=s.heads,
+        dropout=s.dropout,
+        end=job["end"],
         seed=s.seed,
-    ).to(s.device)  # fmt: skip
+    ).to(s.device)
 
 
 def _verify(job: dict, settings: Settings, send: Callable) -> None:

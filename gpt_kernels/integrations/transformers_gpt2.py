@@ -75,9 +75,15 @@ def _keep_attention(module: Any) -> str | None:
 
 
 def _serves_attention(
-    module: Any, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
-    encoder_attention_mask=None, output_attentions=False, **kwargs,
-) -> bool:  # fmt: skip
+    module: Any,
+    hidden_states,
+    past_key_values=None,
+    attention_mask=None,
+    encoder_hidden_states=None,
+    encoder_attention_mask=None,
+    output_attentions=False,
+    **kwargs,
+) -> bool:
     return (
         encoder_hidden_states is None
         and not isinstance(past_key_values, EncoderDecoderCache)
@@ -85,7 +91,7 @@ def _serves_attention(
     )
 
 
-def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwargs: dict) -> bool:  # fmt: skip
+def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwargs: dict) -> bool:
     """Does the kernel do what the function registered for `implementation` does with these?"""
     own = _INTERFACES.get(implementation)
     if (
@@ -142,9 +148,15 @@ def _mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
 )
 class Attention:
     def forward(
-        self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
-        encoder_attention_mask=None, output_attentions=False, **kwargs,
-    ):  # fmt: skip
+        self,
+        hidden_states,
+        past_key_values=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        output_attentions=False,
+        **kwargs,
+    ):
         qkv, split = self.c_attn(hidden_states), self.split_size
         if qkv.ndim == 3 and qkv.shape[2] == 3 * split:
             # as below, in two views
@@ -238,9 +250,14 @@ def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs,
-):  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+):
     """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are.
 
     logits: (..., V); labels, shift_labels: (...) int64. Returns () in float32. What there is no kernel for, float64 logits

@@ -161,9 +161,7 @@ class GPT(nn.Module):
                 f"{prefix}lm_head.weight differs from {prefix}transformer.wte.weight, and this GPT ties them; "
                 "GPTConfig(tie_word_embeddings=False) has a head of its own"
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _set_function(self, config: GPTConfig) -> None:
         self.config = config
@@ -209,9 +207,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        eos_token_id: int | None = None, generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Continue idx (B, T), T >= 1, by up to max_new_tokens: (B, T + new) int64.
 
         temperature 0 takes the likeliest token; top_k and top_p (nucleus) cut the distribution before sampling. A row that
@@ -283,9 +287,12 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def configure_optimizers(
-        self, weight_decay: float = 0.1, learning_rate: float = 6e-4, betas: tuple[float, float] = (0.9, 0.95),
+        self,
+        weight_decay: float = 0.1,
+        learning_rate: float = 6e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
         device_type: str | None = None,
-    ) -> torch.optim.AdamW:  # fmt: skip
+    ) -> torch.optim.AdamW:
         """Fused AdamW with weight decay on matrices only (embeddings included), as nanoGPT, whose device_type is not needed:
         it is fused on every device."""
         params = [p for p in self.parameters() if p.requires_grad]

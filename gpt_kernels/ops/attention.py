@@ -305,9 +305,16 @@ def _as_core(q, k, v, mask, enable_gqa):
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Attention with the signature and meaning of torch.nn.functional.scaled_dot_product_attention.
 
     query: (..., H, Sq, D), key: (..., Hk, Sk, D), value: (..., Hk, Sk, Dv) or all without H; dimensions before Sq that are 1

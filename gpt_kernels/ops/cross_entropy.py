@@ -190,7 +190,7 @@ def cross_entropy(
             more: dict = dict(dtype=dtype, input=input, weight=weight)
             return handle_torch_function(
                 cross_entropy, (logits, target, input), logits, target, *options, return_z_loss, **more
-            )  # fmt: skip
+            )
         logits = one_input("cross_entropy", logits, input, "logits")
     if type(ignore_index) is not int or not isinstance(target, Tensor):
         if ignore_index is None or isinstance(ignore_index, Tensor):  # torch has the weight in this place

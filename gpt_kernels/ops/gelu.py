@@ -108,9 +108,16 @@ def gelu(
     which is torch's. Returns y like x, in its strides as torch's. Raises RuntimeError for another `approximate`, and for a
     bias of another length, dtype or device.
     """
-    if (type(x) is not Tensor or (bias is not None and not isinstance(bias, Tensor)) or has_torch_function_variadic(x, bias)
-            or input is not None or transforms_active() or forward_ad._current_level >= 0 or not x.is_contiguous()
-            or (approximate != "tanh" and approximate != "none")):  # fmt: skip
+    if (
+        type(x) is not Tensor
+        or (bias is not None and not isinstance(bias, Tensor))
+        or has_torch_function_variadic(x, bias)
+        or input is not None
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or not x.is_contiguous()
+        or (approximate != "tanh" and approximate != "none")
+    ):
         return _general(x, bias, approximate, input)
     tanh = approximate == "tanh"
     try:

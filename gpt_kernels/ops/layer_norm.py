@@ -136,9 +136,17 @@ def layer_norm(
     GPU the result is float32, as torch's. Returns y like x, contiguous. Raises RuntimeError for a weight or bias of another
     shape, dtype or device, and for a negative eps; TypeError where weight and bias could be taken for each other.
     """
-    if (type(x) is not Tensor or (weight is not None and not isinstance(weight, Tensor)) or more or normalized_shape is not None
-            or input is not None or has_torch_function_variadic(x, weight, bias) or transforms_active()
-            or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+    if (
+        type(x) is not Tensor
+        or (weight is not None and not isinstance(weight, Tensor))
+        or more
+        or normalized_shape is not None
+        or input is not None
+        or has_torch_function_variadic(x, weight, bias)
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or (not x.is_cpu and in_any_autocast())
+    ):
         return _general(x, weight, bias, eps, more, normalized_shape, input)
     x = x.contiguous()
     try:

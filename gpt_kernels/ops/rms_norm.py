@@ -128,10 +128,18 @@ def rms_norm(
     argument, with weight and eps moved back by one and eps None by default. Under autocast on a GPU the result is float32, as
     torch's. Returns y like x, contiguous. Raises RuntimeError for a weight of another shape or device, and for a negative eps.
     """
-    if (type(x) is not Tensor or more or eps is None or normalized_shape is not None or input is not None
-            or has_torch_function_variadic(x, weight)
-            or (weight is not None and (not isinstance(weight, Tensor) or weight.dtype is not x.dtype))
-            or transforms_active() or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+    if (
+        type(x) is not Tensor
+        or more
+        or eps is None
+        or normalized_shape is not None
+        or input is not None
+        or has_torch_function_variadic(x, weight)
+        or (weight is not None and (not isinstance(weight, Tensor) or weight.dtype is not x.dtype))
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or (not x.is_cpu and in_any_autocast())
+    ):
         return _general(x, weight, eps, more, normalized_shape, input)
     x = x.contiguous()
     try:

@@ -126,9 +126,17 @@ def softmax(
     contiguous. Raises IndexError for dim; RuntimeError for a mask that does not broadcast or has another dtype or device, for
     a scale that is not finite, and for causal with fewer than 2 dimensions.
     """
-    if (type(x) is not Tensor or (mask is not None and type(mask) is not Tensor) or dim != -1 or dtype is not None
-            or input is not None or has_torch_function_variadic(x, mask) or transforms_active()
-            or forward_ad._current_level >= 0 or (not x.is_cpu and in_any_autocast())):  # fmt: skip
+    if (
+        type(x) is not Tensor
+        or (mask is not None and type(mask) is not Tensor)
+        or dim != -1
+        or dtype is not None
+        or input is not None
+        or has_torch_function_variadic(x, mask)
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or (not x.is_cpu and in_any_autocast())
+    ):
         return _general(x, mask, scale, causal, dim, dtype, input)
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:

@@ -35,7 +35,7 @@ from .attention import (
     strides,
     tile_key,
     tile_of,
-)  # fmt: skip
+)
 from .common import arch, cdiv, check_contiguous, check_device, check_dtype, fail, launch, wave_of
 from .tuning import Parameters, Tunable
 

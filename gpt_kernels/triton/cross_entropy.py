@@ -362,8 +362,10 @@ def _candidates(arch: str, V: int, dtype: torch.dtype, plain: bool) -> list[Para
         lane = best["BLOCK_N"] // best["num_warps"]
         more = [
             {**best, "BLOCK_N": lane * warps, "STAGES": stages, "num_warps": warps}
-            for warps in (4, 8, 16, 32) for stages in (2, 3, 4, 5) if lane * warps * dtype.itemsize <= 2**14
-        ]  # fmt: skip
+            for warps in (4, 8, 16, 32)
+            for stages in (2, 3, 4, 5)
+            if lane * warps * dtype.itemsize <= 2**14
+        ]
     return [best, *(p for p in more if p != best)]
 
 
@@ -441,9 +443,15 @@ def _count(target: Tensor, ignore_index: int) -> Tensor:
 
 
 def cross_entropy_fwd(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: int, label_smoothing: float, lse_square_scale: float,
-    logit_softcap: float, with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    lse_square_scale: float,
+    logit_softcap: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check("cross_entropy_fwd", logits, target, reduction, label_smoothing, lse_square_scale, logit_softcap)
     M, V = target.numel(), logits.shape[-1]
     losses, z_losses = (target.new_empty(target.shape, dtype=torch.float32) for _ in range(2))

@@ -36,9 +36,14 @@ def philox_words(rng_state, group, row, plane):
     offset = tl.load(rng_state + 1).to(tl.uint32)
     zero = (group * 0 + row * 0).to(tl.uint32)
     return philox_impl(
-        zero + group.to(tl.uint32), zero + row.to(tl.uint32), zero + plane.to(tl.uint32), zero + offset,
-        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), n_rounds=PHILOX_ROUNDS,
-    )  # fmt: skip
+        zero + group.to(tl.uint32),
+        zero + row.to(tl.uint32),
+        zero + plane.to(tl.uint32),
+        zero + offset,
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+        n_rounds=PHILOX_ROUNDS,
+    )
 
 
 @triton.jit

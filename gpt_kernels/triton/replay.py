@@ -175,9 +175,13 @@ def _calls(hook: Any) -> Any:
 def _watched() -> bool:
     """Somebody wants to see or to change launches: Triton's profilers and hooks, a measurement, a recording."""
     return bool(
-        tuning.measuring() or common.overridden() or _calls(_runtime.launch_enter_hook) or _calls(_runtime.launch_exit_hook)
-        or _runtime.add_stages_inspection_hook or "instrumentation_mode" in _compilation.__dict__
-    )  # fmt: skip
+        tuning.measuring()
+        or common.overridden()
+        or _calls(_runtime.launch_enter_hook)
+        or _calls(_runtime.launch_exit_hook)
+        or _runtime.add_stages_inspection_hook
+        or "instrumentation_mode" in _compilation.__dict__
+    )
 
 
 def call(op: str, launcher: Callable[..., Any], args: tuple) -> Any:

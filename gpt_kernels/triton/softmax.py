@@ -237,13 +237,17 @@ def _table(short: int) -> tuple[Callable[..., Parameters], Callable[..., list[Pa
         if N > short:
             more = [
                 {**best, "BLOCK_N": best["BLOCK_N"] // best["num_warps"] * warps, "STAGES": stages, "num_warps": warps}
-                for warps in (4, 8, 16, 32) for stages in (2, 3, 4, 5) if warps * 32 <= 1024
-            ]  # fmt: skip
+                for warps in (4, 8, 16, 32)
+                for stages in (2, 3, 4, 5)
+                if warps * 32 <= 1024
+            ]
         else:
             more = [
                 {**best, "BLOCK_M": m, "num_warps": warps}
-                for m in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16, 32) if 4 <= m * best["BLOCK_N"] // (32 * warps) <= 32
-            ]  # fmt: skip
+                for m in (1, 2, 4, 8, 16)
+                for warps in (1, 2, 4, 8, 16, 32)
+                if 4 <= m * best["BLOCK_N"] // (32 * warps) <= 32
+            ]
         return [best, *(p for p in more if p != best)]
 
     return default, candidates

@@ -15,9 +15,15 @@ def sample(
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     torch.manual_seed(seed)
     made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=True,
-        temperature=temperature, top_k=top_k, pad_token_id=end,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=new,
+        max_new_tokens=new,
+        do_sample=True,
+        temperature=temperature,
+        top_k=top_k,
+        pad_token_id=end,
+    )
     return made[0, len(prompt) :].tolist()
 
 

@@ -137,8 +137,11 @@ def watched(function, args):
         result = function(*args)
     given = {name: t for name, t in ((f"a{i}", a) for i, a in enumerate(args)) if isinstance(t, Tensor)}
     places = [*given.items(), *((f"t{i}", t) for i, t in enumerate(made.tensors))]
-    of_result = [next((n for n, p in places if p.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()), "")
-                 for t in tensors(result) if t.numel()]  # fmt: skip
+    of_result = [
+        next((n for n, p in places if p.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()), "")
+        for t in tensors(result)
+        if t.numel()
+    ]
     form = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in tensors(result)]
     return [named(launch, places) for launch in launches], of_result, form
 
@@ -201,9 +204,14 @@ def kinds() -> list[tuple[str, int, int]]:
         seen.append((what, len(replay._replays), len(told)))
 
     for what, args in {
-        "first": (x, None, True), "same": (x.clone(), None, True), "option": (x, None, False), "bias": (x, bias, True),
-        "shape": (x[:4], None, True), "alignment": (x.flatten()[1:97], None, True), "dtype": (x.half(), None, True),
-    }.items():  # fmt: skip
+        "first": (x, None, True),
+        "same": (x.clone(), None, True),
+        "option": (x, None, False),
+        "bias": (x, bias, True),
+        "shape": (x[:4], None, True),
+        "alignment": (x.flatten()[1:97], None, True),
+        "dtype": (x.half(), None, True),
+    }.items():
         call(what, *args)
         call(what, *args)
     hooks.add(told.append)
