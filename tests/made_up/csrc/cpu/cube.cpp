@@ -2,13 +2,14 @@
 #ifndef GK_TARGET
 
 #include "launch.h"
+#include "../args/cube.h"
 #define GK_FILE "cube.cpp"
 #include "foreach_target.h"
 
 namespace gk {
 
 static Tensor cube_fwd_cpu(const Tensor& x) {
-  check_cpu("cube_fwd", "x", x), check_float("cube_fwd", "x", x), check_contiguous("cube_fwd", "x", x);
+  check_input("cube_fwd", "x", x);
   Tensor y = new_like(x);
   with_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -18,10 +19,7 @@ static Tensor cube_fwd_cpu(const Tensor& x) {
 }
 
 static Tensor cube_bwd_cpu(const Tensor& dy, const Tensor& x) {
-  const char* op = "cube_bwd";
-  check_cpu(op, "x", x), check_float(op, "x", x), check_contiguous(op, "x", x);
-  check_cpu(op, "dy", dy), check_dtype(op, "dy", dy, x.scalar_type()), check_contiguous(op, "dy", dy);
-  check_same_shape(op, "dy", dy, "x", x);
+  cube_bwd_args("cube_bwd", dy, x);
   Tensor dx = new_like(x);
   with_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

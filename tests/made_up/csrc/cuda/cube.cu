@@ -1,4 +1,5 @@
 // cube on NVIDIA GPUs. The op: gpt_kernels/ops/cube.py.
+#include "../args/cube.h"
 #include "common.cuh"
 
 namespace gk {
@@ -27,10 +28,7 @@ static Tensor cube_fwd_cuda(const Tensor& x) {
 }
 
 static Tensor cube_bwd_cuda(const Tensor& dy, const Tensor& x) {
-  const char* op = "cube_bwd";
-  check_input(op, "x", x);
-  check_same_device(op, "dy", dy, x), check_dtype(op, "dy", dy, x.scalar_type());
-  check_contiguous(op, "dy", dy), check_same_shape(op, "dy", dy, "x", x);
+  cube_bwd_args("cube_bwd", dy, x);
   return run(x, dy);
 }
 
