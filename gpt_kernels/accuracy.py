@@ -5,7 +5,8 @@ both against float64. Tests, verify(), the benchmark and what else compares read
     floor = RELATIVE_FLOOR * max|truth|    (two roundings in 16 bits, 16 in float32, 1e-12 in float64, where there is no wider
                                             truth to measure eager's error with), and two of the type's smallest numbers
 
-    of tensors of up to FEW elements at least RELATIVE_FLOOR in float32 and float64: eager may be exact by luck
+    in 16 bits at most 2 * max|(truth + 0.3) - 0.3 - truth| in that dtype, as two roundings beside 0.3 are
+    in float32 and float64, of a tensor of up to FEW elements, at least RELATIVE_FLOOR: eager may be exact by luck
 
 And the same for the root mean square, whose floor follows the truth's own: or small elements, most of a cross entropy's
 gradient, could be anything beside a few large ones.
@@ -33,8 +34,9 @@ COSINE = {torch.float64: 1e-13, torch.float32: 1e-9, torch.float16: 1e-5, torch.
 # two formulas are the same one where their results differ by no more, of the largest element or of 1: of tests that look for
 # another formula, not for a rounding
 SAME_FORMULA = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-FEW = 4096
+FEW = 4096  # elements over which eager may be exact by luck
 RELATIVE_FLOOR = {torch.float64: 1e-12, torch.float32: 2.0**-19, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# that a kernel keeps: float32's and bfloat16's subnormals may be flushed
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
 
 
@@ -57,7 +59,11 @@ def floor_of(truth: Tensor, dtype: torch.dtype, size: float | None = None) -> fl
         size = finite.abs().max().item()
     if dtype.itemsize >= 4 and truth.numel() <= FEW:
         size = max(1.0, size)
-    return RELATIVE_FLOOR[dtype] * size + 2 * SMALLEST[dtype]
+    floor = RELATIVE_FLOOR[dtype] * size
+    if dtype.itemsize == 2:
+        rounded = finite.to(dtype)
+        floor = min(floor, 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item())
+    return floor + 2 * SMALLEST[dtype]
 
 
 def model_floor(truth: Tensor, dtype: torch.dtype) -> float:

@@ -60,11 +60,9 @@ def test_small_gradients_count(dtype, fault):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_the_smallest_number_for_none_is_right(dtype):
-    truth, least = (
-        torch.zeros(64, 64, dtype=torch.float64),
-        torch.full((64, 64), torch.finfo(dtype).smallest_normal, dtype=dtype),
-    )
-    least = torch.full((64, 64), 2.0**-24, dtype=dtype) if dtype == torch.float16 else least
+    truth = torch.zeros(65, 64, dtype=torch.float64)  # more than a few
+    least = torch.full((65, 64), accuracy.SMALLEST[dtype], dtype=dtype)
+    assert judge(8 * least, truth, truth.to(dtype)).wrong is not None
     assert judge(least, truth, truth.to(dtype)).wrong is None
 
 

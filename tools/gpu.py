@@ -1,4 +1,4 @@
-"""The GPU kit: make gpu, or python -m tools.gpu. Not yet executed by us on a GPU.
+"""The GPU kit: make gpu, or python -m tools.gpu. Executed by us on one kind of GPU: docs/gpu.md.
 
 Runs on a machine with a GPU: one call per op first, then the op tests on the device, the tests of tests/gpu (graph capture,
 streams, races, memory), compute-sanitizer where it is installed, what a call costs the host, and every benchmark against eager
@@ -72,7 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--consan", action="store_true", help="also the launch tests under Triton's concurrency sanitizer (slow)"
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, metavar="STAGE", help=f"these alone, of {', '.join(KINDS)}")
-    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help="these alone (default: all that are here)")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=("triton", "cuda"),
+        metavar="BACKEND",
+        help="in smoke, tests and host cost these alone, of triton and cuda (default: all that are here)",
+    )
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="for the reports (default: benchmarks/results)")
     few = max(1, min(8, (os.cpu_count() or 1) // 2))
     parser.add_argument("--jobs", type=int, default=few, metavar="N", help="processes for the tests (default: %(default)s)")

@@ -33,7 +33,7 @@ inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
 // May an output be written past the cache (non-temporal stores)? That saves reading each line before it is overwritten, and
 // costs where the line is in the cache anyway. So: only if the call's tensors, `tensors` of them as large as the output, exceed
 // what a last-level cache keeps (32 MB: LOG L124); and not into pages that malloc has just got from the system and nobody has
-// written to. The kernel zeroes such a page at its first touch, which leaves its lines in the cache: a plain store finds them
+// written to. The system zeroes such a page at its first touch, which leaves its lines in the cache: a plain store finds them
 // there, a non-temporal one would have to throw them out first (LOG L125). One page in the middle of the output is asked about.
 inline bool output_streams(const Tensor& out, int64_t tensors) {
   const int64_t bytes = out.numel() * element_size(out.scalar_type());

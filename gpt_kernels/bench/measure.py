@@ -261,6 +261,7 @@ class Judge:
         errors and the seconds of this call go into the trial."""
         results = self.results(function)
         trial.first[name] = self.taken
+        # the parameters of a norm are rows
         factors = [WEIGHT_GRADIENT if x.dim() == 1 else INPUT_GRADIENT for x in self.inputs if is_float(x) and x.requires_grad]
         factors = factors if self.direction == "bwd" else [FORWARD, *factors]
         trial.errors[name] = []

@@ -1,4 +1,4 @@
-"""The GPU kit: not yet executed by us on a GPU. Without one its tests are skipped.
+"""The GPU kit's own tests. Without a GPU they are skipped.
 
 Those that need nothing of CUDA's own API can be rehearsed with TRITON_INTERPRET=1 GPT_KERNELS_REHEARSE=1.
 """
