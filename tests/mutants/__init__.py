@@ -108,8 +108,11 @@ def build_simulator(tree: pathlib.Path, file: str) -> str:
     if build is None:
         return "the simulator was not built: GPT_KERNELS_BUILD=sim python setup.py build_ext --inplace"
     kernels, changed = tree / "csrc" / "cuda", {pathlib.Path(file).name}
-    for _ in range(3):  # headers include headers
-        changed |= {f.name for f in kernels.iterdir() if changed & set(re.findall(r'#include "([^"]+)"', f.read_text()))}
+    includes = {f.name: set(re.findall(r'#include "([^"]+)"', f.read_text())) for f in kernels.iterdir()}
+    while more := {name for name, of in includes.items() if of & changed} - changed:  # headers include headers
+        changed |= more
+    if not any(name.endswith(".cu") for name in changed):
+        return f"no kernel includes {file}"
     library, lines = tree / "gpt_kernels" / "_cuda_sim.so", []
     for line in (build / "build.ninja").read_text().splitlines():
         if found := re.match(r"build (\S+\.o): (\S+) (\S+)", line):
