@@ -82,7 +82,8 @@ def hf(R: int, interleaved: bool = False, unsqueeze_dim: int = 1, inplace: bool 
 
 
 def example(how, what: str, *shapes, dtype=torch.float32, **more) -> Example:
-    return Example(what, *how, tuple(torch.randn(s).to(dtype) for s in shapes), **more)
+    ours, eager = how
+    return Example(what, ours, eager, tuple(torch.randn(s).to(dtype) for s in shapes), **more)
 
 
 def small(dtype):

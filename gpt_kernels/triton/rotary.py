@@ -53,8 +53,9 @@ def rotary_kernel(
         sin1, sin2 = -sin2, -sin1
     x_at = b * (x_batch // VEC * VEC) + s * (x_position // VEC * VEC)
     y_at = b * (y_batch // VEC * VEC) + s * (y_position // VEC * VEC)
-    for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, H)):
-        from_head, to_head = x_at + h.to(tl.int64) * (x_head // VEC * VEC), y_at + h.to(tl.int64) * (y_head // VEC * VEC)
+    first = group.to(tl.int64) * HEADS
+    for k in range(0, tl.minimum(HEADS, H - group * HEADS)):
+        from_head, to_head = x_at + (first + k) * (x_head // VEC * VEC), y_at + (first + k) * (y_head // VEC * VEC)
         x1, x2 = pairs(x, INTERLEAVED, BLOCK, from_head, half, lanes, wide, inside, inside_wide)
         y1 = (x1 * cos1 - x2 * sin1).to(y.dtype.element_ty)
         y2 = (x2 * cos2 + x1 * sin2).to(y.dtype.element_ty)
@@ -122,8 +123,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: b
         return
     B, S, H, D = x.shape
     half, rest = rotary_dim // 2, D - rotary_dim
-    tables = [s for t in (cos, sin) for s in (0 if t.shape[0] == 1 else t.stride(0), t.stride(1))]
-    strides = [*x.stride()[:3], *y.stride()[:3], *tables]
+    # where there is one, its stride moves nothing
+    strides = [0 if t.shape[d] == 1 else t.stride(d) for t in (x, y, cos, sin) for d in range(t.dim() - 1)]
     vec = 16 // x.itemsize
     if any(n % vec for n in (half, *strides)):
         vec = 1
