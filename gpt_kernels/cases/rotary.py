@@ -105,6 +105,8 @@ def odd(dtype, slow):
             table = dtype if i % 2 else torch.promote_types(dtype, torch.float32)
             yield example(flash(2 * half, interleaved, table, batch=i % 3 == 0), what, (B, S, H, D), dtype=dtype)
             yield example(hf(2 * half, interleaved, 1 + i % 2), f"{what}, of q and k", (B, S, S, D), (B, S, S, D), dtype=dtype)
+    for interleaved in (False, True):  # more heads than a block or a program has
+        yield example(flash(16, interleaved, dtype), "eleven heads", (1, 3, 11, 18), dtype=dtype)
 
 
 def threaded(slow):
