@@ -147,22 +147,22 @@ class _Table:
     """transformers' table of attention functions, with ours where "sdpa" is transformers' own."""
 
     def __init__(self, table: Any):
-        self._table = table
+        self.table = table
 
     def get_interface(self, implementation, default):
-        return _or_ours(self._table.get_interface(implementation, default))
+        return _or_ours(self.table.get_interface(implementation, default))
 
     def get(self, implementation, default=None):
-        return _or_ours(self._table.get(implementation, default))
+        return _or_ours(self.table.get(implementation, default))
 
     def __getitem__(self, implementation):
-        return _or_ours(self._table[implementation])
+        return _or_ours(self.table[implementation])
 
     def __contains__(self, implementation):
-        return implementation in self._table
+        return implementation in self.table
 
     def __getattr__(self, name):
-        return getattr(self._table, name)
+        return getattr(self.table, name)
 
 
 def _or_ours(function: Any) -> Any:
@@ -248,8 +248,8 @@ class _StandIn:
 def _eager_form(function: Any, device: torch.device) -> tuple[tuple[str, ...], str] | str:
     """(the names of its arguments, what the plan says), or why our kernel does not stand in for it."""
     inner = unwrapped(function)
-    if inner is None or private.absent("_active_collector"):
-        return private.absent("_active_collector") or "its eager attention is not written in Python"
+    if inner is None or private.no_eager() is not None:
+        return private.no_eager() or "its eager attention is not written in Python"
     named = tuple(inspect.signature(inner).parameters)
     code = inner.__code__
     if code.co_flags & inspect.CO_VARKEYWORDS:
@@ -294,7 +294,7 @@ def _eager_form(function: Any, device: torch.device) -> tuple[tuple[str, ...], s
 
 def _find(value: Any, module: nn.Module, device: torch.device) -> Substitute | str | None:
     if private.is_attention_table(value):
-        reason = private.absent("sdpa_attention_forward", "_active_collector")
+        reason = private.absent("sdpa_attention_forward")
         implementation = private.attention_implementation(module)
         if implementation not in ("sdpa", "eager"):
             return f"attention implementation {implementation!r}"

@@ -69,6 +69,11 @@ def is_replaced(implementation: str, own: Callable, modeling: ModuleType) -> boo
     return ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(modeling, "eager_attention_forward", None)) is not own
 
 
+def no_eager() -> str | None:
+    """Why no eager attention is to be stood in for: who collects the weights must be known."""
+    return absent("_active_collector")
+
+
 def is_attention_table(value: Any) -> bool:
     """Is it transformers' table of attention functions, or a model's own copy?"""
     return _AttentionInterface is not None and type(value) is _AttentionInterface
