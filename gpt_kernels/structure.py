@@ -423,6 +423,7 @@ def _decided(
     with random_state_kept(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for small_twin in (True, False) if kind in ("mlp", "residual") else (False,):
             try:
+                torch.manual_seed(11)  # the same verdict in every process
                 like = twin(module, cls, device, small_twin)
             except Exception as error:
                 return Found(None, f"it cannot be copied to be probed: {type(error).__name__}: {error}"[:160])

@@ -136,7 +136,10 @@ def _rotary_form(function: Any, device: torch.device) -> tuple[tuple, str] | str
                 agreed.append(width)
                 worst = max(worst, *part)
             if agreed:
-                return (interleaved, 4 in agreed), f"rotary embedding in one pass, probe: error {worst[0]:.1e}, eager's {worst[1]:.1e}"
+                return (
+                    interleaved,
+                    4 in agreed,
+                ), f"rotary embedding in one pass, probe: error {worst[0]:.1e}, eager's {worst[1]:.1e}"
     return f"its rotary embedding is another: {wrong}"[:200]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import gpt_kernels
 from gpt_kernels import Served, patch, patched, unpatch
 from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT
-from gpt_kernels.integrations import transformers_gpt2, transformers_models
+from gpt_kernels.integrations import transformers_models
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare
 

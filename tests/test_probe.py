@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from gpt_kernels import patch, structure, unpatch
 from gpt_kernels.accuracy import SAME_FORMULA
-from gpt_kernels.patch import is_patched
 
 N = 16
 
