@@ -2,8 +2,8 @@
 A probe (probe.py) decides between the proposals.
 
     no parameter, no child                 an activation (GELU, either one), a softmax, a norm without weights
-    one or two vectors, no child           RMS norm with weight or 1 + weight, layer norm; eps is an attribute, a config's or a constant
-    two linear layers, an activation       MLP: the bias of the first in one pass with the GELU; SwiGLU, GeGLU of a fused gate_up
+    one or two vectors, no child           RMS norm with weight or 1 + weight, layer norm; eps is an attribute or a constant
+    two linear layers, an activation       MLP: the bias of the first in one pass with the GELU; GLU of a fused gate_up
     three linear layers, an activation     SwiGLU, GeGLU of gate, up and down
     a linear layer, dropout, layer norm    dropout and the residual in one pass
     a global function for which there is ours      the class's own code over ours (substitute.py)
@@ -207,7 +207,7 @@ def glu(
     base: type, gate: str, up: str | None, down: str | None, kind: str, flipped: bool, inner: str | None, outer: str | None,
     alike: tuple[str, ...],
 ):  # fmt: skip
-    """down(act(gate(x)) * up(x)); up None: gate(x) has both, the gate first unless flipped. kind: silu, none or tanh (GELUs)."""
+    """down(act(gate(x)) * up(x)); up None: gate(x) has both, gate first unless flipped. kind: silu, or none, tanh (GELUs)."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = self._modules
