@@ -1,8 +1,8 @@
 """Does a candidate do what a module's own forward does? Both are run on small random inputs and compared by accuracy.py, output
 and the gradients of inputs and parameters, against the module's own in float64.
 
-The module itself is never run. What is run is its twin: a copy with random parameters in which linear layers are small ones of
-the same proportions (a fused gate_up stays twice as wide as what follows) and dropout is a fixed pattern, so that the probe of a
+The module itself is never run. What runs is its twin: a copy with random parameters in which linear layers are small ones of
+the same proportions (a fused gate_up stays twice as wide as the rest) and dropout is a fixed pattern, so that the probe of a
 large module is small, and an element that was dropped elsewhere is seen. So parameters, gradients, buffers, hooks, modes and
 counters of the module are what they were; the random number generators of torch, Python and NumPy are put back.
 

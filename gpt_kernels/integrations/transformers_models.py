@@ -1,7 +1,7 @@
 """What all of transformers' models share: the functions that their attention modules call, and their language-model loss.
 
-- attention: `ALL_ATTENTION_FUNCTIONS` and `eager_attention_forward` in a module's own forward (substitute.py). "sdpa" and "eager"
-  are served, with masks as they come, grouped heads unrepeated, softcap, position biases. What there is no kernel for is done by
+- attention: `ALL_ATTENTION_FUNCTIONS` and `eager_attention_forward` in a module's forward (substitute.py). "sdpa" and "eager"
+  are served, with masks as they come, grouped heads, softcap, position biases. What there is no kernel for is done by
   the function that would have been called: other implementations, and functions registered in their place; attention weights
   that were asked for, or that a forward hook under "eager" would see; arguments of other functions (paged caches, sinks ...);
   keys and values of another dtype than the queries; additive masks that hide every key from some query (left padding under
@@ -72,7 +72,7 @@ def _shapes_serve(module: Any, q: Any, k: Any, v: Any, groups: int) -> bool:
     # caches may hold another dtype, batch or nothing
     if not dense(q, k, v) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.numel() or not k.numel():
         return False
-    (B, H, _, D), (Bk, Hk, Tk, Dk) = q.shape, k.shape
+    (B, H, _, D), (Bk, Hk, _, Dk) = q.shape, k.shape
     return (
         D == Dk <= MAX_HEAD_DIM
         and v.shape[:3] == k.shape[:3]
