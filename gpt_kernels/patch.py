@@ -24,7 +24,7 @@ import pkgutil
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from . import integrations, structure
+from . import policy as policies
 from .dispatch import Served, pushed, where
 from .serving import DTYPES, dense, droppable, left_by_autocast, own_class, parameter, unhooked
 from .serving import base_of as _base_of
@@ -238,18 +239,39 @@ def _new(replacement: Any, base: type) -> nn.Module:
 
 
 def patch(
-    model: nn.Module, dry_run: bool = False, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True
+    model: nn.Module,
+    dry_run: bool = False,
+    keep: Iterable[nn.Module | type[nn.Module]] = (),
+    *,
+    probe: bool = True,
+    policy: str | None = None,
+    sample: Any = None,
 ) -> Plan:
     """Swap every module of `model` that a kernel of ours can serve with the same result; returns the plan.
 
     dry_run: only the plan. keep: modules of the model, or classes, that stay as they are, with all that is inside them.
     probe: compare what a module of an unknown class looks like with what it does, on small random inputs (probe.py); False
     takes it for what it looks like, which may be wrong.
+    policy="measured": the model runs on `sample`, a batch as verify() takes it, and what our kernels make slower on this machine
+    stays as it is; the row says by how much. It is measured in the mode, under the autograd and the autocast that are in force:
+    to decide for inference, call it under torch.no_grad(). What was measured is kept in the private cache (policy.py).
     Modules stay the same objects, and patching twice is patching once. Nothing is swapped where our kernels are not there for
     the model's device: a patched model is not to be slower. Raises TypeError for anything but a torch.nn.Module, ValueError
-    for a module in keep that is not in the model.
+    for a module in keep that is not in the model, and for a policy that is unknown or has no sample.
     """
+    policies.check(policy, sample)
+    keep = keep if isinstance(keep, nn.Module | type) else list(keep)
     plan, changes = _plan(model, dry_run, keep, probe)
+    slower: dict[nn.Module, str] = {}
+    while policy is not None:
+        classes = {module: module.__class__ for module in model.modules()} | dict(changes)
+        made = {module: cls for module, cls in classes.items() if cls in _base_of}
+        found = policies.slower(model, made, sample, slower)
+        if not found:
+            break
+        # what is kept may have had children's work done inside it, which are then looked at by themselves
+        slower |= found
+        plan, changes = _plan(model, dry_run, keep, probe, slower)
     if not dry_run:
         for module, made in changes:
             module.__class__ = made
@@ -297,8 +319,10 @@ def _require_module(model, caller: str) -> None:
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _plan(model: nn.Module, dry_run: bool, keep: Iterable, probe: bool) -> tuple[Plan, list[tuple[nn.Module, type]]]:
-    """The plan, and the modules that it changes, with their new classes."""
+def _plan(
+    model: nn.Module, dry_run: bool, keep: Iterable, probe: bool, slower: Mapping[nn.Module, str] | None = None
+) -> tuple[Plan, list[tuple[nn.Module, type]]]:
+    """The plan, and the modules that it changes, with their new classes. slower: kept for that reason, what is inside is not."""
     _require_module(model, "patch")
     asked = _asked(model, keep)
     failed = _load_families(model)
@@ -321,7 +345,7 @@ def _plan(model: nn.Module, dry_run: bool, keep: Iterable, probe: bool) -> tuple
         if path in fused:
             rows.append(Row(path, cls, None, "its work is done inside its parent"))
             continue
-        reason = kept.get(module)
+        reason = kept.get(module) or (slower or {}).get(module)
         if swapped and reason is None:
             # a module keeps the replacement that it has
             rule = _rule_of(_replacement_of[type(module)])

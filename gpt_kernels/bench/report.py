@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .. import process
 from ..errors import need
+from ..table import duration as duration
 from ..table import print_table
 from .contention import STAYED
 from .result import dumps, load
@@ -20,13 +21,6 @@ VARIANTS = ("eager", "compile", "ours")  # columns of their own; others share on
 
 
 # ---- one row in words ----
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}"
-    raise AssertionError
 
 
 def mib(size: int | None) -> str:
