@@ -42,7 +42,7 @@ class Kind:
     """Calls alike of modules alike. `args`, `kwargs`: of the first of them."""
 
     module: nn.Module
-    made: type | None  # the class that patch gives it
+    made: Any  # the class that patch gives it
     args: tuple
     kwargs: dict[str, Any]
     text: str  # the same for the same kind, in every process
@@ -70,8 +70,8 @@ def met(model: nn.Module, made: Mapping[nn.Module, type | None], args: tuple, kw
         text = "\n".join((signatures[module], _described((args, kwargs)), mode))
         kind = kinds.get((text, made[module]))
         if kind is None:
-            kept = _mapped(lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
-            kind = Kind(module, made[module], *kept, text, _shapes((args, kwargs)), grad, dtype)
+            given, named = _fresh((args, kwargs))
+            kind = Kind(module, made[module], given, named, text, _shapes((args, kwargs)), grad, dtype)
             kinds[text, made[module]] = kind
         kind.calls += 1
         if module not in kind.modules:
@@ -89,7 +89,7 @@ def met(model: nn.Module, made: Mapping[nn.Module, type | None], args: tuple, kw
 
 def signature(module: nn.Module) -> str:
     """What a module is, in words that are the same in every process: class, code, attributes, parameters, children."""
-    cls = own_class(module)
+    cls: Any = own_class(module)
     function = unwrapped(cls.forward)
     code = b"" if function is None else function.__code__.co_code + repr(function.__code__.co_names).encode()
     parameters = [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in module.named_parameters()]
@@ -108,14 +108,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for v in value:
             yield from _tensors(v)
-
-
-def _mapped(f: Callable[[Tensor], Any], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return f(value)
-    if type(value) is dict:
-        return {k: _mapped(f, v) for k, v in value.items()}
-    return type(value)(_mapped(f, v) for v in value) if type(value) in (tuple, list) else value
 
 
 def _described(value: Any) -> str:
@@ -180,8 +172,8 @@ class Candidate(NamedTuple):
 
 def both(kind: Kind) -> dict[str, Candidate]:
     """The module's own code and, where patch gives it a class, ours."""
-    own = own_class(kind.module)
-    made = {} if kind.made is None else {"ours": Candidate(kind.made, kind.made.forward)}  # type: ignore[attr-defined]
+    own: Any = own_class(kind.module)
+    made = {} if kind.made is None else {"ours": Candidate(kind.made, kind.made.forward)}
     return {"eager": Candidate(own, own.forward), **made}
 
 
@@ -196,7 +188,8 @@ def timed(kind: Kind, candidates: Mapping[str, Candidate], seconds: float = SECO
     """Each candidate, forward and backward, in turns; kind.module is afterwards of its class again."""
     runs: dict[str, list[tuple[float, float | None]]] = {}
     absent: dict[str, str] = {}
-    repeats, once = {}, {}
+    repeats: dict[str, int] = {}
+    once: dict[str, float] = {}
     for name, candidate in candidates.items():
         try:
             for _ in range(3):  # what is slow the first time: compilers, fresh pages

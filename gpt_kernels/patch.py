@@ -252,9 +252,9 @@ def patch(
     dry_run: only the plan. keep: modules of the model, or classes, that stay as they are, with all that is inside them.
     probe: compare what a module of an unknown class looks like with what it does, on small random inputs (probe.py); False
     takes it for what it looks like, which may be wrong.
-    policy="measured": the model runs on `sample`, a batch as verify() takes it, and what our kernels make slower on this machine
-    stays as it is; the row says by how much. It is measured in the mode, under the autograd and the autocast that are in force:
-    to decide for inference, call it under torch.no_grad(). What was measured is kept in the private cache (policy.py).
+    policy="measured": the model runs on `sample`, a batch as verify() takes it, and what our kernels make slower on this
+    machine stays as it is; the row says by how much. It is measured in the mode, under the autograd and the autocast that are
+    in force: to decide for inference, call it under torch.no_grad(). What was measured is kept in the private cache (policy.py).
     Modules stay the same objects, and patching twice is patching once. Nothing is swapped where our kernels are not there for
     the model's device: a patched model is not to be slower. Raises TypeError for anything but a torch.nn.Module, ValueError
     for a module in keep that is not in the model, and for a policy that is unknown or has no sample.
@@ -264,9 +264,9 @@ def patch(
     plan, changes = _plan(model, dry_run, keep, probe)
     slower: dict[nn.Module, str] = {}
     while policy is not None:
-        classes = {module: module.__class__ for module in model.modules()} | dict(changes)
-        made = {module: cls for module, cls in classes.items() if cls in _base_of}
-        found = policies.slower(model, made, sample, slower)
+        classes: dict[nn.Module, type] = {module: type(module) for module in model.modules()}
+        offered = {module: new for module, new in (classes | dict(changes)).items() if new in _base_of}
+        found = policies.slower(model, offered, sample, slower)
         if not found:
             break
         # what is kept may have had children's work done inside it, which are then looked at by themselves
@@ -322,7 +322,7 @@ def _require_module(model, caller: str) -> None:
 def _plan(
     model: nn.Module, dry_run: bool, keep: Iterable, probe: bool, slower: Mapping[nn.Module, str] | None = None
 ) -> tuple[Plan, list[tuple[nn.Module, type]]]:
-    """The plan, and the modules that it changes, with their new classes. slower: kept for that reason, what is inside is not."""
+    """The plan, and the modules that it changes, with their new classes. slower: kept for that reason, but for what is inside."""
     _require_module(model, "patch")
     asked = _asked(model, keep)
     failed = _load_families(model)

@@ -23,7 +23,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Afterwards the classes and modes of the modules, buffers with their values, and the random state are as before."""
     modules = list(model.modules())
     classes = [(module, module.__class__, module.training) for module in modules]
-    buffers = [(module, name, b, None if b is None else b.clone()) for module in modules for name, b in module._buffers.items()]
+    buffers = [(module, name, b) for module in modules for name, b in module._buffers.items()]
+    values = {b: b.clone() for _, _, b in buffers if b is not None}
     with random_state_kept(device_of(model)):
         try:
             yield
@@ -32,10 +33,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 module.__class__ = cls
                 module.training = training
             with torch.no_grad():
-                for module, name, buffer, value in buffers:
+                for module, name, buffer in buffers:
                     module._buffers[name] = buffer
-                    # what nobody wrote to need not be written to, or views and versions would notice
-                    if buffer is not None and not torch.equal(buffer, value):
+                for buffer, value in values.items():
+                    # what nobody wrote to is not written to: its version would tell
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)
 
 
