@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import NAMESPACE
@@ -45,6 +46,7 @@ class Kind:
     made: Any  # the class that patch gives it
     args: tuple
     kwargs: dict[str, Any]
+    problem: str | None  # why it cannot be called again
     text: str  # the same for the same kind, in every process
     shapes: str  # for people
     grad: bool
@@ -70,8 +72,8 @@ def met(model: nn.Module, made: Mapping[nn.Module, type | None], args: tuple, kw
         text = "\n".join((signatures[module], _described((args, kwargs)), mode))
         kind = kinds.get((text, made[module]))
         if kind is None:
-            given, named = _fresh((args, kwargs))
-            kind = Kind(module, made[module], given, named, text, _shapes((args, kwargs)), grad, dtype)
+            (given, named), problem = _kept((args, kwargs))
+            kind = Kind(module, made[module], given, named, problem, text, _shapes((args, kwargs)), grad, dtype)
             kinds[text, made[module]] = kind
         kind.calls += 1
         if module not in kind.modules:
@@ -186,6 +188,8 @@ class Timing:
 
 def timed(kind: Kind, candidates: Mapping[str, Candidate], seconds: float = SECONDS) -> Timing:
     """Each candidate, forward and backward, in turns; kind.module is afterwards of its class again."""
+    if kind.problem is not None:
+        return Timing({}, None, dict.fromkeys(candidates, kind.problem))
     runs: dict[str, list[tuple[float, float | None]]] = {}
     absent: dict[str, str] = {}
     repeats: dict[str, int] = {}
@@ -267,6 +271,23 @@ def once_through(kind: Kind, candidate: Candidate) -> tuple[float, float | None]
     return taken, time.perf_counter() - begin
 
 
+def _kept(value: Any) -> tuple[Any, str | None]:
+    """What a call is given, as it is before the call, and why that cannot be kept."""
+    try:
+        return _fresh(value), None
+    except Exception as error:  # of others' objects
+        return ((), {}), f"its arguments cannot be copied: {type(error).__name__}"
+
+
+class _Detached(TorchFunctionMode):
+    """Tensors in what is copied are not copied, and are leaves."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return args[0].detach().requires_grad_(args[0].requires_grad)
+        return func(*args, **(kwargs or {}))
+
+
 def _fresh(value: Any) -> Any:
     """Tensors as they are, so that they require gradients of their own; what may change when it is called with (a cache of keys
     and values) as a copy."""
@@ -276,7 +297,10 @@ def _fresh(value: Any) -> Any:
         return {k: _fresh(v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(map(_fresh, value))
-    return value if isinstance(value, (*_PLAIN, nn.Module)) or callable(value) else copy.deepcopy(value)
+    if isinstance(value, (*_PLAIN, nn.Module)) or callable(value):
+        return value
+    with _Detached():
+        return copy.deepcopy(value)
 
 
 def _device(kind: Kind) -> str:

@@ -254,7 +254,7 @@ def patch(
     takes it for what it looks like, which may be wrong.
     policy="measured": the model runs on `sample`, a batch as verify() takes it, and what our kernels make slower on this
     machine stays as it is; the row says by how much. It is measured in the mode, under the autograd and the autocast that are
-    in force: to decide for inference, call it under torch.no_grad(). What was measured is kept in the private cache (policy.py).
+    in force: to decide for inference, call it under torch.no_grad(). The figures are kept in the private cache (policy.py).
     Modules stay the same objects, and patching twice is patching once. Nothing is swapped where our kernels are not there for
     the model's device: a patched model is not to be slower. Raises TypeError for anything but a torch.nn.Module, ValueError
     for a module in keep that is not in the model, and for a policy that is unknown or has no sample.
