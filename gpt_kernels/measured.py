@@ -260,6 +260,8 @@ def once_through(kind: Kind, candidate: Candidate) -> tuple[float, float | None]
         _wait(device)
         taken = time.perf_counter() - begin
         ends = [t for t in _tensors(out) if t.requires_grad]
+        # a model is differentiated from its loss, not from its logits too
+        ends = [t for t in ends if not t.dim()] or ends
     wanted = [t for t in (*_tensors((args, kwargs)), *module.parameters()) if t.requires_grad]
     if not ends or not wanted:
         return taken, None
