@@ -192,9 +192,9 @@ def test_without_gradients_it_decides_for_inference(model, monkeypatch):
 
 
 def test_the_model_is_left_as_it_was(model):
-    state = torch.get_rng_state()
+    sample, state = x(), torch.get_rng_state()
     modes = [m.training for m in model.modules()]
-    gpt_kernels.patch(model, policy="measured", sample=x())
+    gpt_kernels.patch(model, policy="measured", sample=sample)
     assert torch.equal(torch.get_rng_state(), state) and model.seen == 0
     assert [m.training for m in model.modules()] == modes and all(p.grad is None for p in model.parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
