@@ -32,6 +32,7 @@ SECONDS = 0.3  # of one kind, about, for each candidate
 ROUNDS = 5, 40  # at least, at most
 SHORT = 2e-4  # seconds: a call that takes less is repeated within a round
 CERTAIN = 0.75  # of the rounds in which one must be slower to count as slower
+_APART = ("training", "layer_idx")  # said elsewhere, and where a layer stands, which is no other kind
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(None))
 
 
@@ -95,7 +96,7 @@ def signature(module: nn.Module) -> str:
     function = unwrapped(cls.forward)
     code = b"" if function is None else function.__code__.co_code + repr(function.__code__.co_names).encode()
     parameters = [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in module.named_parameters()]
-    values = {n: v for n, v in vars(module).items() if type(v) in (bool, int, float, str) and n != "training"}
+    values = {n: v for n, v in vars(module).items() if type(v) in (bool, int, float, str) and n not in _APART}
     attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
     named = f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(code).hexdigest()[:16]} {attention}"
     return "\n".join((named, repr(sorted(values.items())), repr(module), *parameters))

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..arguments import device, option, positive
 from ..names import DTYPES
 
 
-def _models() -> Sequence[str]:
-    from ..models.config import PRESETS
-
-    return tuple(PRESETS)
-
-
 @dataclass
 class Settings:
-    model: str = option(metavar="MODEL", choices=_models)
+    model: str = option(help="gpt2, gpt2-medium, gpt2-large or gpt2-xl", metavar="MODEL")
     batch: int = option(1, "sequences", type=positive)
     seq: int = option(256, "tokens of each", type=positive)
     layers: int | None = option(None, "so many instead of the model's: layers are alike", type=positive, metavar="N")
@@ -37,6 +30,8 @@ def run(settings: Settings) -> int:
     from ..models.config import PRESETS, GPTConfig
     from ..workflows.models import autocast, gpt2
 
+    if settings.model not in PRESETS:
+        raise UserError(f"unknown model {settings.model!r}, expected one of {', '.join(PRESETS)}")
     need("bench", "transformers", *["jinja2"] * (settings.out is not None))
     folder = None if settings.out is None else process.out_folder(settings.out)
     to, config = chosen_device(settings.device), GPTConfig.preset(settings.model)
