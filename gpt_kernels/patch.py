@@ -322,7 +322,7 @@ def _require_module(model, caller: str) -> None:
 def _plan(
     model: nn.Module, dry_run: bool, keep: Iterable, probe: bool, slower: Mapping[nn.Module, str] | None = None
 ) -> tuple[Plan, list[tuple[nn.Module, type]]]:
-    """The plan, and the modules that it changes, with their new classes. slower: kept, without what is inside, for that reason."""
+    """The plan, and the modules that it changes, with their new classes. slower: kept for that reason, their children not."""
     _require_module(model, "patch")
     asked = _asked(model, keep)
     failed = _load_families(model)

@@ -126,7 +126,7 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
 
 def test_targets(workers):
     assert cli.main(["bench"]) == 0
-    assert [job["run"] for _, job in workers[0]] == [*families(), "sweep", "gpt", "decode"]
+    assert [job["run"] for _, job in workers[0]] == [*families(), "sweep", "gpt", "decode", "llama", "bert"]
     workers[0].clear()
     assert cli.main(["bench", "gpt", "ops", "gelu"]) == 0
     assert [job["run"] for _, job in workers[0]] == ["gpt", *families()], "each once"
