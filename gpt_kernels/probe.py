@@ -117,6 +117,8 @@ def twin(module: nn.Module, own: type, device: torch.device, small: bool = True)
     rest = sum(p.numel() for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     if count + rest > LARGEST:
         raise ValueError(f"{count + rest} elements are too many to copy")
+    # replaced below: their values, of which a stand-in has none, are not copied
+    memo.update({id(p): nn.Parameter(torch.empty(p.shape, device="meta")) for p in module.parameters() if id(p) not in memo})
     made = copy.deepcopy(module, memo)
     made.__class__ = own
     for inner in made.modules():

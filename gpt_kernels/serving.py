@@ -11,12 +11,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
+stand_ins: set[type] = set()  # classes that are taken for tensors where nothing is computed (estimate.py)
 base_of: dict[type, type] = {}  # class that patch made -> the module's own class
 
 
 def own_class(module: nn.Module) -> type:
     """The module's own class, swapped or not."""
     return base_of.get(type(module), type(module))
+
+
+def plain(x: Any) -> bool:
+    """Is x a tensor, of no class of its own? No parameter."""
+    return type(x) is Tensor or type(x) in stand_ins
 
 
 # looked up once: dense() is asked at every call
@@ -30,16 +36,16 @@ def dense(x: Any, a: Any = None, b: Any = None) -> bool:
     derivatives or torch.jit's trace, which see through torch's operators only.
     """
     # subclasses mean what they like
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) is not Tensor and type(x) is not nn.Parameter and type(x) not in stand_ins:
         return False
     dtype = x.dtype
     if dtype not in DTYPES or x.layout is not _strided or x.is_nested:
         return False
     if not (x.is_cpu or x.is_cuda and dtype is not _float64):
         return False
-    if a is not None and (a.dtype is not dtype or type(a) is not nn.Parameter and type(a) is not Tensor):
+    if a is not None and (a.dtype is not dtype or type(a) is not nn.Parameter and not plain(a)):
         return False
-    if b is not None and (b.dtype is not dtype or type(b) is not nn.Parameter and type(b) is not Tensor):
+    if b is not None and (b.dtype is not dtype or type(b) is not nn.Parameter and not plain(b)):
         return False
     # the compiler, which has no names for these questions, turns transforms into graphs of its own
     return _is_compiling() or (_transform() is None and forward_ad._current_level < 0 and not _is_traced())

@@ -35,7 +35,7 @@ from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
 from .probe import PROBED, Candidate, Verdict, linear_sizes, probe, random_state_kept, twin
 from .reading import Reading, attribute, attributes, reading, unchanged, unwrapped
-from .serving import DTYPES, dense, droppable, own_class, parameter, unhooked
+from .serving import DTYPES, dense, droppable, own_class, parameter, stand_ins, unhooked
 from .substitute import substituted
 
 Builder = Callable[..., tuple[Callable[..., Any], Callable[..., bool]]]
@@ -164,7 +164,7 @@ def _plain(linear: nn.Module) -> bool:
         return False
     p = linear._parameters
     w, b = p.get("weight"), p.get("bias")
-    return type(w) is nn.Parameter and type(b) is nn.Parameter and w.dtype is b.dtype
+    return all(type(t) is nn.Parameter or type(t) in stand_ins for t in (w, b)) and w.dtype is b.dtype  # type: ignore[union-attr]
 
 
 def _gelu_of_linear(linear: Any, x: Tensor, approximate: str) -> Tensor:

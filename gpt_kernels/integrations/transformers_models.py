@@ -29,7 +29,7 @@ from ..ops.cross_entropy import cross_entropy
 from ..patch import dense, droppable, left_by_autocast, register, unhooked
 from ..probe import compared, random_state_kept, results
 from ..reading import codes_of, reading, unwrapped
-from ..serving import own_class
+from ..serving import own_class, plain
 from ..substitute import Substitute, finders
 from . import transformers_private as private
 
@@ -53,7 +53,7 @@ def hides_all(mask: Tensor) -> bool:
 
 def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
     """Does our kernel mean by the mask what the implementation does? q: (B, H, Tq, D)."""
-    if type(mask) is not Tensor and type(mask) is not nn.Parameter or mask.ndim != 4 or mask.layout is not torch.strided:
+    if not plain(mask) and type(mask) is not nn.Parameter or mask.ndim != 4 or mask.layout is not torch.strided:
         return False
     if any(m not in (1, n) for m, n in zip(mask.shape, (*q.shape[:3], Tk), strict=True)):
         return False
@@ -319,7 +319,7 @@ def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -
     return (
         type(ignore_index) is int
         and type(vocab_size) is int
-        and type(target) is Tensor
+        and plain(target)
         and target.dtype == torch.int64
         and dense(logits)
         # float32 is what transformers takes them through

@@ -7,9 +7,11 @@ it is left to transformers, and nothing raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -133,3 +135,22 @@ def no_causal_lm_loss(model: Any) -> str | None:
     else:
         function = LOSS_MAPPING.get(getattr(model, "loss_type", None), LOSS_MAPPING.get("ForCausalLM"))
     return None if function is ForCausalLMLoss else "its loss function is not the causal language model's"
+
+
+# ---- masks ----
+
+
+@contextlib.contextmanager
+def not_packed() -> Iterator[None]:
+    """Inside, a row of a batch is taken for one sequence, without a look at its positions, which may be stand-ins without
+    values: the mask is then what it is for a real batch of such rows."""
+    module = sys.modules.get("transformers.masking_utils")
+    own = getattr(module, "find_packed_sequence_indices", None)
+    if own is None:  # a version that does not look
+        yield
+        return
+    module.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        module.find_packed_sequence_indices = own  # type: ignore[union-attr]
