@@ -24,7 +24,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -194,7 +194,8 @@ class Counter(TorchDispatchMode):
             seconds = 0.0
             if self.device is not None:
                 seconds = max(flops / self.device.flops[self.dtype], moved / self.device.bandwidth)
-            name = f"{'' if func.namespace == 'aten' else func.namespace + '::'}{func._opname}"
+            # attention on a CPU stands for that on a GPU
+            name = f"{'' if func.namespace == 'aten' else func.namespace + '::'}{func._opname}".replace("_for_cpu", "")
             self.ops.setdefault(name, Cost()).add(Cost(1, flops, moved, seconds))
         return out
 
@@ -227,8 +228,8 @@ def counted(model: nn.Module, args: tuple, kwargs: dict, counter: Counter) -> in
 
 
 def _floats(result: Any) -> Iterator[Tensor]:
-    values = result.values() if hasattr(result, "values") else result
-    return (t for t in _tensors(list(values) if not isinstance(values, Tensor) else values) if t.is_floating_point())
+    values = list(result.values()) if isinstance(result, Mapping) else result
+    return (t for t in _tensors(values) if t.is_floating_point())
 
 
 # ---- the model on FakeTensors ----
@@ -302,6 +303,9 @@ def _models(model: Any) -> tuple[str, dict[str, Any], dict[str, str], Any]:
             raise ValueError(f"estimate: unknown model {model!r}, expected one of {', '.join(PRESETS)}")
         name, variants, absent, config = _models(GPTConfig.preset(model))
         return model, variants, absent, config
+    if isinstance(model, GPT):
+        _, variants, absent, config = _models(model.config)
+        return "GPT", {**variants, "ours": model}, absent, config
     if isinstance(model, GPTConfig):
         with torch.device("meta"):
             ours = {"ours": GPT(model)}
@@ -429,7 +433,7 @@ def gib(size: int) -> str:
 def estimate(model: Any, batch: int, seq: int, device: str = CPU, dtype: str | None = None, show: bool = True) -> Estimate:
     """What one forward and backward of `model` on (batch, seq) tokens needs on a device, eager and by ours; printed.
 
-    model: a torch.nn.Module that takes token ids, which is neither run nor changed; a GPTConfig (ours is then GPT, eager Hugging
+    model: a torch.nn.Module that takes token ids, neither run nor changed; a GPTConfig (ours is then GPT, eager Hugging
     Face's GPT-2); a transformers config; or the name of a published one ("gpt2-xl"). device: "cpu", this one, measured now, or
     one of DEVICES, by its published peaks. dtype: "float32", "bfloat16" or "float16" of weights and activations; a module's own
     unless given, else float32. On a CPU a model is in training mode (a module in its own), for a GPU without dropout.
