@@ -3,7 +3,7 @@
 A model runs once, forward, on a batch, each module by its own class. What it is called with is kept, once of each kind: modules
 alike (class, code, attributes, parameters) that are called alike (shapes, strides, dtypes, mode, autograd, autocast). Then each
 candidate runs a kind's call alone, forward and backward, in turn with the others, round by round, so that a slow minute of the
-machine hits all of them. The allocator is as the process has it. A module's hooks do not run in these calls; its children's do.
+machine hits all of them; each time after an untimed call of its own. The allocator is as the process has it. A module's hooks do not run in these calls; its children's do.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def timed(kind: Kind, candidates: Mapping[str, Candidate], seconds: float = SECO
         except Exception as error:  # whatever others' code raises, the row says it
             absent[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     least, most = ROUNDS
-    lap = sum(once[name] * repeats[name] for name in runs)
+    lap = sum(once[name] * (1 + repeats[name]) for name in runs)
     rounds = max(least, min(most, int(seconds * len(runs) / max(lap, 1e-9))))
     enabled = gc.isenabled()
     gc.collect()
@@ -216,6 +216,8 @@ def timed(kind: Kind, candidates: Mapping[str, Candidate], seconds: float = SECO
             # whoever comes second finds the inputs in cache
             order = list(runs.items())[:: 1 if n % 2 else -1]
             for name, samples in order:
+                # untimed: it finds the heap as the other left it, and may have to get from the system what that gave back
+                once_through(kind, candidates[name])
                 taken_now = [once_through(kind, candidates[name]) for _ in range(repeats[name])]
                 forward_seconds = statistics.fmean(t[0] for t in taken_now)
                 back = [t[1] for t in taken_now if t[1] is not None]
@@ -263,6 +265,7 @@ def once_through(kind: Kind, candidate: Candidate) -> tuple[float, float | None]
         ends = [t for t in _tensors(out) if t.requires_grad]
         # a model is differentiated from its loss, not from its logits too
         ends = [t for t in ends if not t.dim()] or ends
+        del out  # logits that nobody holds need not be kept beside their gradient
     wanted = [t for t in (*_tensors((args, kwargs)), *module.parameters()) if t.requires_grad]
     if not ends or not wanted:
         return taken, None
