@@ -6,6 +6,8 @@ from typing import Any as _Any
 from . import gpu as _gpu
 from . import names as _names
 from .dispatch import Served, use_backend, where
+from .estimate import estimate
+from .explain import explain
 from .info import info
 from .library import isa, set_isa, use_isa
 from .memory import reuse_memory
@@ -21,8 +23,10 @@ from .ops.attention import (
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import dropout
 from .ops.gelu import gelu
+from .ops.glu import geglu, swiglu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .ops.rotary import apply_rotary_emb, apply_rotary_pos_emb
 from .ops.softmax import softmax
 from .patch import Plan, keep, patch, patched, unpatch
 from .triton import slots as _slots

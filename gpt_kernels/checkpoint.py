@@ -64,7 +64,7 @@ def config_from_hf(config: dict, overrides: dict) -> GPTConfig:
     return GPTConfig(**{**values, **overrides})
 
 
-def _config_to_hf(config: GPTConfig, dtype: torch.dtype, tied: bool) -> dict:
+def config_to_hf(config: GPTConfig, dtype: torch.dtype, tied: bool) -> dict:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -266,7 +266,7 @@ def save(model: Any, path: str | os.PathLike) -> None:
             tensors[name] = (own[name].mT if _is_conv1d(name) else own[name]).contiguous()
         else:
             tensors[name] = own["transformer.wte.weight"].new_zeros(shape)
-    config = json.dumps(_config_to_hf(model.config, model.lm_head.weight.dtype, model.tied), indent=2) + "\n"
+    config = json.dumps(config_to_hf(model.config, model.lm_head.weight.dtype, model.tied), indent=2) + "\n"
     _write_whole(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _write_whole(folder / "config.json", lambda file: pathlib.Path(file).write_text(config))
 

@@ -40,7 +40,7 @@ def info() -> dict[str, Any]:
             "torch_stable_abi": f"{target >> 56}.{target >> 48 & 0xFF}" if target else None,
         },
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": library.isa(),
@@ -65,7 +65,7 @@ def info() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -6,6 +6,13 @@ import sys
 from collections.abc import Container, Sequence
 
 
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
     """A line a row, columns two spaces apart; those in `right`, by number, end where others begin."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -9,11 +9,9 @@ and floor are those of accuracy.py.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,6 +23,7 @@ from .dispatch import use_backend
 from .generate import evaluating
 from .models.gpt import GPT
 from .patch import patched, unpatch
+from .sample import arguments_of, left_as_it_was, loss_of, outputs_of
 from .table import aligned
 
 
@@ -127,7 +126,7 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: expected a torch.nn.Module, got {type(model).__name__}")
-    args, kwargs = _arguments(model, batch)
+    args, kwargs = arguments_of(model, batch, "verify")
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not params:
         raise ValueError("verify: no parameter of the model requires a gradient")
@@ -136,7 +135,7 @@ def verify(model: nn.Module, batch, show: bool = True) -> Report:
     if torch.is_autocast_enabled(device):
         dtype = max(dtype, torch.get_autocast_dtype(device), key=lambda d: torch.finfo(d).eps)
         computed = f"{computed} under autocast to {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
-    with _left_as_it_was(model), torch.enable_grad():
+    with left_as_it_was(model), evaluating(model), torch.enable_grad():
         unpatch(model)
         with torch.autocast(device, enabled=False), use_backend("reference"), _Float64():
             args64, kwargs64 = (_map(lambda t: t.double() if t.is_floating_point() else t, a) for a in (args, kwargs))
@@ -176,32 +175,6 @@ class _Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    classes = [(module, module.__class__) for module in model.modules()]
-    with evaluating(model), torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            for module, cls in classes:
-                module.__class__ = cls
-
-
-def _arguments(model: nn.Module, batch) -> tuple[tuple, dict]:
-    if isinstance(batch, Mapping):
-        batch = dict(batch)
-        if "input_ids" in batch and "labels" not in batch and hasattr(model, "loss_function") and hasattr(model, "lm_head"):
-            batch["labels"] = batch["input_ids"]
-        return (), batch
-    if isinstance(batch, Tensor):
-        if isinstance(model, GPT):
-            return (batch, nn.functional.pad(batch[:, 1:], (0, 1), value=-1)), {}
-        return _arguments(model, {"input_ids": batch}) if hasattr(model, "config") else ((batch,), {})
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    raise TypeError(f"verify: batch must be a dict, a tuple or a tensor, got {type(batch).__name__}")
-
-
 def _map(f, value):
     if isinstance(value, Tensor):
         return f(value)
@@ -212,16 +185,8 @@ def _map(f, value):
 
 def _run(model: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs by name and gradients as "grad <parameter>"; no .grad is touched."""
-    result = model(*args, **kwargs)
-    if isinstance(result, Tensor):
-        result = {"output": result}
-    items = result.items() if isinstance(result, Mapping) else zip(("logits", "loss"), result, strict=False)
-    outputs = {name: t for name, t in items if isinstance(t, Tensor) and t.is_floating_point()}
-    loss = outputs.get("loss")
-    if loss is None:
-        # any fixed sum will do; its weights are rounded to the model's dtype so that all runs have the same
-        weights = (torch.cos(torch.arange(t.numel(), device=t.device)).to(dtype).to(t.dtype) for t in outputs.values())
-        loss = torch.stack([(t.flatten() * w).sum() for t, w in zip(outputs.values(), weights, strict=True)]).sum()
+    outputs = outputs_of(model(*args, **kwargs))
+    loss = loss_of(outputs, dtype)
     names, params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
     gradients = torch.autograd.grad(loss, params, allow_unused=True)
     return {name: t.detach() for name, t in outputs.items()} | {

@@ -20,7 +20,7 @@ import torch
 from gpt_kernels import cache, cli, errors, process
 from gpt_kernels.bench import environment, measure, plots, report, run
 from gpt_kernels.bench.result import dumps, load
-from gpt_kernels.bench.settings import Settings
+from gpt_kernels.bench.settings import PRODUCTS, Settings
 from gpt_kernels.errors import UserError
 from gpt_kernels.names import families
 
@@ -126,7 +126,7 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
 
 def test_targets(workers):
     assert cli.main(["bench"]) == 0
-    assert [job["run"] for _, job in workers[0]] == [*families(), "sweep", "gpt", "decode"]
+    assert [job["run"] for _, job in workers[0]] == [*families(), "sweep", "gpt", "decode", "llama", "bert"]
     workers[0].clear()
     assert cli.main(["bench", "gpt", "ops", "gelu"]) == 0
     assert [job["run"] for _, job in workers[0]] == ["gpt", *families()], "each once"
@@ -228,6 +228,7 @@ def test_worker(tmp_path, monkeypatch):
 
 def apart(number=3, **more):
     row = bench_tools.row("gpt", direction="step", **more)
+    row["variants"][PRODUCTS] = bench_tools.variant(5e-4)  # whose memory nobody asks for
     for figures in row["variants"].values():
         figures["memory"] = None
     return {"row": row, "apart": number}
@@ -266,7 +267,7 @@ def test_memory_of_a_model_is_of_a_process_per_variant(workers, alone):
     ]
     assert [job["run"] for _, job in workers[0]] == ["gpt"] * 3 + ["gelu"] and "variant" not in workers[0][3][1]
     gpt, gelu = written()["rows"]
-    assert {name: v["memory"] for name, v in gpt["variants"].items()} == alone and not gpt["absent"]
+    assert {name: v["memory"] for name, v in gpt["variants"].items()} == alone | {PRODUCTS: None} and not gpt["absent"]
     assert gelu["variants"]["ours"]["memory"], "an op's is of its own run"
 
 
@@ -415,6 +416,12 @@ def test_words():
         bench_tools.row("gelu", absent={"liger": "why"}),
         row | {"absent": {"liger": "why"}},
     ]
+    step = bench_tools.row("gpt", direction="step")
+    assert report.products(step) == ""
+    step["variants"][PRODUCTS] = bench_tools.variant(5e-4, noise=0)
+    step["variants"]["ours"]["seconds"], step["variants"]["eager"]["seconds"] = 1e-3, 2e-3
+    assert report.products(step) == "500 µs: eager 25%, ours 50%" and report.products(step) in report.cells(step)
+    assert report.others(step) == []
     assert report.left_out(rows) == ["liger: why [layer_norm (2), gelu]"]
 
 

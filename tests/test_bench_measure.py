@@ -1,6 +1,7 @@
 """One row of the benchmark: right first, turns, temperatures, memory, limits, and every variant that is missing says why."""
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import json
@@ -11,10 +12,13 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpt_kernels
-from gpt_kernels.bench import contention, measure, models, peers, run
+from gpt_kernels.bench import contention, measure, models, peers, products, run
 from gpt_kernels.bench.measure import Case, Settings, Variant
+from gpt_kernels.bench.settings import PRODUCTS
 from gpt_kernels.cases import attention
 from gpt_kernels.names import families
 from gpt_kernels.triton import tuning
@@ -676,6 +680,8 @@ SMALL = models.Sizes(layers=1, width=32, heads=2, vocab=101, batch=2, length=16,
 def small(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "QUICK", SMALL)
+    for name in ("LLAMA", "BERT"):
+        monkeypatch.setattr(models, name, (dataclasses.replace(SMALL, kv_heads=1, inner=48),) * 3)
     return Settings(quick=True, compile=False, against=("liger",))
 
 
@@ -686,9 +692,72 @@ def test_models(small, target, direction, dtype):
     (made,) = run.cases(target, small)
     (only,) = made.directions
     row = row_of(made, only, small)
-    assert only == direction and row["mismatch"] is None and row["variants"].keys() == {"eager", "ours", "GPT"}
+    assert only == direction and row["mismatch"] is None and row["variants"].keys() == {"eager", "ours", "GPT", PRODUCTS}
     assert row["absent"]["liger"] == "compared op by op, not in a whole model" and row["main"] and row["op"] == target
     assert all(v["memory"] is None for v in row["variants"].values()) and made.apart
+
+
+@pytest.mark.parametrize("target, direction", [("llama", "step"), ("bert", "fwd+bwd")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_of_other_families(small, target, direction, dtype):
+    small.dtypes = (dtype,)
+    (made,) = run.cases(target, small)
+    row = row_of(made, direction, small)
+    assert made.directions == (direction,) and row["mismatch"] is None and row["op"] == target
+    assert row["variants"].keys() == {"eager", "ours", PRODUCTS}
+
+
+def test_llama_and_bert_have_their_sizes_and_every_dtype():
+    (llama, llama16), (bert, bert16) = (list(run.cases(target, Settings())) for target in ("llama", "bert"))
+    s = llama.sizes
+    assert (s.layers, s.width, s.heads, s.kv_heads, s.inner, s.vocab, s.batch, s.length) == (6, 512, 8, 2, 1408, 32000, 2, 512)
+    assert (llama.dtype, llama16.dtype, bert.dtype, bert16.dtype) == (torch.float32, torch.bfloat16) * 2
+    assert llama.optimizer and not bert.optimizer and (bert.sizes.layers, bert.sizes.width) == (12, 768)
+
+
+def test_a_backward_without_optimizer_changes_no_weight(small):
+    (case,) = run.cases("bert", small)
+    model, ids = case.start(case)
+    before = [p.detach().clone() for p in model.parameters()]
+    case.variant(case, "eager", model, ids).call()
+    assert all(map(torch.equal, before, model.parameters())) and all(p.grad is None for p in model.parameters())
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(f"{func._opname}.{func._overloadname}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target", ["gpt", "llama", "bert", "decode"])
+def test_products_are_all_of_a_steps_and_nothing_else(small, target):
+    """As many flops in products as torch's own counter finds, without the attention's; and replayed, nothing but these."""
+    (case,) = run.cases(target, small)
+    variant = case.variant(case, "eager", *case.start(case))
+    with FlopCounterMode(display=False) as counter, products.Products() as found:
+        variant.call()
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counts.items() if "attention" in str(op))
+    assert found.flops == sum(counts.values()) - attention > 0 and len(found) > 10
+    with FlopCounterMode(display=False) as again, Names() as names:
+        found()
+    assert again.get_total_flops() == found.flops and set(names.seen) <= {"mm.out", "bmm.out"} and len(names.seen) == len(found)
+
+
+def test_products_of_strided_operands_have_their_strides():
+    a, b, bias = torch.randn(6, 4).t(), torch.randn(3, 6).t(), torch.randn(3)
+    with products.Products() as found:
+        torch.addmm(bias, a, b)
+        torch.bmm(torch.randn(2, 3, 4).transpose(1, 2), torch.randn(1, 3, 5).expand(2, 3, 5))
+    (mm, x, y, out), (bmm, _, expanded, _) = found._calls
+    assert mm is torch.mm and bmm is torch.bmm and x.stride() == a.stride() and y.stride() == b.stride()
+    assert out.shape == (4, 3) and expanded.stride(0) == 0
+    found()
+    torch.testing.assert_close(out, x @ y)
 
 
 def test_sizes_of_models():
@@ -711,6 +780,7 @@ def test_a_variant_alone_is_the_one_of_the_trial(small, target, monkeypatch):
     real = case.variant
     case.variant = kept
     trial = case.trial(case.directions[0], Settings(quick=True, compile=target == "gpt"))
+    assert trial.variants.pop(PRODUCTS)  # whose memory nobody asks for
     for name in trial.variants:
         torch.rand(3)  # whatever was drawn before
         variant = case.alone(name)

@@ -41,7 +41,7 @@ from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from gpt_kernels import Served  # noqa: E402
-from gpt_kernels.integrations import transformers_gpt2  # noqa: E402
+from gpt_kernels.integrations import transformers_gpt2, transformers_models  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 patch_module = importlib.import_module("gpt_kernels.patch")  # the function has the module's name
@@ -479,9 +479,10 @@ def test_float64_on_a_gpu_is_kept(device, monkeypatch):
 
 
 def test_float64_on_a_gpu_after_patch_is_not_served():
-    dense = patch_module.dense
+    serving = importlib.import_module("gpt_kernels.serving")
+    dense = serving.dense
     with FakeTensorMode(), pytest.MonkeyPatch.context() as m:
-        m.setattr(patch_module, "Tensor", FakeTensor)
+        m.setattr(serving, "Tensor", FakeTensor)
         assert dense(torch.zeros(2, device="cuda")) and dense(torch.zeros(2, dtype=F64))
         assert not dense(torch.zeros(2, device="cuda", dtype=F64)) and not dense(torch.zeros(2, device="meta"))
 
@@ -1059,7 +1060,7 @@ def test_losses(dtype, context):
 
             return outcome(call)
 
-        problem = difference(run(ForCausalLMLoss), run(transformers_gpt2.causal_lm_loss), F32)
+        problem = difference(run(ForCausalLMLoss), run(transformers_models.causal_lm_loss), F32)
         # a label out of range: the op's own error, which names its row
         if problem and problem != "IndexError became RuntimeError":
             bad.append(f"logits {shape or 'plain'}, labels {label}, {options}: {problem}")

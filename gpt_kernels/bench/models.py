@@ -1,4 +1,5 @@
-"""A Hugging Face GPT-2 with fresh weights, eager, compiled and patched, and our GPT: a training step, and generation.
+"""Hugging Face's models with fresh weights, eager, compiled and patched: a GPT-2, and our GPT beside it, in a training step
+and in generation; a Llama in a training step; a BERT forward and backward. Beside each its matrix products alone (products.py).
 
 Checked first: `verify` on the very tokens of the step. A generated token counts as right where eager's own logits, on the same
 tokens before it, rank it first or as good as first.
@@ -7,8 +8,9 @@ tokens before it, rank it first or as good as first.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,8 @@ import gpt_kernels
 from ..accuracy import layers_apart
 from ..workflows.models import autocast, gpt2, next_token_loss
 from .measure import Settings, Trial, Variant, first_line, on_gpu
+from .products import Products
+from .settings import PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,61 @@ class Sizes:
     vocab: int
     batch: int
     length: int
-    prompt: int
-    new: int
+    prompt: int = 0
+    new: int = 0
+    kv_heads: int = 0
+    inner: int = 0
 
 
 FULL = Sizes(6, 768, 12, 50257, 2, 512, 32, 32)
 TINY = Sizes(2, 64, 2, 512, 4, 32, 16, 16)  # costs what calling costs
 QUICK = Sizes(2, 256, 4, 8192, 2, 256, 16, 16)
 GPU = Sizes(12, 768, 12, 50257, 16, 1024, 32, 128)
+# quick, on a CPU, on a GPU
+LLAMA = (
+    Sizes(2, 256, 4, 8192, 2, 256, kv_heads=2, inner=704),
+    Sizes(6, 512, 8, 32000, 2, 512, kv_heads=2, inner=1408),
+    Sizes(12, 1024, 16, 32000, 8, 1024, kv_heads=4, inner=2816),
+)
+BERT = (
+    Sizes(2, 256, 4, 8192, 2, 128, inner=1024),
+    Sizes(12, 768, 12, 30522, 4, 128, inner=3072),
+    Sizes(12, 768, 12, 30522, 32, 512, inner=3072),
+)
 
 
-def sizes_for(settings: Settings) -> Sizes:
-    return QUICK if settings.quick else GPU if settings.device == "cuda" else FULL
+def sizes_for(settings: Settings, of: tuple[Sizes, Sizes, Sizes] | None = None) -> Sizes:
+    quick, full, gpu = of or (QUICK, FULL, GPU)
+    return quick if settings.quick else gpu if settings.device == "cuda" else full
 
 
 def build(sizes: Sizes, dropout: float) -> Any:
     context = max(sizes.length, sizes.prompt + sizes.new)
     model = gpt2(vocab=sizes.vocab, context=context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, dropout=dropout)
+    return model.to(torch.get_default_device())
+
+
+def build_llama(sizes: Sizes) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, max_position_embeddings=sizes.length,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.get_default_device())
+
+
+def build_bert(sizes: Sizes) -> Any:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, max_position_embeddings=sizes.length,
+    )  # fmt: skip
+    model: Any = BertForMaskedLM(config)
     return model.to(torch.get_default_device())
 
 
@@ -68,6 +110,9 @@ class ModelCase:
     make: Callable[[ModelCase, Settings], Trial]
     main: bool = True
     length: int | None = None
+    rivals: tuple[str, ...] = ("eager", "ours", "GPT")  # and torch.compile
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] = next_token_loss
+    optimizer: bool = True
     apart: ClassVar[bool] = True  # its memory is measured by memory_apart()
 
     def served(self) -> str:
@@ -98,15 +143,20 @@ def wrong_step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> str | None:
     return None if report.ok else str(report).splitlines()[-1]
 
 
-def step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward, backward and the optimizer; weights in float32, a 16-bit dtype by autocast."""
+def masked_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def step(case: ModelCase, model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """Forward, backward and, where the case has one, the optimizer; weights in float32, a 16-bit dtype by autocast."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def call():
-        with autocast(ids, dtype):
-            loss = next_token_loss(model, ids)
+        with autocast(ids, case.dtype):
+            loss = case.loss(model, ids)
         loss.backward()
-        optimizer.step()
+        if case.optimizer:
+            optimizer.step()
         optimizer.zero_grad()
 
     return call
@@ -114,7 +164,8 @@ def step(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], None
 
 def training_start(case: ModelCase) -> tuple[Any, torch.Tensor]:
     s = case.sizes
-    return build(s, dropout=0.1).train(), torch.randint(s.vocab, (s.batch, s.length))
+    model = {"llama": build_llama, "bert": build_bert}.get(case.op, functools.partial(build, dropout=0.1))(s)
+    return model.train(), torch.randint(s.vocab, (s.batch, s.length))
 
 
 def training_variant(case: ModelCase, name: str, model: Any, ids: torch.Tensor) -> Variant:
@@ -125,24 +176,28 @@ def training_variant(case: ModelCase, name: str, model: Any, ids: torch.Tensor) 
         patched(model)
     elif name == "compile":
         model = torch.compile(model)
-    return Variant(step(model, ids, case.dtype))
+    return Variant(step(case, model, ids))
 
 
 def training(case: ModelCase, settings: Settings) -> Trial:
     s = case.sizes
     eager, ids = case.start(case)
-    tokens, positions = ids.numel(), eager.transformer.wpe
-    # 6 flops per weight and token, and the attention's products: as GPT.estimate_flops
-    flops = 3 * tokens * (2 * parameters(eager, positions) + 4 * s.layers * s.width * s.length)
-    moved = 4 * sum(p.numel() for p in eager.parameters()) * 8  # weights, gradients and AdamW's two moments, read and written
+    products = Products()
+    with products:
+        case.variant(case, "eager", copy.deepcopy(eager), ids).call()
+    # and the products of attention, which are fused with its softmax: two forward, four backward
+    flops = products.flops + 3 * 4 * ids.numel() * s.layers * s.width * s.length
+    # weights, gradients and AdamW's two moments, read and written; without it weights, twice, and gradients
+    moved = 4 * sum(p.numel() for p in eager.parameters()) * (8 if case.optimizer else 3)
     trial = Trial({}, moved, flops, refusals(settings), wrong_step(eager, ids, case.dtype))
     if trial.mismatch:
         return trial
-    for name in ("eager", "ours", "GPT", *["compile"] * settings.compile):
+    for name in (*case.rivals, *["compile"] * settings.compile):
         try:
             trial.variants[name] = case.variant(case, name, copy.deepcopy(eager), ids)
         except Exception as error:
             trial.absent[name] = first_line(error)
+    trial.variants[PRODUCTS] = Variant(products)
     return trial
 
 
@@ -188,6 +243,10 @@ def decoding(case: ModelCase, settings: Settings) -> Trial:
     if trial.mismatch:
         return trial
     trial.variants = variants
+    products = Products()
+    with products:
+        variants["eager"].call()
+    trial.variants[PRODUCTS] = Variant(products)
     if settings.compile:
         trial.absent["compile"] = "generation is not compiled: its shapes change at every token"
     if wrong["GPT"]:
@@ -209,3 +268,19 @@ def decode(settings: Settings) -> Iterator[ModelCase]:
     shape = f"{s.layers} layers, width {s.width}, {s.new} tokens after {s.prompt}"
     for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
         yield ModelCase("decode", s, getattr(torch, name), shape, ("token",), decoding_start, decoding_variant, decoding)
+
+
+def llama(settings: Settings) -> Iterator[ModelCase]:
+    s = sizes_for(settings, LLAMA)
+    shape = f"{s.layers} layers, width {s.width}, {s.heads}/{s.kv_heads} heads, {s.batch}x{s.length} tokens"
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
+        made = ModelCase("llama", s, getattr(torch, name), shape, ("step",), training_start, training_variant, training)
+        yield replace(made, rivals=("eager", "ours"))
+
+
+def bert(settings: Settings) -> Iterator[ModelCase]:
+    s = sizes_for(settings, BERT)
+    shape = f"{s.layers} layers, width {s.width}, {s.batch}x{s.length} tokens"
+    for name in settings.dtypes[:1] if settings.quick else settings.dtypes:
+        made = ModelCase("bert", s, getattr(torch, name), shape, ("fwd+bwd",), training_start, training_variant, training)
+        yield replace(made, rivals=("eager", "ours"), loss=masked_loss, optimizer=False)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..names import families
+from .settings import MODELS
 
 TITLES = {
     "speed": "Time of the others over ours",
@@ -31,10 +32,16 @@ INK, FAINT, PAPER = "#2b2b2c", "#bcbcbd", "#fefefe"
 COLORS = {
     "ours": "#1b6ca8", "eager": "#8a8a8b", "compile": "#e08214", "reference": "#c23b58", "hf": "#6a9f3c", "GPT": "#7b5ea7",
     "liger": "#b8860b", "flash_attn": "#0e9c8d", "xformers": "#d95fa4", "apex": "#5c4033", "triton": "#417fd9",
-    "cuda": "#76b900", "cpu": "#3f8f8f",
+    "cuda": "#76b900", "cpu": "#3f8f8f", "products": "#4a4e9e",
 }  # fmt: skip
-LABELS = {"compile": "torch.compile", "hf": "HF", "reference": "naive", "GPT": "our GPT module"}
-MARKERS = dict(zip((*families(), "gpt", "decode"), itertools.cycle("osDv^<>P*XphdH8")))
+LABELS = {
+    "compile": "torch.compile",
+    "hf": "HF",
+    "reference": "naive",
+    "GPT": "our GPT module",
+    "products": "matrix products alone",
+}
+MARKERS = dict(zip((*families(), *MODELS), itertools.cycle("osDv^<>P*XphdH8")))
 STYLE: Any = {
     "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gpt_kernels", "text.color": INK,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,

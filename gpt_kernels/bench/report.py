@@ -12,21 +12,16 @@ from collections.abc import Sequence
 
 from .. import process
 from ..errors import need
+from ..table import duration as duration
 from ..table import print_table
 from .contention import STAYED
 from .result import dumps, load
+from .settings import PRODUCTS
 
 VARIANTS = ("eager", "compile", "ours")  # columns of their own; others share one
 
 
 # ---- one row in words ----
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}"
-    raise AssertionError
 
 
 def mib(size: int | None) -> str:
@@ -93,12 +88,20 @@ def off_by(row: dict, variant: str) -> str:
 
 def others(row: dict) -> list[str]:
     """Variants beyond the three that have a column."""
-    return [name for name in row.get("variants", {}) if name not in VARIANTS]
+    return [name for name in row.get("variants", {}) if name not in (*VARIANTS, PRODUCTS)]
+
+
+def products(row: dict) -> str:
+    """Of a whole model: the time of its matrix products alone, and how near ours and eager come to it."""
+    if (alone := figure(row, PRODUCTS)) is None:
+        return ""
+    shares = [f"{name} {alone / seconds:.0%}" for name in VARIANTS if (seconds := figure(row, name))]
+    return f"{duration(alone)}: {', '.join(shares)}"
 
 
 HEADS = (
     "op", "shape", "dtype", "direction", "eager", "compile", "ours", "ours cold", "vs better", "ours, of limit",
-    "peak MiB eager / compile / ours", "off by eager / compile / ours", "others", "served by",
+    "products alone, of the step", "peak MiB eager / compile / ours", "off by eager / compile / ours", "others", "served by",
 )  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def cells(row: dict) -> list[str]:
     errors = " / ".join(off_by(row, v) for v in VARIANTS)
     more = "\n".join(f"{name} {timing(row, name)}" for name in others(row))
     times = [*(timing(row, v) for v in VARIANTS), other_state(row, "ours"), ratio(row)]
-    return [*head, *times, f"{rate(row)} {row['of_limit']:.0%}", peaks, errors, more, row["served"]]
+    return [*head, *times, f"{rate(row)} {row['of_limit']:.0%}", products(row), peaks, errors, more, row["served"]]
 
 
 def heads(result: dict) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..names import families
-from .settings import TARGETS
+from .settings import MODELS, TARGETS
 
 SCHEMA = 1
 LARGEST = 64 << 20  # bytes of a result: a row has some thousand
@@ -76,7 +76,7 @@ TEXT = kind(str)
 # what a report reads: fields that must be there, those that may
 RESULT = {"command": TEXT, "environment": mapping(kind(str, int, float, type(None))), "rows": kind(list),
           "failed": mapping(TEXT), "interrupted": kind(bool), "seconds": number, "limits": mapping(positive)}  # fmt: skip
-ROW = {"target": one_of(*TARGETS), "op": one_of(*families(), "gpt", "decode"), "shape": TEXT, "dtype": TEXT, "direction": TEXT,
+ROW = {"target": one_of(*TARGETS), "op": one_of(*families(), *MODELS), "shape": TEXT, "dtype": TEXT, "direction": TEXT,
        "main": kind(bool), "length": or_none(lambda v: positive(v) and isinstance(v, int)), "served": TEXT,
        "mismatch": or_none(TEXT), "absent": mapping(TEXT)}  # fmt: skip
 MEASURED = {"timed": one_of("warm", "cold"), "variants": mapping(kind(dict)), "bytes": positive, "flops": number,

@@ -24,7 +24,7 @@ from .. import arguments, cache, process
 from ..errors import UserError, need
 from ..process import RunFailed, events
 from .result import SCHEMA, dumps
-from .settings import GROUPS, OUT, TARGETS, Settings
+from .settings import GROUPS, OUT, PRODUCTS, TARGETS, Settings
 
 PACKAGES = ("rich", "matplotlib", "numpy", "jinja2", "transformers")
 
@@ -154,7 +154,7 @@ def collect(targets: list[str], settings: Settings, folder: str, result: dict[st
             result["failed"][target] = scrub(str(error))
             print(error, file=sys.stderr, flush=True)
         for row, number in apart:
-            for name in row.get("variants", {}):
+            for name in (name for name in row.get("variants", {}) if name != PRODUCTS):
                 say(f"{row['op']} {row['shape']} {row['dtype']} {row['direction']}, memory of {name}")
                 add_memory(row, name, job | {"case": number, "variant": name}, folder)
         if result["rows"]:

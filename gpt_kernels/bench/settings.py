@@ -9,11 +9,12 @@ from ..arguments import device, option, positive
 from ..names import DTYPES, families
 
 # target -> the module that has its cases, and the function there
+MODELS = ("gpt", "decode", "llama", "bert")
 TARGETS = {op: (f"..cases.{op}", "bench") for op in families()} | {
     "sweep": ("..cases.attention", "sweep"),
-    "gpt": (".models", "gpt"),
-    "decode": (".models", "decode"),
+    **{model: (".models", model) for model in MODELS},
 }
+PRODUCTS = "products"  # the variant of a whole model that is its matrix products alone (products.py)
 GROUPS = {"all": tuple(TARGETS), "ops": families()}
 OUT = "bench-out"
 

@@ -7,9 +7,11 @@ it is left to transformers, and nothing raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +40,8 @@ def absent(*names: str) -> str | None:
 
 ALL_ATTENTION_FUNCTIONS = _find("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 sdpa_attention_forward = _find("integrations.sdpa_attention", "sdpa_attention_forward")
+position_bias_mask = _find("integrations.sdpa_attention", "create_position_bias_mask")
+_AttentionInterface = _find("modeling_utils", "AttentionInterface")
 _active_collector = _find("utils.output_capturing", "_active_collector")
 
 
@@ -65,6 +69,22 @@ def attention_function(implementation: str, modeling: ModuleType) -> Callable:
 def is_replaced(implementation: str, own: Callable, modeling: ModuleType) -> bool:
     """Does another function than `own` stand in its place, in the table or in the model's module?"""
     return ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(modeling, "eager_attention_forward", None)) is not own
+
+
+def no_eager() -> str | None:
+    """Why no eager attention is to be stood in for: who collects the weights must be known."""
+    return absent("_active_collector")
+
+
+def is_attention_table(value: Any) -> bool:
+    """Is it transformers' table of attention functions, or a model's own copy?"""
+    return _AttentionInterface is not None and type(value) is _AttentionInterface
+
+
+def collects_outputs(hook: Any) -> bool:
+    """Is it the forward hook by which transformers collects outputs, which does nothing while nobody wants them?"""
+    home = "transformers.utils.output_capturing"
+    return getattr(hook, "__module__", None) == home and getattr(hook, "__name__", None) == "output_capturing_hook"
 
 
 def wants_attentions() -> bool:
@@ -115,3 +135,22 @@ def no_causal_lm_loss(model: Any) -> str | None:
     else:
         function = LOSS_MAPPING.get(getattr(model, "loss_type", None), LOSS_MAPPING.get("ForCausalLM"))
     return None if function is ForCausalLMLoss else "its loss function is not the causal language model's"
+
+
+# ---- masks ----
+
+
+@contextlib.contextmanager
+def not_packed() -> Iterator[None]:
+    """Inside, a row of a batch is taken for one sequence, without a look at its positions, which may be stand-ins without
+    values: the mask is then what it is for a real batch of such rows."""
+    module = sys.modules.get("transformers.masking_utils")
+    own = getattr(module, "find_packed_sequence_indices", None)
+    if own is None:  # a version that does not look
+        yield
+        return
+    module.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        module.find_packed_sequence_indices = own  # type: ignore[union-attr]
