@@ -7,6 +7,7 @@ key heads for groups of query heads.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -86,3 +87,84 @@ FAMILIES: dict[str, Family] = {
     "ViT": _hf("ViTForImageClassification", "ViTConfig", "image", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                intermediate_size=48, image_size=8, patch_size=2, num_labels=7, initializer_range=0.2),
 }  # fmt: skip
+
+
+# ---- what a model is called with, and what is looked at ----
+
+
+def padding(side: str | None) -> Tensor:
+    """(2, T): one row padded at that side."""
+    mask = torch.ones(2, T, dtype=torch.int64)
+    if side == "left":
+        mask[0, :5] = 0
+    if side == "right":
+        mask[1, -4:] = 0
+    return mask
+
+
+def batch_of(family: Family, side: str | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of a call, labels included. Labels are left out where a token is padding, or predicted from padding."""
+    generator = torch.Generator().manual_seed(seed)
+    if family.kind == "image":
+        pixels = torch.randn(2, 3, 8, 8, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.randint(0, 7, (2,), generator=generator)}
+    if family.kind == "torch":
+        return {"x": torch.randn(2, T, 32, generator=generator), "padding": padding(side) == 0}
+    tokens = torch.randint(3, V, (2, T), generator=generator)
+    if family.kind == "own":
+        return {"idx": tokens, "targets": tokens.roll(-1, 1)}
+    mask = padding(side)
+    before = nn.functional.pad(mask, (1, 0))[:, :-1] if family.kind == "causal" else mask
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask * before == 0, -100)}
+    if family.kind == "seq2seq":
+        batch["labels"] = torch.randint(3, V, (2, T - 4), generator=generator)
+    return batch
+
+
+def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def forward(family: Family, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """(loss, logits), of logits what stands at padding set to 0."""
+    if family.kind == "torch":
+        out = model(batch["x"], batch["padding"]).masked_fill(batch["padding"][..., None], 0.0)
+        return out.square().sum(), out
+    if family.kind == "own":
+        logits, loss = model(**batch)
+        return loss, logits
+    out = model(**batch, **options)
+    if family.kind in ("causal", "masked"):
+        return out.loss, out.logits.masked_fill(batch["attention_mask"][..., None] == 0, 0.0)
+    return out.loss, out.logits
+
+
+def run(family: Family, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """{name: tensor}: logits, loss and every parameter's gradient."""
+    loss, logits = forward(family, model, batch, **options)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    found = {f"grad {name}": g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
+    return {"loss": loss.detach(), "logits": logits.detach()} | found
+
+
+def truth_of(family: Family, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """run() of a copy of the model in float64, where the code says float32, too."""
+    from gpt_kernels.verify import _Float64
+
+    with _Float64():
+        return run(family, copy.deepcopy(model).double(), cast(batch, torch.float64), **options)
+
+
+def differences(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) -> list[Any]:
+    """What is further from the truth than accuracy.py allows, or is not there in all three."""
+    from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT
+    from gpt_kernels.verify import compare
+
+    wrong: list[Any] = [f"{name} is not in all" for name in sorted(ours.keys() ^ eager.keys() | eager.keys() ^ truth.keys())]
+    for name in ours.keys() & eager.keys() & truth.keys():
+        factor = MODEL_GRADIENT if name.startswith("grad") else MODEL_OUTPUT
+        judged = compare(name, ours[name], eager[name], truth[name], dtype, factor)
+        if not judged.ok:
+            wrong.append(judged)
+    return wrong

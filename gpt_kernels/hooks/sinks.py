@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.attention import bwd, fwd
+from ..ops.common import rederived
 from ..ops.philox import draw_rng_state
 
 
@@ -28,8 +28,9 @@ class _AttentionWithSinks(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
+        if rederived(do):
+            raise RuntimeError("attention with sinks: its gradient cannot be differentiated again; use attn_implementation='eager'")
         q, k, v, o, lse, bias, sinks, rng_state = ctx.saved_tensors
         need_dbias, need_dsinks = ctx.needs_input_grad[3:5]
         do = do if do.stride(-1) == 1 else do.contiguous()
