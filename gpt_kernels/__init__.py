@@ -23,8 +23,10 @@ from .ops.attention import (
 from .ops.cross_entropy import cross_entropy
 from .ops.dropout import dropout
 from .ops.gelu import gelu
+from .ops.glu import geglu, swiglu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .ops.rotary import apply_rotary_emb, apply_rotary_pos_emb
 from .ops.softmax import softmax
 from .patch import Plan, keep, patch, patched, unpatch
 from .triton import slots as _slots

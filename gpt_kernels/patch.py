@@ -29,15 +29,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from . import integrations
+from . import integrations, structure
 from .dispatch import Served, pushed, where
+from .serving import DTYPES, dense, droppable, left_by_autocast, own_class, parameter, unhooked
+from .serving import base_of as _base_of
 from .table import aligned
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+__all__ = ["dense", "droppable", "keep", "left_by_autocast", "parameter", "patch", "patched", "register", "unhooked", "unpatch"]
 
 
 # ---- the plan ----
@@ -107,12 +107,7 @@ class _Rule:
 
 
 _rules: list[_Rule] = []  # the first that matches counts
-_base_of: dict[type, type] = {}  # class made here -> the module's own class
-
-
-def _own(module: nn.Module) -> type:
-    """The module's own class, swapped or not."""
-    return _base_of.get(type(module), type(module))
+_own = own_class
 
 
 def _add(rule: _Rule) -> None:
@@ -192,6 +187,7 @@ def _family_names(cls: type) -> list[str]:
 
 @functools.cache
 def _made_class(replacement: Any, base: type) -> type:
+    """replacement: a class of methods that was registered, or a form that structure found."""
     # named as the module's class: files and other libraries know classes by their names
     names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
 
@@ -201,12 +197,21 @@ def _made_class(replacement: Any, base: type) -> type:
         return _new, (replacement, base), *state
 
     names["__reduce_ex__"] = __reduce_ex__
-    rule = _rule_of(replacement)
-    if rule.serves is not None:
-        names["forward"] = _served(rule.serves, replacement.forward, base)
-    made = type(base)(base.__name__, (replacement, base), names)
+    if isinstance(replacement, structure.Form):
+        fused, serves = structure.methods_of(replacement, base)
+        names["forward"] = _served(serves, fused, base)
+        bases: tuple[type, ...] = (base,)
+    else:
+        rule, bases = _rule_of(replacement), (replacement, base)
+        if rule.serves is not None:
+            names["forward"] = _served(rule.serves, replacement.forward, base)
+    made = type(base)(base.__name__, bases, names)
     _base_of[made] = base
+    _replacement_of[made] = replacement
     return made
+
+
+_replacement_of: dict[type, Any] = {}  # class made here -> what it was made of
 
 
 def _served(serves: Callable[..., bool], fused: Callable, base: Any) -> Callable:
@@ -215,15 +220,16 @@ def _served(serves: Callable[..., bool], fused: Callable, base: Any) -> Callable
     # wraps: whoever asks for the signature sees the class's own
     @functools.wraps(known)
     def forward(self, *args, **kwargs):
-        # a forward that somebody put into the class since is theirs to run
-        if base.forward is known and serves(self, *args, **kwargs):
+        # a forward that somebody put into the class since is theirs to run; and who kept this one, bound, from before unpatch
+        # (accelerate's hooks do) has the class's own
+        if base.forward is known and type(self) is not base and serves(self, *args, **kwargs):
             return fused(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
     return forward
 
 
-def _new(replacement: type, base: type) -> nn.Module:
+def _new(replacement: Any, base: type) -> nn.Module:
     made: Any = _made_class(replacement, base)
     return made.__new__(made)
 
@@ -231,15 +237,19 @@ def _new(replacement: type, base: type) -> nn.Module:
 # ---- patch and unpatch ----
 
 
-def patch(model: nn.Module, dry_run: bool = False, keep: Iterable[nn.Module | type[nn.Module]] = ()) -> Plan:
+def patch(
+    model: nn.Module, dry_run: bool = False, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True
+) -> Plan:
     """Swap every module of `model` that a kernel of ours can serve with the same result; returns the plan.
 
     dry_run: only the plan. keep: modules of the model, or classes, that stay as they are, with all that is inside them.
+    probe: compare what a module of an unknown class looks like with what it does, on small random inputs (probe.py); False
+    takes it for what it looks like, which may be wrong.
     Modules stay the same objects, and patching twice is patching once. Nothing is swapped where our kernels are not there for
     the model's device: a patched model is not to be slower. Raises TypeError for anything but a torch.nn.Module, ValueError
     for a module in keep that is not in the model.
     """
-    plan, changes = _plan(model, dry_run, keep)
+    plan, changes = _plan(model, dry_run, keep, probe)
     if not dry_run:
         for module, made in changes:
             module.__class__ = made
@@ -264,9 +274,11 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = ()) -> Iterator[Plan]:
-    """patch(model, keep=keep) inside the block; afterwards the model is as it was, also if it was already patched."""
-    plan, changes = _plan(model, False, keep)
+def patched(
+    model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True
+) -> Iterator[Plan]:
+    """patch(model, keep=keep, probe=probe) inside the block; afterwards the model is as it was, also if it was already patched."""
+    plan, changes = _plan(model, False, keep, probe)
     before = [(module, module.__class__) for module, _ in changes]
     for module, made in changes:
         module.__class__ = made
@@ -287,7 +299,7 @@ def _require_module(model, caller: str) -> None:
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _plan(model: nn.Module, dry_run: bool, keep: Iterable) -> tuple[Plan, list[tuple[nn.Module, type]]]:
+def _plan(model: nn.Module, dry_run: bool, keep: Iterable, probe: bool) -> tuple[Plan, list[tuple[nn.Module, type]]]:
     """The plan, and the modules that it changes, with their new classes."""
     _require_module(model, "patch")
     asked = _asked(model, keep)
@@ -314,7 +326,9 @@ def _plan(model: nn.Module, dry_run: bool, keep: Iterable) -> tuple[Plan, list[t
         reason = kept.get(module)
         if swapped and reason is None:
             # a module keeps the replacement that it has
-            rule = _rule_of(type(module).__bases__[0])
+            rule = _rule_of(_replacement_of[type(module)])
+        elif rule is None and reason is None:
+            rule, reason = _found(module, model, probe)
         if rule is not None and reason is None:
             reason = next((f"its {name} is kept" for name in rule.fuses if getattr(module, name, None) in kept), None)
         if swapped and reason is not None:
@@ -329,6 +343,30 @@ def _plan(model: nn.Module, dry_run: bool, keep: Iterable) -> tuple[Plan, list[t
         if not swapped:
             changes.append((module, _made_class(rule.replacement, _own(module))))
     return Plan(type(model).__name__, rows, dry_run), changes
+
+
+_found_rules: dict[structure.Form, _Rule] = {}
+
+
+def _found(module: nn.Module, model: nn.Module, probe: bool) -> tuple[_Rule | None, str | None]:
+    """(the rule that structure and probe make for a module of a class that no rule names, why there is none)."""
+    like = _like(module, model)
+    if like is not None and (like.dtype not in DTYPES or like.is_meta):
+        return None, None
+    dtype, device = (torch.float32, torch.device("cpu")) if like is None else (like.dtype, like.device)
+    found = structure.find(module, dtype, device, probe)
+    if found is None or found.form is None:
+        return None, found and found.why
+    form = found.form
+    # the words of the first probe stay with the form: a patched model's plan reads as it did
+    rule = _Rule(type(module), found.why, structure.__name__, form, form.ops, fuses=form.fuses)
+    return _found_rules.setdefault(form, rule), None
+
+
+def _like(module: nn.Module, model: nn.Module) -> torch.Tensor | None:
+    """A parameter that tells the module's dtype and device: its own, or the model's first."""
+    like = next(module.parameters(), None)
+    return next(model.parameters(), None) if like is None else like
 
 
 def _asked(model: nn.Module, keep: Iterable) -> set:
@@ -346,7 +384,11 @@ def _asked(model: nn.Module, keep: Iterable) -> set:
     return {_base_of.get(one, one) if isinstance(one, type) else one for one in asked}
 
 
-def _rule_of(replacement: type) -> _Rule:
+def _rule_of(replacement: Any) -> _Rule:
+    if isinstance(replacement, structure.Form):
+        # one that came in a pickle was not found here
+        rule = _Rule(nn.Module, replacement.why, structure.__name__, replacement, replacement.ops, fuses=replacement.fuses)
+        return _found_rules.setdefault(replacement, rule)
     return next(rule for rule in _rules if rule.replacement is replacement)
 
 
@@ -362,11 +404,10 @@ def _reason_to_keep(module: nn.Module, rule: _Rule, model: nn.Module) -> str | N
         return f"{rule.home} does not know it: {type(error).__name__}: {error}"
     if reason is not None:
         return reason
-    like = next(module.parameters(), None)
-    like = next(model.parameters(), None) if like is None else like
+    like = _like(module, model)
     if like is None:
         return None
-    if like.dtype not in _DTYPES:
+    if like.dtype not in DTYPES:
         return f"its parameters are {like.dtype}"
     if like.dtype == torch.float64 and like.device.type != "cpu":
         return f"its parameters are float64, for which there is no kernel on {like.device.type}"
@@ -389,60 +430,4 @@ def _why_no_rule(module: nn.Module, failed: dict[str, str]) -> str:
             return failed[name]
     return (
         "its parts are looked at one by one" if next(module.children(), None) is not None else "no replacement for this class"
-    )
-
-
-# ---- what our kernels serve ----
-
-
-# looked up once: dense() is asked at every call
-_strided, _float64, _is_compiling = torch.strided, torch.float64, torch.compiler.is_dynamo_compiling
-_transform, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
-
-
-def dense(x: Any, a: Any = None, b: Any = None) -> bool:
-    """Do torch and our kernels mean the same by these tensors, strides aside? x: an ordinary tensor of one of our dtypes, in a
-    memory whose kernels take it; a, b: the same in x's dtype, or None. Not under torch.func's transforms, forward-mode
-    derivatives or torch.jit's trace, which see through torch's operators only.
-    """
-    # subclasses mean what they like
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return False
-    dtype = x.dtype
-    if dtype not in _DTYPES or x.layout is not _strided or x.is_nested:
-        return False
-    if not (x.is_cpu or x.is_cuda and dtype is not _float64):
-        return False
-    if a is not None and (a.dtype is not dtype or type(a) is not nn.Parameter and type(a) is not Tensor):
-        return False
-    if b is not None and (b.dtype is not dtype or type(b) is not nn.Parameter and type(b) is not Tensor):
-        return False
-    # the compiler, which has no names for these questions, turns transforms into graphs of its own
-    return _is_compiling() or (_transform() is None and forward_ad._current_level < 0 and not _is_traced())
-
-
-def parameter(module: Any, name: str) -> Any:
-    """As module.<name>, without nn.Module.__getattr__, which costs as much as a tiny kernel."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-# dropout's p is rounded to a multiple of 1 / 65536: nearer to 0 or 1 than this, that is an error of more than 1 %
-LEAST_P = 2.0**-10
-
-
-def droppable(p: Any) -> bool:
-    """Is p a probability that our dropout takes for what it is?"""
-    return type(p) in (float, int) and (p == 0.0 or LEAST_P <= p <= 1.0 - LEAST_P)
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Does calling it run its class's forward and nothing else?"""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
     )
