@@ -271,7 +271,9 @@ def test_position_bias_and_its_gradient(mask, causal):
     if mask is not None:
         visible = torch.rand(2, 1, 5, 5) < 0.7
         visible[..., 0] = True
-        mask = visible if mask == "boolean" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        mask = (
+            visible if mask == "boolean" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        )
     results = []
     for function in (hook.attention_forward, AttentionInterface()["sdpa"]):
         o, _ = function(module_of(), q, k, v, mask, is_causal=causal, position_bias=bias)
@@ -327,7 +329,9 @@ def gpt_oss(implementation):
         **{**LLAMA, "initializer_range": 0.5}, head_dim=8, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
     )
     torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM._from_config(config, attn_implementation=implementation, experts_implementation="eager").eval()
+    model = transformers.GptOssForCausalLM._from_config(
+        config, attn_implementation=implementation, experts_implementation="eager"
+    ).eval()
     for name, p in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.normal_(p)

@@ -30,7 +30,9 @@ class _AttentionWithSinks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         if rederived(do):
-            raise RuntimeError("attention with sinks: its gradient cannot be differentiated again; use attn_implementation='eager'")
+            raise RuntimeError(
+                "attention with sinks: its gradient cannot be differentiated again; use attn_implementation='eager'"
+            )
         q, k, v, o, lse, bias, sinks, rng_state = ctx.saved_tensors
         need_dbias, need_dsinks = ctx.needs_input_grad[3:5]
         do = do if do.stride(-1) == 1 else do.contiguous()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.attention import MAX_HEAD_DIM, attention
-from ..patch import dense, droppable
+from ..serving import dense, droppable
 from .sinks import attention_with_sinks
 
 NAME = "gpt_kernels"
