@@ -7,6 +7,7 @@ from . import gpu as _gpu
 from . import names as _names
 from .dispatch import Served, use_backend, where
 from .hooks.kernelized import kernel_config, kernel_mapping
+from .hooks.torch_flash import register_flash_attention
 from .hooks.transformers_attention import register_transformers
 from .info import info
 from .library import isa, set_isa, use_isa

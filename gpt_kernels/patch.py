@@ -274,7 +274,9 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True) -> Iterator[Plan]:
+def patched(
+    model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True
+) -> Iterator[Plan]:
     """patch(model, keep=keep, probe=probe) inside the block; afterwards the model is as it was, also if it was already patched."""
     plan, changes = _plan(model, False, keep, probe)
     before = [(module, module.__class__) for module, _ in changes]

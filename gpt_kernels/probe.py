@@ -276,9 +276,7 @@ def _state(module: nn.Module) -> list:
                 found.append((name, _counted(value)))
         for name, t in (*inner._parameters.items(), *inner._buffers.items()):
             if t is not None:
-                found.append(
-                    (name, t.dtype, tuple(t.shape), t.detach().cpu().reshape(-1).tolist() if t.numel() < 65536 else t._version)
-                )
+                found.append((name, t.dtype, tuple(t.shape), t.detach().cpu().reshape(-1).tolist() if t.numel() < 65536 else t._version))
     return found
 
 

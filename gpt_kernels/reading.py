@@ -99,11 +99,7 @@ def described(value: Any) -> Any:
         return value
     if isinstance(value, functools.partial):
         parts = (value.func, value.args, tuple(value.keywords.items()))
-        return (
-            parts
-            if all(described(p) is not NotImplemented for p in (*value.args, *value.keywords.values()))
-            else NotImplemented
-        )
+        return parts if all(described(p) is not NotImplemented for p in (*value.args, *value.keywords.values())) else NotImplemented
     if isinstance(value, types.MethodType):
         return value.__func__
     if isinstance(value, tuple | list):
@@ -181,7 +177,9 @@ def rebuilt(function: types.FunctionType, replaced: Mapping[str, Any]) -> types.
         if again is None:
             return None
         closure = tuple(types.CellType(again) if cell is held[0] else cell for cell in function.__closure__ or ())
-        made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+        made = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+        )
         made.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(made, function, updated=())
 
