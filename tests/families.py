@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import nanogpt
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +89,155 @@ FAMILIES: dict[str, Family] = {
     "ViT": _hf("ViTForImageClassification", "ViTConfig", "image", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                intermediate_size=48, image_size=8, patch_size=2, num_labels=7, initializer_range=0.2),
 }  # fmt: skip
+
+
+# ---- models without transformers ----
+
+
+class MinAttention(nn.Module):
+    """minGPT's: scores, a mask that is a buffer, softmax, two dropouts, written out."""
+
+    def __init__(self, size: int, heads: int, block: int, p: float):
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(p), nn.Dropout(p)
+        self.register_buffer("bias", torch.tril(torch.ones(block, block)).view(1, 1, block, block))
+        self.n_head, self.n_embd = heads, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(self.n_embd, dim=2))
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = self.attn_dropout(nn.functional.softmax(att, dim=-1))
+        return self.resid_dropout(self.c_proj((att @ v).transpose(1, 2).contiguous().view(B, T, C)))
+
+
+class MinGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class MinBlock(nn.Module):
+    def __init__(self, size: int, heads: int, block: int, p: float):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(size), MinAttention(size, heads, block, p), nn.LayerNorm(size)
+        parts = {"c_fc": nn.Linear(size, 4 * size), "c_proj": nn.Linear(4 * size, size), "act": MinGELU(), "dropout": nn.Dropout(p)}
+        self.mlp = nn.ModuleDict(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        m = self.mlp
+        return x + m.dropout(m.c_proj(m.act(m.c_fc(self.ln_2(x)))))
+
+
+class MinGPT(nn.Module):
+    def __init__(self, vocabulary: int = V, block: int = 64, layers: int = 2, heads: int = 4, size: int = 32, p: float = 0.1):
+        super().__init__()
+        embeddings = {"wte": nn.Embedding(vocabulary, size), "wpe": nn.Embedding(block, size), "drop": nn.Dropout(p)}
+        blocks = nn.ModuleList(MinBlock(size, heads, block, p) for _ in range(layers))
+        self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(size)})
+        self.lm_head = nn.Linear(size, vocabulary, bias=False)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        positions = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if targets is None:
+            return logits, None
+        return logits, nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+class Scaled(nn.Module):
+    """A norm that nobody else wrote: 1 + weight, its names its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gain, self.tiny = nn.Parameter(torch.zeros(width)), 1e-5
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return stream / (stream.square().mean(-1, keepdim=True) + self.tiny).sqrt() * (1 + self.gain)
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.into, self.out = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        left, right = self.into(stream).chunk(2, -1)
+        return self.out(nn.functional.silu(left) * right)
+
+
+class MadeUp(nn.Module):
+    """A class that the tests make up: gated MLPs and norms of its own, one of them used twice, and no attention."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.tokens, self.norm, self.last = nn.Embedding(V, width), Scaled(width), nn.LayerNorm(width, bias=False)
+        self.steps = nn.ModuleList(Gated(width, 48) for _ in range(2))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        stream = self.tokens(idx)
+        for step in self.steps:
+            stream = stream + self.drop(step(self.norm(stream)))
+        logits = self.last(stream) @ self.tokens.weight.mT
+        return logits, None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class SelfAttention(nn.Module):
+    """torch.nn.MultiheadAttention of one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True), nn.LayerNorm(32)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return x + self.attention(y := self.norm(x), y, y, key_padding_mask=padding, need_weights=False)[0]
+
+
+class Encoder(nn.Module):
+    """torch.nn.TransformerEncoderLayers."""
+
+    def __init__(self, first: bool = False):
+        super().__init__()
+        layers = (nn.TransformerEncoderLayer(32, 4, 48, 0.1, "gelu", batch_first=True, norm_first=first) for _ in range(2))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        return x
+
+
+def _own(kind: str, make: Callable[..., nn.Module]) -> Family:
+    def made() -> nn.Module:
+        model = make().eval()
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.2)
+            elif "norm" not in name and "ln" not in name:
+                nn.init.normal_(p, std=0.1)
+        return model
+
+    return Family(kind, made, hf=False)
+
+
+def _nanogpt() -> nn.Module:
+    sizes = {"block_size": 64, "vocab_size": V, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.1, "bias": False}
+    return nanogpt.GPT(nanogpt.GPTConfig(**sizes))
+
+
+FAMILIES |= {
+    "nanoGPT": _own("own", _nanogpt),
+    "minGPT": _own("own", MinGPT),
+    "torch.nn.TransformerEncoderLayer": _own("torch", Encoder),
+    "torch.nn.MultiheadAttention": _own("torch", SelfAttention),
+    "a class of the tests": _own("own", MadeUp),
+}
 
 
 # ---- what a model is called with, and what is looked at ----

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 NAME = gpt_kernels.register_transformers()
 # these two call no AttentionInterface: transformers says so and goes on with "eager"
 WITHOUT = ("GPT-Neo", "GPT-J")
-HF = [name for name in FAMILIES if name not in WITHOUT]
+HF = [name for name in FAMILIES if FAMILIES[name].hf and name not in WITHOUT]
 OTHER = {name: "eager" if name in ("Gemma 2",) else "sdpa" for name in HF}
 
 
