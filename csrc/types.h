@@ -27,6 +27,9 @@ template <class F> inline void with_dtype(ScalarType t, const F& f) {
   }
 }
 
+// The activations that kernels have, by the numbers that ops give them (gpt_kernels/ops/glu.py).
+enum class Act { silu, gelu_tanh, gelu };
+
 // A 16-bit random value below drop_below is dropped, so that p is a multiple of 1 / 65536; what is kept is scaled.
 struct DropoutRate {
   uint32_t drop_below = 0;  // 0: no dropout

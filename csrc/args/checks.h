@@ -99,4 +99,15 @@ struct RowDims {
   }
 };
 
+// What separates the rows of x, (..., N), each contiguous, where it is the same for all of them.
+inline int64_t row_stride(const char* op, const char* name, const Tensor& x) {
+  const int64_t last = x.dim() - 1, N = x.size(last);
+  if (x.is_contiguous()) return N;
+  RowDims rows;
+  for (int64_t d = last - 1; d >= 0; d--) rows.add(x.size(d), x.stride(d));
+  GK_CHECK((x.stride(last) == 1 || N == 1) && rows.count <= 1, op, ": ", name,
+           " must have contiguous rows at one stride, got shape ", shape_text(x), " with others");
+  return rows.count ? rows.stride[0] : N;
+}
+
 }  // namespace gk

@@ -20,7 +20,7 @@ static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
     using T = decltype(x_tag);
     auto run = [&](auto b_tag) {
       using P = decltype(b_tag);
-      const auto row = tanh ? GK_BEST(gelu_fwd_row<T, P, true>) : GK_BEST(gelu_fwd_row<T, P, false>);
+      const auto row = tanh ? GK_BEST(gelu_fwd_row<T, P, Act::gelu_tanh>) : GK_BEST(gelu_fwd_row<T, P, Act::gelu>);
       const T* xp = (const T*)x.const_data_ptr();
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* yp = (T*)y.mutable_data_ptr();
@@ -47,7 +47,7 @@ static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x
     using C = compute_t<T>;
     auto run = [&](auto b_tag) {
       using P = decltype(b_tag);
-      const auto row = tanh ? GK_BEST(gelu_bwd_row<T, P, true>) : GK_BEST(gelu_bwd_row<T, P, false>);
+      const auto row = tanh ? GK_BEST(gelu_bwd_row<T, P, Act::gelu_tanh>) : GK_BEST(gelu_bwd_row<T, P, Act::gelu>);
       const T *xp = (const T*)x.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
       const P* bp = bias ? (const P*)bias->const_data_ptr() : nullptr;
       T* dxp = (T*)dx.mutable_data_ptr();
@@ -79,58 +79,29 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
 
 #include "vec.h"
 #include "reduce.h"
+#include "activation.h"
 
 namespace GK_TARGET {
 
-// tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e), e = e^-2u, 2u = v (a + b v^2): one exponential, and no cancellation
-// where tanh u is close to -1
-template <class C> constexpr C gelu_a = (C)1.5957691216057307117597842397375;  // 2 sqrt(2/pi)
-template <class C> constexpr C gelu_b = gelu_a<C> * (C)0.044715;
-// 9e-5 is a 23rd of what rounding to bf16 may cost
-// of v^2, so that v^3 times a factor that is 0 there stays 0 for every finite v
-template <class C> constexpr C gelu_far = (C)1e30;
-template <class T> constexpr int gelu_degree = __is_same(T, bf16) ? 3 : exp_degree<T>;
-template <class C> constexpr C log2_e = (C)1.4426950408889634073599246810019;
-template <class C, class V> GK_INLINE V gelu_log2_e(V v) {
-  return v * (-gelu_a<C> * log2_e<C> - gelu_b<C> * log2_e<C> * (v * v));
-}
-template <class T, class C, class V> GK_INLINE V gelu_gauss(V v) {
-  return exp2<T, gelu_degree<T>>((C)-0.5 * log2_e<C> * v * v);
-}
-
-template <class T, class C, class V> GK_INLINE V normal_cdf(V v, V gauss) {
-  const V tail = normal_tail<T>(v, gauss);
-  return v < 0 ? tail : 1 - tail;
-}
-
-// v = x + b;  y = v s(v) or v cdf(v)
-template <class T, class P, bool tanh, class C = compute_t<T>>
+// v = x + b;  y = act(v)
+template <class T, class P, Act act, class C = compute_t<T>>
 GK_KERNEL void gelu_fwd_row(T* y, const T* x, const P* b, int64_t N, bool streams) {
   write_row(y, N, streams, [&](int64_t i, int64_t n) {
     prefetch(x + far_ahead<T> + i);
     vec<C> v = load_any(x + i, n);
     if (b) v += load_any(b + i, n);
-    return v *
-           (tanh ? reciprocal<T>((C)1 + exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v))) : normal_cdf<T, C>(v, gelu_gauss<T, C>(v)));
+    return v * act_factor<T, act>(v);
   });
 }
 
-// tanh form: dx = dy (s + s (1 - s) v (a + 3 b v^2));  erf form: dx = dy (cdf(v) + v e^(-v^2/2) / sqrt(2 pi));  db += dx
-template <class T, class P, bool tanh, class C = compute_t<T>>
+// dx = dy act'(v);  db += dx
+template <class T, class P, Act act, class C = compute_t<T>>
 GK_KERNEL void gelu_bwd_row(T* dx, C* db, const T* dy, const T* x, const P* b, int64_t N, bool streams) {
   write_row(dx, N, streams, [&](int64_t i, int64_t n) {
     prefetch(x + far_ahead<T> + i), prefetch(dy + far_ahead<T> + i);
-    vec<C> v = load_any(x + i, n), slope;
+    vec<C> v = load_any(x + i, n), s;
     if (b) v += load_any(b + i, n);
-    if constexpr (tanh) {
-      // q = 1 - s as e s, without the subtraction, which v (a + 3 b v^2) would magnify; 1 where that is inf * 0, a NaN
-      const vec<C> e = exp2<T, gelu_degree<T>>(gelu_log2_e<C>(v)), s = reciprocal<T>((C)1 + e), q = vmin(e * s, splat<C>(1));
-      slope = s + s * q * v * (gelu_a<C> + 3 * gelu_b<C> * vmin(v * v, splat<C>(gelu_far<C>)));
-    } else {
-      const vec<C> gauss = gelu_gauss<T, C>(v);
-      slope = normal_cdf<T, C>(v, gauss) + v * gauss * (C)0.39894228040143267793994605993438;  // 1 / sqrt(2 pi)
-    }
-    const vec<C> d = load_any(dy + i, n) * slope;
+    const vec<C> d = load_any(dy + i, n) * act_slope<T, act>(v, s);
     if (db) store_any(db + i, load_any(db + i, n) + d, n);
     return d;
   });

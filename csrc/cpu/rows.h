@@ -73,6 +73,25 @@ template <class T, class Body> GK_INLINE void write_row(T* y, int64_t n, bool st
     store_any(y + i, body(i, count), count);
   }
 }
+// The same of two rows at once: body(i, count, first, second).
+template <class T, class Body> GK_INLINE void write_two_rows(T* y, T* z, int64_t n, bool streams, const Body& body) {
+  constexpr int64_t L = lanes<compute_t<T>>;
+  int64_t i = 0;
+  vec<compute_t<T>> a, b;
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * L <= n; i += 2 * L) {
+      vf a2, b2;
+      body(i, L, a, b), body(i + L, L, a2, b2);
+      put(y + i, a, a2, streams), put(z + i, b, b2, streams);
+    }
+  else
+    for (; i + L <= n; i += L) body(i, L, a, b), put(y + i, a, streams), put(z + i, b, streams);
+  for (; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    body(i, count, a, b);
+    store_any(y + i, a, count), store_any(z + i, b, count);
+  }
+}
 // `fill` in the lanes from `count` on: for sums and maxima whose terms are not neutral for a zero input
 template <class C> GK_INLINE vec<C> keep_first(vec<C> v, int64_t count, C fill = 0) {
   if (count == lanes<C>) return v;

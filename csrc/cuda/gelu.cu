@@ -1,30 +1,11 @@
 // gelu on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/gelu.py.
 #include "../args/gelu.h"
+#include "activation.cuh"
 #include "reduce.cuh"
 
 namespace gk {
 
 // ---- kernels ----
-
-// tanh form: y = v s with s = (1 + tanh u) / 2 = 1 / (1 + e^-2u), 2u = v (a + b v^2): one exponential, and no cancellation
-// where tanh u is close to -1
-constexpr float log2_e = 1.4426950408889634f, gelu_a = 1.5957691216057308f /* 2 sqrt(2/pi) */, gelu_b = gelu_a * 0.044715f;
-GK_DEVICE float gelu_exp(float v) { return ex2_approx(v * (-gelu_a * log2_e - gelu_b * log2_e * v * v)); }  // e^-2u
-GK_DEVICE float normal_cdf(float v) { return 0.5f * erfcf(v * -0.70710678f); }
-
-template <bool tanh> GK_DEVICE float gelu_value(float v) {
-  if constexpr (tanh) return v * rcp_approx(1.f + gelu_exp(v));
-  else return v * normal_cdf(v);
-}
-template <bool tanh> GK_DEVICE float gelu_slope(float v) {
-  if constexpr (tanh) {
-    // p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
-    const float e = gelu_exp(fabsf(v)), p = rcp_approx(1.f + e), q = e * p;
-    return (v < 0.f ? q : p) + v * p * q * (gelu_a + 3.f * gelu_b * fminf(v * v, 1e30f));  // 0 times inf is none
-  } else {
-    return normal_cdf(v) + v * ex2_approx(-0.5f * log2_e * v * v) * 0.39894228f;  // 1 / sqrt(2 pi)
-  }
-}
 
 // A thread owns one chunk of columns and goes down the rows, so that the bias is read once and its gradient stays in
 // registers. Without a bias all elements are one row.
@@ -44,7 +25,7 @@ __global__ void __launch_bounds__(gelu_lanes* gelu_rows, 4)
     float v[V];
     unpack<T>(row.load(x + m * N, chunk), v);
 #pragma unroll
-    for (int k = 0; k < V; k++) v[k] = gelu_value<tanh>(v[k] + b[k]);
+    for (int k = 0; k < V; k++) v[k] = act_value<tanh ? Act::gelu_tanh : Act::gelu>(v[k] + b[k]);
     row.store(y + m * N, chunk, v);
   }
 }
@@ -66,7 +47,10 @@ __global__ void __launch_bounds__(gelu_lanes* gelu_rows, 3)
       float v[V], d[V];
       unpack<T>(row.load(x + m * N, chunk), v), unpack<T>(row.load(dy + m * N, chunk), d);
 #pragma unroll
-      for (int k = 0; k < V; k++) d[k] *= gelu_slope<tanh>(v[k] + b[k]), sums[k] += d[k];
+      for (int k = 0; k < V; k++) {
+        float s;
+        d[k] *= act_slope<tanh ? Act::gelu_tanh : Act::gelu>(v[k] + b[k], s), sums[k] += d[k];
+      }
       row.store(dx + m * N, chunk, d);
     }
   }

@@ -36,7 +36,7 @@ def _halves(gate, up, up_first):
 
 def reference_fwd(gate, up, act, up_first):
     g, u = _halves(gate, up, up_first)
-    a = F.silu(g) if act == SILU else F.gelu(g, approximate="tanh" if act == GELU_TANH else "none")
+    a = g * torch.sigmoid(g) if act == SILU else F.gelu(g, approximate="tanh" if act == GELU_TANH else "none")
     return (a * u).to(gate.dtype).contiguous()
 
 

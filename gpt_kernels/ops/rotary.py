@@ -42,10 +42,12 @@ def _rotated(x, cos, sin, rotary_dim, interleaved, transposed):
         cos1, cos2, sin1, sin2 = cos, cos, sin, sin
     if transposed:
         sin1, sin2 = -sin2, -sin1
-    x1, x2 = _pairs(x[..., :rotary_dim].to(wide), interleaved)
+    all_of_it = rotary_dim == x.shape[-1]  # a slice of everything is an alias, which cannot be batched
+    x1, x2 = _pairs((x if all_of_it else x[..., :rotary_dim]).to(wide), interleaved)
     y1, y2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
-    y = torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
-    return torch.cat((y.to(x.dtype), x[..., rotary_dim:]), -1)
+    y = torch.stack((y1, y2), -1).reshape(*x.shape[:-1], rotary_dim) if interleaved else torch.cat((y1, y2), -1)
+    y = y.to(x.dtype)
+    return y if all_of_it else torch.cat((y, x[..., rotary_dim:]), -1)
 
 
 def reference_fwd(x, cos, sin, rotary_dim, interleaved, transposed):
@@ -53,14 +55,15 @@ def reference_fwd(x, cos, sin, rotary_dim, interleaved, transposed):
     return y.transpose(1, 2).contiguous().transpose(1, 2) if _heads_outside(x) else y.contiguous()
 
 
-def reference_inplace(x, *args):
-    x.copy_(_rotated(x, *args))
+def reference_out(x, cos, sin, rotary_dim, interleaved, transposed, y):
+    y.copy_(_rotated(x, cos, sin, rotary_dim, interleaved, transposed))
 
 
 _options = "Tensor cos, Tensor sin, int rotary_dim, bool interleaved, bool transposed"
 # y in memory as a contiguous (B, S, H, D), or as a contiguous (B, H, S, D) where x's heads lie outside its positions
 fwd = define(f"rotary_fwd(Tensor x, {_options}) -> Tensor", reference_fwd)
-inplace_fwd = define(f"rotary_fwd_inplace(Tensor(a!) x, {_options}) -> ()", reference_inplace)
+# into a tensor that is there, which may be x
+out = define(f"rotary_fwd_out(Tensor x, {_options}, Tensor(a!) y) -> ()", reference_out)
 
 
 def _in_rows(x):
@@ -89,7 +92,7 @@ class _RotaryInplace(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.options = options
         ctx.mark_dirty(x)
-        inplace_fwd(x, cos, sin, *options, False)
+        out(x, cos, sin, *options, False, x)
         return x
 
     @staticmethod
@@ -133,7 +136,7 @@ def _written(x, cos, sin, options, derivative):
         return x.copy_(_rotary(x, None, cos, sin, *options, False)[0])
     if derivative:
         return _RotaryInplace.apply(x, cos, sin, *options)
-    inplace_fwd(x, cos, sin, *options, False)
+    out(x, cos, sin, *options, False, x)
     return x
 
 
@@ -141,6 +144,8 @@ def _check(op, name, x, cos, sin, dims):
     for what, t in ((name, x), ("cos", cos), ("sin", sin)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {what} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise RuntimeError(f"{op}: {what} must be float32, float64, bfloat16 or float16, got {_name(t.dtype)}")
     if x.dim() != dims:
         raise RuntimeError(f"{op}: {name} must have {dims} dimensions, got shape {tuple(x.shape)}")
 
@@ -210,9 +215,6 @@ def _check_table(op, x, cos, sin, rotary_dim):
         raise RuntimeError(f"{op}: cos must have shape ({B} or 1, {S}, ...), got {tuple(cos.shape)}")
     if rotary_dim > D or rotary_dim % 2:
         raise RuntimeError(f"{op}: the rotary dimension must be even and at most {D}, x's last, got {rotary_dim}")
-    for name, t in (("x", x), ("cos", cos), ("sin", sin)):
-        if not t.is_floating_point():
-            raise RuntimeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(t.dtype)}")
     for name, t in (("cos", cos), ("sin", sin)):
         if t.dtype not in (x.dtype, stat_dtype(x.dtype)):
             raise RuntimeError(f"{op}: {name} must be {_name(x.dtype)} like x or float32, got {_name(t.dtype)}")

@@ -28,6 +28,13 @@ def tile(slab, chunk, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: t
 
 
 @triton.jit
+def strided(slab, chunk, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr):
+    """tile's offsets in rows that lie `stride` apart, a multiple of VEC where there is a second row"""
+    row = slab.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    return row * (stride // VEC * VEC) + chunk.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
 def load(p, at, inside, whole, EDGE: tl.constexpr, VEC: tl.constexpr):
     """p[at] in float32, 0 outside."""
     if not EDGE:

@@ -7,66 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import gelu, gelu_slope
 from .common import arch, cdiv, check_column, check_contiguous, check_float, check_like, fail, launch, processors
 from .elementwise import columns, load, store, tile, vector
 from .partial_sums import COUNTERS, MOST_PROGRAMS, add_groups, add_slots, arrivals_for
 from .tuning import Parameters, Tunable
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-A = tl.constexpr(1.5957691216057308)  # 2 sqrt(2/pi)
-B = tl.constexpr(1.5957691216057308 * 0.044715)
-NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
-
-
-@triton.jit
-def gauss(v):
-    """e^(-v^2 / 2)"""
-    return tl.exp2(v * v * (-0.5 * LOG2_E))
-
-
-@triton.jit
-def normal_cdf(v, gauss):
-    """The normal distribution function: gauss(v) P(t) on the left, relatively accurate, and 1 minus that on the right.
-
-    P, in t = 2 / (2 + |v|), is the CPU kernel's fit (csrc/cpu/arithmetic.h).
-    """
-    t = 2.0 / (2.0 + tl.abs(v))
-    p = -4.795330753e-2
-    p = p * t + 2.306086126e-1
-    p = p * t - 3.939418775e-1
-    p = p * t + 1.838505251e-1
-    p = p * t + 1.293441268e-1
-    p = p * t + 1.980829209e-1
-    p = p * t + 2.000089698e-1
-    beyond = p * t * gauss
-    return tl.where(v < 0, beyond, 1.0 - beyond)
-
-
-@triton.jit
-def tanh_exp(v):
-    """e^-2u of y = v (1 + tanh u) / 2 = v / (1 + e^-2u): one exponential, and no cancellation where tanh u is close to -1"""
-    return tl.exp2(v * (-A * LOG2_E - B * LOG2_E * v * v))
-
-
-@triton.jit
-def gelu(v, TANH: tl.constexpr):
-    if TANH:
-        return v / (1.0 + tanh_exp(v))
-    else:
-        return v * normal_cdf(v, gauss(v))
-
-
-@triton.jit
-def gelu_slope(v, TANH: tl.constexpr):
-    if TANH:
-        # p = s(|v|), q = 1 - p without the subtraction, which v (a + 3 b v^2) would magnify; s(v) is one of them
-        e = tanh_exp(tl.abs(v))
-        p = 1.0 / (1.0 + e)
-        q = e * p
-        return tl.where(v < 0, q, p) + v * p * q * (A + 3.0 * B * tl.minimum(v * v, 1e30))  # 0 times inf is none
-    else:
-        g = gauss(v)
-        return normal_cdf(v, g) + v * g * NORMAL
 
 
 @triton.jit
