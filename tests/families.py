@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -319,3 +321,10 @@ def differences(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) -> lis
         if not judged.ok:
             wrong.append(judged)
     return wrong
+
+
+def record(name: str, column: str, value: Any = True) -> None:
+    """For docs/families.md: a line in the file that GPT_KERNELS_FAMILIES names."""
+    if path := os.environ.get("GPT_KERNELS_FAMILIES"):
+        with open(path, "a") as file:
+            file.write(json.dumps([name, column, value]) + "\n")

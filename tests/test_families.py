@@ -8,13 +8,11 @@ import contextlib
 import copy
 import inspect
 import io
-import json
-import os
 import pickle
 
 import pytest
 import torch
-from families import FAMILIES, batch_of, cast, differences, forward, padding, run, truth_of
+from families import FAMILIES, batch_of, cast, differences, forward, padding, record, run, truth_of
 from torch import nn
 
 import gpt_kernels
@@ -35,13 +33,6 @@ def made(name, **config):
 def fast(names, chosen=SLICE):
     """Of the families, those in `chosen` in make test and the others in make test-full."""
     return [name if name in chosen else pytest.param(name, marks=slow) for name in names]
-
-
-def record(name, column, value=True):
-    """For docs/families.md."""
-    if path := os.environ.get("GPT_KERNELS_FAMILIES"):
-        with open(path, "a") as file:
-            file.write(json.dumps([name, column, value]) + "\n")
 
 
 def served(plan):
@@ -174,6 +165,7 @@ def test_hidden_states_and_attentions(name):
         assert len(ours) == len(theirs) and (theirs or key == "cross_attentions"), key
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    record(name, "hidden states, attentions")
 
 
 @pytest.mark.parametrize("name", fast(HF))
@@ -190,6 +182,7 @@ def test_gradient_checkpointing(name):
     assert found.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    record(name, "checkpointing")
 
 
 def without_dropout(model):
@@ -207,11 +200,14 @@ def without_dropout(model):
 def test_dropout_follows_the_seed(name):
     family, batch = FAMILIES[name], batch_of(FAMILIES[name])
     model = made(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
     with torch.no_grad():
         plain = [forward(family, without_dropout(copy.deepcopy(model)), batch)[1]]
         with patched(model) as plan:
             if "dropout" not in served(plan):
-                pytest.skip("it drops nothing by its defaults")
+                pytest.skip("it drops nothing")
             a, b, c = (torch.manual_seed(seed) and forward(family, model, batch)[1] for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c) and not torch.equal(a, plain[0])
@@ -345,8 +341,8 @@ def test_trainer_one_epoch(name, tmp_path):
         if swap:
             patch(model)
         arguments = TrainingArguments(
-            str(tmp_path / str(swap)), num_train_epochs=1, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[],
-            use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
+            str(tmp_path / str(swap)), num_train_epochs=1, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            optim="sgd", use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=Rows(batch_of(FAMILIES[name])))
         loss = trainer.train().training_loss
@@ -355,9 +351,7 @@ def test_trainer_one_epoch(name, tmp_path):
     (loss, theirs), (our_loss, ours) = weights
     assert abs(our_loss - loss) < 1e-4 * abs(loss)
     for key, p in theirs.items():
-        # Adam divides by the gradient's size: where that is a rounding, a step is any
-        assert (ours[key] - p).abs().max() <= 2.1e-3, key
-        assert ((ours[key] - p).abs() > 1e-4).float().mean() < 0.05, key
+        torch.testing.assert_close(ours[key], p, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     record(name, "Trainer")
 
 

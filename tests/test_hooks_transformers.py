@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, LLAMA, T, V, batch_of, cast, differences, padding, run, truth_of
+from families import FAMILIES, LLAMA, T, V, batch_of, cast, differences, padding, record, run, truth_of
 from torch.nn import functional as F
 
 import gpt_kernels
@@ -104,6 +104,7 @@ def test_logits_loss_and_every_gradient(name, side, calls):
         pytest.skip("images have no padding")
     assert_parity(name, side)
     assert calls and "sdpa" not in calls
+    record(name, "attn_implementation")
 
 
 @pytest.mark.slow
