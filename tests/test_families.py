@@ -1,7 +1,8 @@
-"""Every family of tests/families.py, patched beside unpatched: results, gradients, generation, caches, modes, and what is left behind.
+"""Every family of tests/families.py, patched beside unpatched: results, gradients, generation, caches, modes, and what is left
+behind.
 
-make test takes a slice of it, make test-full all. With GPT_KERNELS_FAMILIES=FILE in the environment each test that passes writes down what
-it has shown; `python -m tools.docs --families FILE` makes docs/families.md of it.
+make test takes a slice of it, make test-full all. With GPT_KERNELS_FAMILIES=FILE in the environment each test that passes
+writes down what it has shown; `python -m tools.docs --families FILE` makes docs/families.md of it.
 """
 
 import contextlib
@@ -217,7 +218,9 @@ def test_dropout_follows_the_seed(name):
 
 
 def fingerprint(model):
-    modules = [(path, id(m), type(m), sorted(m.__dict__), m.training, len(m._forward_hooks)) for path, m in model.named_modules()]
+    modules = [
+        (path, id(m), type(m), sorted(m.__dict__), m.training, len(m._forward_hooks)) for path, m in model.named_modules()
+    ]
     values = [(path, {k: id(v) for k, v in m.__dict__.items() if not k.startswith("_")}) for path, m in model.named_modules()]
     tensors = [(name, id(t), t.data_ptr(), t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
     return modules, values, tensors, list(model.state_dict()), str(getattr(model, "config", None))
@@ -270,7 +273,13 @@ def test_who_looks_at_classes_sees_the_modules_own(name):
             cls = type(module)
             assert isinstance(module, own[path]) and issubclass(cls, own[path]) and module.__class__ is cls
             seen = (cls.__name__, cls.__qualname__, cls.__module__, repr(cls), cls.__doc__)
-            assert seen == (own[path].__name__, own[path].__qualname__, own[path].__module__, repr(own[path]), own[path].__doc__)
+            assert seen == (
+                own[path].__name__,
+                own[path].__qualname__,
+                own[path].__module__,
+                repr(own[path]),
+                own[path].__doc__,
+            )
             assert inspect.signature(cls.forward) == inspect.signature(own[path].forward), path
         assert repr(model) == repr(made(name))
 
@@ -397,7 +406,8 @@ def test_lora(name, order):
 
 
 def test_every_family_is_there():
-    wanted = """GPT-2 GPT-Neo GPT-NeoX GPT-J OPT Llama Mistral Qwen2 Qwen3 Gemma_2 Gemma_3 Phi-3 OLMo_2 SmolLM BERT RoBERTa DistilBERT T5 ViT
+    wanted = """GPT-2 GPT-Neo GPT-NeoX GPT-J OPT Llama Mistral Qwen2 Qwen3 Gemma_2 Gemma_3 Phi-3 OLMo_2 SmolLM BERT RoBERTa
+    DistilBERT T5 ViT
         nanoGPT minGPT torch.nn.TransformerEncoderLayer torch.nn.MultiheadAttention a_class_of_the_tests"""
     assert list(FAMILIES) == [name.replace("_", " ") for name in wanted.split()]
     model = made("SmolLM")
@@ -409,6 +419,8 @@ def test_a_wrong_kernel_is_seen(monkeypatch):
     from gpt_kernels.ops import rms_norm as home
 
     fwd = home.fwd
-    monkeypatch.setattr(home, "fwd", lambda x, w, eps: tuple(t * (1.001 if i == 0 else 1) for i, t in enumerate(fwd(x, w, eps))))
+    monkeypatch.setattr(
+        home, "fwd", lambda x, w, eps: tuple(t * (1.001 if i == 0 else 1) for i, t in enumerate(fwd(x, w, eps)))
+    )
     with pytest.raises(AssertionError):
         assert_parity("Llama")

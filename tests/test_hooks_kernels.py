@@ -1,7 +1,8 @@
 """kernel_mapping and kernel_config in the registries of the package kernels and of transformers.
 
-transformers takes certain versions of kernels alone, and the pinned one takes none that the index has: the tests that need both run
-where they are installed, which the slow tier does for the last pair that goes together (test_the_pair_in_a_venv_of_its_own)."""
+transformers takes certain versions of kernels alone, and the pinned one takes none that the index has: the tests that need
+both run where they are installed, which the slow tier does for the last pair that goes together
+(test_the_pair_in_a_venv_of_its_own)."""
 
 import importlib
 import os

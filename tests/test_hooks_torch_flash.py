@@ -1,4 +1,5 @@
-"""Our attention in torch.nn.attention's registry of flash attentions: activated, seen to run, right, and gone without a trace."""
+"""Our attention in torch.nn.attention's registry of flash attentions: activated, seen to run, right, and gone without a
+trace."""
 
 import contextlib
 

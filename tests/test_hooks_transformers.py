@@ -1,5 +1,5 @@
-"""attn_implementation="gpt_kernels" in transformers' own registries: every family against float64, "sdpa" or "eager" beside it; caches,
-masks, bands, sinks, and what is refused."""
+"""attn_implementation="gpt_kernels" in transformers' own registries: every family against float64, "sdpa" or "eager" beside
+it; caches, masks, bands, sinks, and what is refused."""
 
 import subprocess
 import sys

@@ -362,7 +362,10 @@ def families_found(lines: list[str]) -> dict:
         found.setdefault(name, {})[column] = value
     here = {name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)}
     versions = {name: importlib.metadata.version(name) for name in sorted(here, reverse=True)}
-    return {"versions": versions, "families": {name: dict(sorted(found[name].items())) for name in sorted(found, key=str.lower)}}
+    return {
+        "versions": versions,
+        "families": {name: dict(sorted(found[name].items())) for name in sorted(found, key=str.lower)},
+    }
 
 
 def families(found: dict) -> str:

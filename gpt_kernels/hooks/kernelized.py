@@ -56,7 +56,8 @@ def _config_class() -> type:
     from transformers import KernelConfig
 
     class Config(KernelConfig):
-        """transformers' own refuses "cpu" and whatever is not on the hub: this one's mapping is made when the model is there."""
+        """transformers' own refuses "cpu" and whatever is not on the hub: this one's mapping is made when the model is
+        there."""
 
         def sanitize_kernel_mapping(self, model: Any) -> None:
             self.store_registered_layer_names(model)

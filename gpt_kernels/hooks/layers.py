@@ -4,9 +4,9 @@ As kernels asks of a layer: no state, no other members, the forward's arguments 
 transformers (@use_kernel_forward_from_hub). The module keeps its class; a call that our kernels do not serve runs the forward
 of that.
 
-A name is a promise that is not always kept: of two dozen models' `rotary_pos_emb` one turns the other way, two take tables of half
-the width. So the first call of each class compares ours with the class's own on a few random rows, and what is another formula
-is left to it.
+A name is a promise that is not always kept: of two dozen models' `rotary_pos_emb` one turns the other way, two take tables of
+half the width. So the first call of each class compares ours with the class's own on a few random rows, and what is another
+formula is left to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..ops.gelu import gelu
 from ..ops.glu import swiglu
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import apply_rotary_pos_emb
-from ..serving import dense, parameter, unhooked
+from ..serving import dense, unhooked
 
 # ---- is it that formula? ----
 

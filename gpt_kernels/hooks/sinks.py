@@ -2,9 +2,10 @@
 
     p_j = exp(s_j) / (exp(sink) + sum_j exp(s_j)),  o = dropout(p) v
 
-From the attention op as it is: with its (o, lse), the output is o * sigmoid(lse - sink), and the probabilities are exp(s - lse2) of
-lse2 = log(exp(lse) + exp(sink)). The op's backward knows the probabilities by the lse that it is given and rowsum(p dp) by the
-output: given lse2 and the output it is the backward of this. The sink's own gradient is -exp(sink - lse2) * rowsum(do o).
+From the attention op as it is: with its (o, lse), the output is o * sigmoid(lse - sink), and the probabilities are exp(s -
+lse2) of lse2 = log(exp(lse) + exp(sink)). The op's backward knows the probabilities by the lse that it is given and rowsum(p
+dp) by the output: given lse2 and the output it is the backward of this. The sink's own gradient is -exp(sink - lse2) *
+rowsum(do o).
 """
 
 from __future__ import annotations

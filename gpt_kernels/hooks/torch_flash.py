@@ -1,14 +1,16 @@
-"""torch's own hook for another flash attention: torch.nn.attention.register_flash_attention_impl, where the version has it (2.11).
+"""torch's own hook for another flash attention: torch.nn.attention.register_flash_attention_impl, where the version has it
+(2.11).
 
     gpt_kernels.register_flash_attention()
     torch.nn.attention.activate_flash_attention_impl("gpt_kernels")     # every scaled_dot_product_attention that takes flash
     torch.nn.attention.restore_flash_attention_impl()                   # the kernels that stood there, themselves
 
 Ours stand then in ATen's slots of flash attention, forward and backward, and torch's own autograd nodes call them: on a CPU the
-kernel that scaled_dot_product_attention chooses for most calls, masks and key heads for groups of query heads included; on a GPU that
-without a mask. What ours do not serve goes to the kernel that stood there: on a CPU head dims above 256, another head dim of the
-values, empty tensors, dropout (which torch itself takes to its own formula), scales that are not positive; on a GPU, where there is
-no other flash kernel to fall back to in the middle of a step, what the slot is asked for that ours have not is an error: debug masks.
+kernel that scaled_dot_product_attention chooses for most calls, masks and key heads for groups of query heads included; on a
+GPU that without a mask. What ours do not serve goes to the kernel that stood there: on a CPU head dims above 256, another head
+dim of the values, empty tensors, dropout (which torch itself takes to its own formula), scales that are not positive; on a
+GPU, where there is no other flash kernel to fall back to in the middle of a step, what the slot is asked for that ours have
+not is an error: debug masks.
 
 A row that sees no key is 0 with lse -inf. torch.compile traces what torch says of these ops, whose shapes are ours.
 """
@@ -29,7 +31,8 @@ NAME = "gpt_kernels"
 
 
 def register_flash_attention() -> str:
-    """Register our attention with torch.nn.attention, as "gpt_kernels", for its activate_flash_attention_impl; returns that name.
+    """Register our attention with torch.nn.attention, as "gpt_kernels", for its activate_flash_attention_impl; returns that
+    name.
 
     Nothing is activated by it. Raises RuntimeError for a torch without register_flash_attention_impl.
     """

@@ -5,15 +5,15 @@
     model.set_attn_implementation("gpt_kernels")                                             # or of a model that is there
 
 It means what "sdpa" means there, and beside that serves what "sdpa" refuses or leaves out: soft capping (Gemma 2) and attention
-sinks (gpt-oss' s_aux). Key heads for groups of query heads are read in place. Masks are the boolean ones of "sdpa"; of one that is
-a band (causal, a sliding window, either behind a cache, no padding), which the mask function finds out once for all layers, the
-kernel is told the band and skips what lies outside. Attention weights are None, as under "sdpa".
+sinks (gpt-oss' s_aux). Key heads for groups of query heads are read in place. Masks are the boolean ones of "sdpa"; of one
+that is a band (causal, a sliding window, either behind a cache, no padding), which the mask function finds out once for all
+layers, the kernel is told the band and skips what lies outside. Attention weights are None, as under "sdpa".
 
 A call that our kernels do not serve is done by the function of "sdpa": paged caches, head dims above 256, tensors that are not
-what they seem (subclasses, torch.func), masks of another rank, additive masks that hide every key of a row without being -inf. Where
-that function cannot do it either, since there is a softcap or a sink, RuntimeError says what there is no kernel for; and so for an
-argument that is the model's own eager attention's and nobody else's. An additive mask then counts as -inf from half the lowest
-number of its dtype on. A row that sees no key is 0.
+what they seem (subclasses, torch.func), masks of another rank, additive masks that hide every key of a row without being -inf.
+Where that function cannot do it either, since there is a softcap or a sink, RuntimeError says what there is no kernel for; and
+so for an argument that is the model's own eager attention's and nobody else's. An additive mask then counts as -inf from half
+the lowest number of its dtype on. A row that sees no key is 0.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query: (B, H, Tq, D); key, value: (B, Hk, Tk, D); attention_mask: (B|1, H|1, Tq, Tk) boolean or additive; position_bias: added
-    to the scores, gradient included; s_aux: (H,). Returns o (B, Tq, H, Dv), contiguous, and None for the weights."""
+    """query: (B, H, Tq, D); key, value: (B, Hk, Tk, D); attention_mask: (B|1, H|1, Tq, Tk) boolean or additive; position_bias:
+    added to the scores, gradient included; s_aux: (H,). Returns o (B, Tq, H, Dv), contiguous, and None for the weights."""
     _refuse_unknown(module, s_aux, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
