@@ -168,7 +168,7 @@ def _refuse_unknown(module: nn.Module, s_aux: Any, kwargs: dict) -> None:
 
 
 @functools.cache
-def _read_by_eager(cls: type) -> frozenset[str]:
+def _read_by_eager(cls: Any) -> frozenset[str]:
     """The names of the arguments of the eager attention beside the class."""
     eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
     return frozenset(inspect.signature(eager).parameters) if eager is not None else frozenset()
