@@ -1,6 +1,8 @@
 """attn_implementation="gpt_kernels" in transformers' own registries: every family against float64, "sdpa" or "eager" beside
 it; caches, masks, bands, sinks, and what is refused."""
 
+import functools
+import inspect
 import subprocess
 import sys
 
@@ -18,10 +20,13 @@ transformers = pytest.importorskip("transformers")
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache  # noqa: E402
 
 NAME = gpt_kernels.register_transformers()
-# these two call no AttentionInterface: transformers says so and goes on with "eager"
-WITHOUT = ("GPT-Neo", "GPT-J")
+FIRST = {name: family.make() for name, family in FAMILIES.items() if family.hf}
+# GPT-Neo, GPT-J before 5.24 and T5 in older versions call no AttentionInterface: transformers says so and goes on with "eager"
+WITHOUT = [name for name, model in FIRST.items() if not model._can_set_attn_implementation()]
 HF = [name for name in FAMILIES if FAMILIES[name].hf and name not in WITHOUT]
-OTHER = {name: "eager" if name in ("Gemma 2",) else "sdpa" for name in HF}
+OTHER = {name: "eager" if name == "Gemma 2" or not FIRST[name]._supports_sdpa else "sdpa" for name in HF}
+# in older versions OPT makes its own masks, additive ones that may hide every key: those are for "sdpa" to do
+OWN_MASKS = [name for name in HF if "create_" not in inspect.getsource(sys.modules[type(FIRST[name]).__module__])]
 
 
 @pytest.fixture
@@ -33,6 +38,7 @@ def calls(monkeypatch):
         found.append({"query": q, "key": k, "bias": bias, **options})
         return own(q, k, v, bias, **options)
 
+    @functools.wraps(sdpa)
     def instead(*args, **options):
         found.append("sdpa")
         return sdpa(*args, **options)
@@ -83,7 +89,7 @@ def test_chosen_as_any_other(how, calls, tmp_path):
 def test_every_family_but_those_without_an_interface_is_here():
     for name in WITHOUT:
         assert made(name, "eager").set_attn_implementation(NAME) is None
-    assert len(HF) == 17
+    assert {"GPT-Neo"} <= set(WITHOUT) <= {"GPT-Neo", "GPT-J", "T5"} and set(OWN_MASKS) <= {"OPT", "ViT"}
 
 
 # ---- parity ----
@@ -105,7 +111,7 @@ def test_logits_loss_and_every_gradient(name, side, calls):
     if side != "left" and FAMILIES[name].kind == "image":
         pytest.skip("images have no padding: once is enough")
     assert_parity(name, side)
-    assert calls and "sdpa" not in calls
+    assert calls and ("sdpa" not in calls or name in OWN_MASKS)
     record(name, "attn_implementation")
 
 
@@ -114,7 +120,7 @@ def test_logits_loss_and_every_gradient(name, side, calls):
 @pytest.mark.parametrize("name", HF)
 def test_16_bits(name, dtype, calls):
     assert_parity(name, None if FAMILIES[name].kind == "image" else "left", dtype)
-    assert "sdpa" not in calls
+    assert "sdpa" not in calls or name in OWN_MASKS
 
 
 @pytest.mark.parametrize("name", [n for n in HF if FAMILIES[n].generates])
@@ -131,7 +137,7 @@ def test_generation(name, cache, calls):
     expected = model.generate(x, **options)
     model.set_attn_implementation(NAME)
     assert torch.equal(model.generate(x, **options), expected)
-    assert calls and "sdpa" not in calls
+    assert calls and ("sdpa" not in calls or name in OWN_MASKS)
 
 
 def test_a_call_behind_a_static_cache(calls):
@@ -161,7 +167,7 @@ def test_output_attentions_as_sdpa_does(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("Llama", "Gemma 2", "T5"))
+@pytest.mark.parametrize("name", [name for name in ("Llama", "Gemma 2", "T5") if name in HF])
 def test_compiled(name):
     family, batch = FAMILIES[name], batch_of(FAMILIES[name], "right")
     model = made(name, NAME)
@@ -210,9 +216,9 @@ def test_windows_are_bands(calls):
 
 
 def test_a_mask_that_is_written_to_is_no_band_any_more(calls):
-    mask = hook.attention_mask(
-        batch_size=1, q_length=5, kv_length=5, q_offset=0, kv_offset=0, allow_is_causal_skip=False, attention_mask=None
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AttentionMaskInterface._global_mapping, "sdpa", lambda: torch.ones(1, 1, 5, 5, dtype=torch.bool).tril())
+        mask = hook.attention_mask()
     module = torch.nn.Module()
     q = torch.randn(1, 2, 5, 8)
     whole, _ = hook.attention_forward(module, q, q, q, mask)
@@ -277,9 +283,16 @@ def test_position_bias_and_its_gradient(mask, causal):
         mask = (
             visible if mask == "boolean" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         )
+    # "sdpa" is causal where it is given no mask
+    visible = torch.ones(5, 5, dtype=torch.bool).tril() if causal and mask is None else None
+    scores = bias.masked_fill(~visible, -torch.inf) if visible is not None else bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     results = []
-    for function in (hook.attention_forward, AttentionInterface()["sdpa"]):
-        o, _ = function(module_of(), q, k, v, mask, is_causal=causal, position_bias=bias)
+    for o in (
+        hook.attention_forward(module_of(), q, k, v, mask, is_causal=causal, position_bias=bias)[0],
+        F.scaled_dot_product_attention(q, k, v, scores).transpose(1, 2),
+    ):
         results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v, bias))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -371,12 +384,27 @@ def test_left_to_sdpa(case, calls):
     assert calls == ["sdpa"]
 
 
+@pytest.mark.parametrize("name", ("position_bias", "cache"))
+def test_what_an_older_sdpa_would_not_read_is_an_error(name, monkeypatch):
+    def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(hook, "_sdpa", lambda: sdpa)
+    q = torch.randn(1, 2, 5, 264)
+    with pytest.raises(RuntimeError, match=rf"no kernel for .*, and \"sdpa\" of this transformers reads no {name}"):
+        hook.attention_forward(module_of(), q, q, q, None, **{name: torch.zeros(1, 2, 5, 5)})
+
+
 def test_a_paged_cache_is_left_to_sdpa(calls, monkeypatch):
     class Paged:
         pass
 
     given = {}
-    monkeypatch.setattr(hook, "_sdpa", lambda: lambda *args, **options: given.update(options))
+
+    def sdpa(*args, cache=None, **options):
+        given.update(options, cache=cache)
+
+    monkeypatch.setattr(hook, "_sdpa", lambda: sdpa)
     cache, q = Paged(), torch.randn(1, 2, 5, 8)
     hook.attention_forward(module_of(), q, q, q, None, cache=cache, cu_seq_lens_q=1)
     assert given["cache"] is cache and given["cu_seq_lens_q"] == 1 and not calls

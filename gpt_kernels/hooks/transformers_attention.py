@@ -126,10 +126,17 @@ def attention_forward(
         if alone:
             what = " and ".join(["softcap"] * (softcap is not None) + ["sinks (s_aux)"] * (s_aux is not None))
             raise RuntimeError(f"gpt_kernels attention with {what}: no kernel for {why}; use attn_implementation='eager'")
-        return _sdpa()(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-            position_bias=position_bias, cache=cache, **kwargs,
-        )  # fmt: skip
+        sdpa = _sdpa()
+        for name, given in (("position_bias", position_bias), ("cache", cache)):
+            if given is None:
+                continue
+            if name not in inspect.signature(sdpa).parameters:
+                raise RuntimeError(
+                    f'gpt_kernels attention: no kernel for {why}, and "sdpa" of this transformers reads no {name}; '
+                    "use attn_implementation='eager'"
+                )
+            kwargs[name] = given
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
     offset, left, right, bias = 0, -1, 0 if causal else -1, attention_mask
     if bias is not None and (band := _marked(bias)) is not None:
         (offset, left), right, bias = band, 0, None
