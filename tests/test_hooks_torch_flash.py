@@ -14,7 +14,7 @@ from gpt_kernels.ops.attention import attention
 
 registry = torch.nn.attention
 pytestmark = pytest.mark.skipif(
-    not hasattr(registry, "register_flash_attention_impl"), reason="this torch has no register_flash_attention_impl"
+    not hasattr(registry, "restore_flash_attention_impl"), reason="this torch cannot take an implementation out again"
 )
 
 
@@ -183,7 +183,8 @@ def test_the_gpus_slots_on_cpu_tensors(dropout_p, causal):
         torch_flash._cuda_forward(None)(q, k, v, 0.0, False, True)
 
 
-def test_a_torch_without_the_hook(monkeypatch):
-    monkeypatch.delattr(registry, "register_flash_attention_impl")
-    with pytest.raises(RuntimeError, match=r"torch [\d.+a-z]+ has no torch.nn.attention.register_flash_attention_impl"):
+@pytest.mark.parametrize("name", ("register_flash_attention_impl", "restore_flash_attention_impl"))
+def test_a_torch_without_the_hook(name, monkeypatch):
+    monkeypatch.delattr(registry, name)
+    with pytest.raises(RuntimeError, match=rf"torch [\d.+a-z]+ has no torch.nn.attention.{name}"):
         gpt_kernels.register_flash_attention()

@@ -1,5 +1,6 @@
-"""The parity slice of the families and the hooks at both ends of what is promised: the oldest and the newest transformers, and the
-oldest and the newest torch. Environments of their own, several GB each for a torch; what the index does not give is skipped, by name."""
+"""The parity slice of the families and the hooks at both ends of what is promised: the oldest and the newest transformers, and
+the oldest and the newest torch. Environments of their own, several GB each for a torch; what the index does not give is
+skipped, by name."""
 
 import pathlib
 import re
@@ -47,7 +48,10 @@ def test_parity_under_transformers(tmp_path, asked):
     assert version.startswith(OLDEST) if "==" in asked else version >= OLDEST
 
 
-@pytest.mark.parametrize("minor", (min(PAIRS, key=lambda v: int(v.split(".")[1])), max(PAIRS, key=lambda v: int(v.split(".")[1]))))
+MINORS = sorted(PAIRS, key=lambda minor: int(minor.split(".")[1]))
+
+
+@pytest.mark.parametrize("minor", (MINORS[0], MINORS[-1]))
 def test_parity_under_torch(tmp_path, minor):
     """The library of this tree: one binary for all of them."""
     if minor == PINNED.rpartition(".")[0]:
@@ -57,6 +61,6 @@ def test_parity_under_torch(tmp_path, minor):
     lines = (ROOT / "requirements-dev.txt").read_text()
     wanted = ("transformers", "tokenizers", "safetensors", "numpy", "pytest", "pytest-xdist", "pytest-timeout")
     marker = ">=" if sys.version_info >= (3, 11) else "<"
-    found = [re.search(rf'^{name}==[\w.]+(?=$|; python_version {marker})', lines, re.M)[0] for name in wanted]
+    found = [re.search(rf"^{name}==[\w.]+(?=$|; python_version {marker})", lines, re.M)[0] for name in wanted]
     get(python, *found)
     assert parity(python, "torch").startswith(minor)

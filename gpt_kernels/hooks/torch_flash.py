@@ -34,12 +34,13 @@ def register_flash_attention() -> str:
     """Register our attention with torch.nn.attention, as "gpt_kernels", for its activate_flash_attention_impl; returns that
     name.
 
-    Nothing is activated by it. Raises RuntimeError for a torch without register_flash_attention_impl.
+    Nothing is activated by it. Raises RuntimeError for a torch that cannot register one, or not take it out again (before
+    2.11).
     """
-    register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
-    if register is None:
-        raise RuntimeError(f"torch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl")
-    register(NAME, register_fn=_activate)
+    for name in ("register_flash_attention_impl", "restore_flash_attention_impl"):
+        if not hasattr(torch.nn.attention, name):
+            raise RuntimeError(f"torch {torch.__version__} has no torch.nn.attention.{name}")
+    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_activate)
     return NAME
 
 

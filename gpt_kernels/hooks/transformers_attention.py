@@ -162,8 +162,9 @@ def _sdpa() -> Any:
 
 def _refuse_unknown(module: nn.Module, s_aux: Any, kwargs: dict) -> None:
     """Raises RuntimeError for an argument, or sinks of the module, that its own eager attention reads and we do not."""
+    cls: Any = type(module)
     for name in kwargs.keys() - _WITHOUT_MEANING:
-        if kwargs[name] is not None and name in _read_by_eager(type(module)):
+        if kwargs[name] is not None and name in _read_by_eager(cls):
             raise RuntimeError(
                 f"gpt_kernels attention: {type(module).__name__} passes {name}, which its eager attention reads and for which "
                 "there is no kernel; use attn_implementation='eager'"
