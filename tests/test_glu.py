@@ -40,6 +40,19 @@ def test_one_tensor_is_its_halves(name, up_first):
         assert torch.equal(y, two[0]) and torch.equal(dx, torch.cat(grads, -1)) and dx.is_contiguous()
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_by_stride(name):
+    """of N elements that go 16 bytes at a time, at strides that do and do not, gate's another than up's; bit for bit"""
+    for dtype in (torch.float32, torch.bfloat16):
+        for gate_width, up_width, N in ((48, 33, 32), (33, 48, 32), (33, 33, 16), (40, 64, 24), (64, 37, 37)):
+            x, z = torch.randn(5, gate_width).to(dtype), torch.randn(5, up_width).to(dtype)
+            dy = torch.randn(5, N).to(dtype)
+            given = x[:, gate_width - N :], z[:, :N]
+            copied = forward_backward(FORMS[name][0], [t.clone(memory_format=torch.contiguous_format) for t in given], dy)
+            for a, e in zip(forward_backward(FORMS[name][0], given, dy), copied, strict=True):
+                assert torch.equal(a, e), (gate_width, up_width, N)
+
+
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func.name())

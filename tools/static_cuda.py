@@ -33,7 +33,8 @@ WIDE = {
     r"norm_fwd<.*, true>": 0.94,
     r"norm_bwd<": 0.94,
     r"norm_bwd_row<.*, true>": 0.99,
-    r"gelu_(fwd|bwd)<.*, true>": 0.99,
+    r"g[el]*lu_(fwd|bwd)<.*, true>": 0.99,
+    r"rotary<.*, true>": 0.99,
     r"attention_fwd<.*, true>": 0.99,
     r"attention_bwd<.*, true>": 0.97,
     r"dropout_fwd<.*, true>": 0.85,
@@ -43,7 +44,8 @@ HOLDS = {
     r"attention_(fwd|bwd|dbias)<(bf16|f16)": ("HMMA", "LDGSTS", "LDSM"),
     r"attention_(fwd|bwd|dbias)<float": ("FFMA", "HMMA", "LDGSTS"),  # HMMA of TF32, where it is asked for
     r"norm_(fwd|bwd)<": ("LDG", "STG", "SHFL"),
-    r"gelu_(fwd|bwd)<": ("MUFU",),
+    r"g[el]*lu_(fwd|bwd)<": ("MUFU",),
+    r"rotary<.*, true>": ("LDG", "STG", "FFMA"),
     r"(softmax|cross_entropy)_\w+<.*, true, 0, 0>": ("LDGSTS", "LDS", "STG", "SHFL", "MUFU"),
     r"(softmax|cross_entropy)_\w+<.*, [2-9](, \d)?>": ("LDG", "STG"),
 }

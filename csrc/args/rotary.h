@@ -6,11 +6,13 @@ namespace gk {
 
 struct RotaryArgs {
   int64_t B, S, H, D, half;  // half the dimensions that are turned
-  int64_t x[3], y[3];  // strides of batch, position and head
-  int64_t cos[2], sin[2];  // of batch and position; 0 where one serves the whole batch
+  int64_t x[3], y[3];  // strides of batch, position and head; 0 where there is one
+  int64_t cos[2], sin[2];  // of batch and position; 0 where one serves all
   int64_t both;  // where the second of a pair has its own cos and sin, how far behind the first's; 0 where it has not
   bool heads_outside;  // in memory positions go by before heads do, as in a contiguous (B, H, S, D)
 };
+
+inline int64_t moving_stride(const Tensor& t, int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); }
 
 inline void check_rotary_tensor(const char* op, const char* name, const Tensor& t) {
   GK_CHECK(t.dim() == 4, op, ": ", name, " must have 4 dimensions (batch, positions, heads, head_dim), got shape ",
@@ -25,7 +27,7 @@ inline RotaryArgs rotary_args(const char* op, const Tensor& x, const Tensor& cos
   RotaryArgs s = {};
   s.B = x.size(0), s.S = x.size(1), s.H = x.size(2), s.D = x.size(3), s.half = rotary_dim / 2;
   s.heads_outside = x.stride(2) > x.stride(1);
-  for (int d = 0; d < 3; d++) s.x[d] = x.stride(d);
+  for (int d = 0; d < 3; d++) s.x[d] = moving_stride(x, d);
   GK_CHECK(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= s.D, op, ": rotary_dim must be even and at most ", s.D,
            ", x's last dimension, got ", rotary_dim);
   const ScalarType dtype = x.scalar_type(), stat = stat_dtype(dtype);
@@ -39,7 +41,7 @@ inline RotaryArgs rotary_args(const char* op, const Tensor& x, const Tensor& cos
              shape_text(t));
     GK_CHECK(t.stride(2) == 1 || t.size(2) <= 1 || t.numel() == 0, op, ": ", name,
              " must be contiguous in its last dimension, its stride there is ", t.stride(2));
-    stride[0] = t.size(0) == 1 ? 0 : t.stride(0), stride[1] = t.stride(1);
+    stride[0] = moving_stride(t, 0), stride[1] = moving_stride(t, 1);
   };
   table("cos", cos, s.cos), table("sin", sin, s.sin);
   check_dtype(op, "sin", sin, cos.scalar_type());
@@ -61,7 +63,7 @@ inline Tensor new_rotated(const Tensor& x, RotaryArgs& s) {
 inline void rotary_out_args(const char* op, RotaryArgs& s, const Tensor& y, const Tensor& x) {
   check_same_device(op, "y", y, x), check_dtype(op, "y", y, x.scalar_type()), check_rotary_tensor(op, "y", y);
   check_same_shape(op, "y", y, "x", x);
-  for (int d = 0; d < 3; d++) s.y[d] = y.stride(d);
+  for (int d = 0; d < 3; d++) s.y[d] = moving_stride(y, d);
 }
 
 }  // namespace gk

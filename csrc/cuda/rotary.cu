@@ -51,9 +51,15 @@ __global__ void __launch_bounds__(rotary_threads, 3)
   const int64_t first = int64_t(blockIdx.y) * blockDim.y + threadIdx.y, step = int64_t(gridDim.y) * blockDim.y;
   if (unit >= units) {
     const int64_t i = 2 * s.half + int64_t(unit - units) * V, n = s.D - i;
-    for (int64_t h = first; h < s.H; h += step) {
-      float v[V];
-      load_v<aligned>(x + h * s.x[2] + i, n, v), store_v<aligned>(y + h * s.y[2] + i, n, v);
+#pragma unroll 1
+    for (int64_t h = first; h < s.H && y != x; h += step) {
+      const T* from = x + h * s.x[2] + i;
+      T* to = y + h * s.y[2] + i;
+      if constexpr (aligned) {
+        store_16(to, load_16(from));
+      } else {
+        for (int64_t k = 0; k < V && k < n; k++) to[k] = from[k];
+      }
     }
     return;
   }

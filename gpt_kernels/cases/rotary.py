@@ -82,7 +82,8 @@ def hf(R: int, interleaved: bool = False, unsqueeze_dim: int = 1, inplace: bool 
 
 
 def example(how, what: str, *shapes, dtype=torch.float32, **more) -> Example:
-    return Example(what, *how, tuple(torch.randn(s).to(dtype) for s in shapes), **more)
+    ours, eager = how
+    return Example(what, ours, eager, tuple(torch.randn(s).to(dtype) for s in shapes), **more)
 
 
 def small(dtype):
@@ -104,6 +105,8 @@ def odd(dtype, slow):
             table = dtype if i % 2 else torch.promote_types(dtype, torch.float32)
             yield example(flash(2 * half, interleaved, table, batch=i % 3 == 0), what, (B, S, H, D), dtype=dtype)
             yield example(hf(2 * half, interleaved, 1 + i % 2), f"{what}, of q and k", (B, S, S, D), (B, S, S, D), dtype=dtype)
+    for interleaved in (False, True):  # more heads than a block or a program has
+        yield example(flash(16, interleaved, dtype), "eleven heads", (1, 3, 11, 18), dtype=dtype)
 
 
 def threaded(slow):
@@ -159,8 +162,9 @@ def magnitudes():
 
 
 def streamed(dtype):
+    turn = flash(64, False, dtype)[0]
     for x in streamed_rows(dtype):
-        yield Streamed("rotary", lambda x: flash(64, False, dtype)[0](x.unflatten(-1, (-1, x.shape[-1] // 10))), (x,))
+        yield Streamed("rotary", lambda x: turn(x.unflatten(-1, (4, -1))).flatten(-2), (x,))
 
 
 def watched():
@@ -197,7 +201,7 @@ def calls(new):
     for what, *args in variants(new):
         yield what, "rotary_fwd", (*args,)
         yield f"{what} out", "rotary_fwd_out", (*args, new(*args[0].shape))
-    yield "packed", "rotary_fwd", (new(2, 5, 3, 3, 16)[:, :, 1], new(1, 5, 8), new(1, 5, 8), 16, False, False)
+    yield "packed", "rotary_fwd", (new(2, 5, 3, 3, 16).select(2, 1), new(1, 5, 8), new(1, 5, 8), 16, False, False)
     yield "none", "rotary_fwd", (new(0, 5, 3, 16), new(1, 5, 8), new(1, 5, 8), 16, False, False)
 
 

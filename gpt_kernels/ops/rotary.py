@@ -137,6 +137,8 @@ def _written(x, cos, sin, options, derivative):
     if derivative:
         return _RotaryInplace.apply(x, cos, sin, *options)
     out(x, cos, sin, *options, False, x)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # whoever has saved it gets autograd's error
     return x
 
 

@@ -11,27 +11,34 @@ import triton.language as tl
 
 
 @triton.jit
+def corner(slab, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows slab * BLOCK_M.., first of the columns chunk * BLOCK_N..)"""
+    row = slab.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    start = chunk.to(tl.int64) * BLOCK_N
+    return row, start
+
+
+@triton.jit
+def strided(slab, chunk, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr):
+    """offsets of these rows and columns where rows lie `stride` apart, a multiple of VEC where there is a second one: written
+    so that the compiler sees it"""
+    row, start = corner(slab, chunk, BLOCK_M, BLOCK_N)
+    return row * (stride // VEC * VEC) + start + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
 def tile(slab, chunk, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr):
-    """(offsets, inside, whole, interior) of rows slab * BLOCK_M.. and columns chunk * BLOCK_N..
+    """(offsets, inside, whole, interior) of these rows and columns of a contiguous (M, N)
 
     whole: the VEC elements around are all inside; interior, of the whole tile: all are.
     """
-    row = slab.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    start = chunk.to(tl.int64) * BLOCK_N
+    row, start = corner(slab, chunk, BLOCK_M, BLOCK_N)
     lane = tl.arange(0, BLOCK_N)[None, :]
     left = tl.minimum(N - start, BLOCK_N).to(tl.int32)
     inside = (row < M) & (lane < left)
     whole = (row < M) & (lane // VEC * VEC + VEC <= left)
     interior = (left == BLOCK_N) & ((slab.to(tl.int64) + 1) * BLOCK_M <= M)
-    # N is a multiple of VEC where there is a second row: written so that the compiler sees it
-    return row * (N // VEC * VEC) + start + lane, inside, whole, interior
-
-
-@triton.jit
-def strided(slab, chunk, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr):
-    """tile's offsets in rows that lie `stride` apart, a multiple of VEC where there is a second row"""
-    row = slab.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    return row * (stride // VEC * VEC) + chunk.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    return strided(slab, chunk, N, BLOCK_M, BLOCK_N, VEC), inside, whole, interior
 
 
 @triton.jit

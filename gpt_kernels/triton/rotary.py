@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, check_device, check_dtype, check_float, check_same_shape, dtype_name, fail, launch
+from .common import arch, cdiv, check_device, check_dtype, check_float, check_same_shape, dtype_name, fail, launch, wave_of
 from .tuning import Parameters, Tunable
 
 
@@ -41,7 +41,8 @@ def rotary_kernel(
 ):  # fmt: skip
     group, tile, b = tl.program_id(0) % groups, tl.program_id(0) // groups % tiles, tl.program_id(0) // groups // tiles
     s = (tile.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S))[:, None]
-    half = half // VEC * VEC  # as all strides: so that the compiler sees where 16 bytes go together
+    # as all strides: so that the compiler sees where 16 bytes go together
+    half, rest = half // VEC * VEC, rest // VEC * VEC
     lanes, wide, beyond = tl.arange(0, BLOCK)[None, :], tl.arange(0, 2 * BLOCK)[None, :], tl.arange(0, REST)[None, :]
     inside, inside_wide, inside_rest = (s < S) & (lanes < half), (s < S) & (wide < 2 * half), (s < S) & (beyond < rest)
     b = b.to(tl.int64)
@@ -53,8 +54,9 @@ def rotary_kernel(
         sin1, sin2 = -sin2, -sin1
     x_at = b * (x_batch // VEC * VEC) + s * (x_position // VEC * VEC)
     y_at = b * (y_batch // VEC * VEC) + s * (y_position // VEC * VEC)
-    for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, H)):
-        from_head, to_head = x_at + h.to(tl.int64) * (x_head // VEC * VEC), y_at + h.to(tl.int64) * (y_head // VEC * VEC)
+    first = group.to(tl.int64) * HEADS
+    for k in range(0, tl.minimum(HEADS, H - group * HEADS)):
+        from_head, to_head = x_at + (first + k) * (x_head // VEC * VEC), y_at + (first + k) * (y_head // VEC * VEC)
         x1, x2 = pairs(x, INTERLEAVED, BLOCK, from_head, half, lanes, wide, inside, inside_wide)
         y1 = (x1 * cos1 - x2 * sin1).to(y.dtype.element_ty)
         y2 = (x2 * cos2 + x1 * sin2).to(y.dtype.element_ty)
@@ -69,7 +71,8 @@ def rotary_kernel(
 
 
 def _default(arch: str, half: int, dtype) -> Parameters:
-    return {"BLOCK_S": max(1, 1024 // triton.next_power_of_2(half)), "HEADS": 4, "num_warps": 4}
+    pairs = 4 * wave_of(arch) * (16 // dtype.itemsize)  # one 16-byte access per thread and half
+    return {"BLOCK_S": max(1, pairs // triton.next_power_of_2(half)), "HEADS": 4, "num_warps": 4}
 
 
 def _candidates(arch: str, half: int, dtype) -> list[Parameters]:
@@ -122,10 +125,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: b
         return
     B, S, H, D = x.shape
     half, rest = rotary_dim // 2, D - rotary_dim
-    tables = [s for t in (cos, sin) for s in (0 if t.shape[0] == 1 else t.stride(0), t.stride(1))]
-    strides = [*x.stride()[:3], *y.stride()[:3], *tables]
+    # where there is one, its stride moves nothing
+    strides = [0 if t.shape[d] == 1 else t.stride(d) for t in (x, y, cos, sin) for d in range(t.dim() - 1)]
     vec = 16 // x.itemsize
-    if any(n % vec for n in (half, *strides)):
+    if any(n % vec for n in (half, D, *strides)):
         vec = 1
     p = FWD(arch(x.device), half=max(half, 1), dtype=x.dtype)
     tiles, groups = cdiv(S, p["BLOCK_S"]), cdiv(H, p["HEADS"])
