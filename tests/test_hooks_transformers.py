@@ -272,6 +272,25 @@ def test_additive_masks(hidden, blind, calls):
     assert ("sdpa" in calls) == (blind and hidden != -torch.inf)
 
 
+def test_one_token_sees_every_key():
+    """Without a mask, whatever is_causal says: it is the last one."""
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 7, 8)
+    found, _ = hook.attention_forward(module_of(is_causal=True), q, k, k, None)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, k).transpose(1, 2))
+
+
+def test_a_row_that_an_additive_mask_hides_is_0_under_a_softcap():
+    """And its gradient: "sdpa" has no soft cap to leave it to."""
+    q, k = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(1, 2, 5, 8)
+    mask = torch.zeros(1, 1, 3, 5)
+    mask[0, 0, 1] = mask[0, 0, 0, 2] = torch.finfo(torch.float32).min
+    o, _ = hook.attention_forward(module_of(), q, k, k, mask, softcap=2.0)
+    (dq,) = torch.autograd.grad(o.square().sum(), q)
+    assert not o[:, 1].any() and not dq[:, :, 1].any() and dq[:, :, 0].all()
+    scores = (2.0 * torch.tanh(q @ k.mT * 8**-0.5 / 2.0) + mask).softmax(-1)
+    torch.testing.assert_close(o[:, [0, 2]], (scores @ k).transpose(1, 2)[:, [0, 2]])
+
+
 @pytest.mark.parametrize("mask", (None, "boolean", "additive"))
 @pytest.mark.parametrize("causal", (True, False))
 def test_position_bias_and_its_gradient(mask, causal):
