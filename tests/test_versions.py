@@ -4,6 +4,7 @@ skipped, by name."""
 
 import pathlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -63,4 +64,6 @@ def test_parity_under_torch(tmp_path, minor):
     marker = ">=" if sys.version_info >= (3, 11) else "<"
     found = [re.search(rf"^{name}==[\w.]+(?=$|; python_version {marker})", lines, re.M)[0] for name in wanted]
     get(python, *found)
-    assert parity(python, "torch").startswith(minor)
+    version = parity(python, "torch")
+    shutil.rmtree(tmp_path)
+    assert version.startswith(minor)
