@@ -354,7 +354,12 @@ def _found(module: nn.Module, model: nn.Module, probe: bool) -> tuple[_Rule | No
     if like is not None and (like.dtype not in DTYPES or like.is_meta):
         return None, None
     dtype, device = (torch.float32, torch.device("cpu")) if like is None else (like.dtype, like.device)
-    found = structure.find(module, dtype, device, probe)
+
+    def lacking(op: str) -> str | None:
+        why = _no_kernel(f"{op}_fwd", device.type.upper())
+        return why and f"{op} has no kernel here: {why}"
+
+    found = structure.find(module, dtype, device, lacking, probe)
     if found is None or found.form is None:
         return None, found and found.why
     form = found.form

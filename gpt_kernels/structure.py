@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from .ops.common import stat_dtype
 from .ops.dropout import dropout
 from .ops.gelu import gelu
+from .ops.glu import geglu, swiglu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
 from .probe import PROBED, Candidate, Verdict, linear_sizes, probe, random_state_kept, twin
 from .reading import Reading, attribute, attributes, reading, unchanged, unwrapped
 from .serving import DTYPES, dense, droppable, own_class, parameter, unhooked
-from .substitute import substituted, substitutes
+from .substitute import substituted
 
 Builder = Callable[..., tuple[Callable[..., Any], Callable[..., bool]]]
 
@@ -211,12 +212,8 @@ def glu(
     def forward(self: Any, x: Tensor) -> Tensor:
         children = self._modules
         g = children[gate](x)
-        if up is None:
-            g, u = g.chunk(2, -1)
-            g, u = (u, g) if flipped else (g, u)
-        else:
-            u = children[up](x)
-        x = swiglu(g, u) if kind == "silu" else geglu(g, u, approximate=kind)
+        u = None if up is None else children[up](x)
+        x = swiglu(g, u, up_first=flipped) if kind == "silu" else geglu(g, u, kind, up_first=flipped)
         if inner is not None:
             x = children[inner](x)
         if down is not None:
@@ -270,7 +267,7 @@ def _norms(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
         yield Form(norm, ("layer", weight, None, eps, False), ("layer_norm",), "layer norm", guards=left)
 
 
-GLU_OPS = {"silu": "swiglu", "none": "geglu", "tanh": "geglu"}
+GLUS = {"silu": "SwiGLU", "none": "GeGLU", "tanh": "GeGLU (tanh)"}
 
 
 def _mlps(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
@@ -303,15 +300,15 @@ def _mlps(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
                 for kind in ("none", "tanh") if n == m else ():
                     args = (up, down, kind, inner, outer, alike)
                     yield Form(mlp, args, ("gelu",), "bias and GELU in one pass", **rest)
-                for kind, flipped in itertools.product(GLU_OPS, (False, True)) if n == 2 * m or down is None else ():
+                for kind, flipped in itertools.product(GLUS, (False, True)) if n == 2 * m or down is None else ():
                     args = (up, None, down, kind, flipped, inner, outer, alike)
-                    yield Form(glu, args, (GLU_OPS[kind],), f"{GLU_OPS[kind]} in one pass", **rest)
+                    yield Form(glu, args, ("glu",), f"{GLUS[kind]} in one pass", **rest)
         elif len(names) == 3:
             for gate, up, down in itertools.permutations(names):
                 if linear[gate] == linear[up] and linear[down][0] == linear[gate][1]:
-                    for kind in GLU_OPS:
+                    for kind in GLUS:
                         args = (gate, up, down, kind, False, inner, outer, alike)
-                        yield Form(glu, args, (GLU_OPS[kind],), f"{GLU_OPS[kind]} in one pass", **rest)
+                        yield Form(glu, args, ("glu",), f"{GLUS[kind]} in one pass", **rest)
 
 
 def _residuals(module: nn.Module, guards: tuple) -> Iterator[Form]:
@@ -339,7 +336,12 @@ class Found:
 _cache: dict[Any, Found | None] = {}
 
 
-def find(module: nn.Module, dtype: torch.dtype, device: torch.device, probed: bool = True) -> Found | None:
+Lacking = Callable[[str], str | None]  # of an op: why there is no kernel of it for the module's device
+
+
+def find(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, lacking: Lacking = lambda op: None, probed: bool = True
+) -> Found | None:
     """What a module of no known class is to be replaced by, or why by nothing; None: it does not look like anything of ours.
 
     dtype, device: of its parameters, or its model's. probed=False: the first proposal is taken at its word.
@@ -351,7 +353,7 @@ def find(module: nn.Module, dtype: torch.dtype, device: torch.device, probed: bo
     read = reading(cls, cls.forward)
     if read is None or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return None
-    if (over := substituted(module, cls)) is not None:
+    if (over := substituted(module, cls, device, lacking)) is not None:
         form = None if isinstance(over, str) else Form(over.build, over.args, over.ops, over.why, inputs=0)
         return Found(form, over if isinstance(over, str) else over.why)
     kind = _kind(module, cls)
@@ -361,6 +363,11 @@ def find(module: nn.Module, dtype: torch.dtype, device: torch.device, probed: bo
     if isinstance(guards, str):
         return Found(None, f"its forward reads {guards}, which may change")
     proposals = list(_proposed(kind, module, read, guards))
+    absent = {form: why for form in proposals for why in map(lacking, form.ops) if why is not None}
+    if absent:
+        proposals = [form for form in proposals if form not in absent]
+        if not proposals:
+            return Found(None, next(iter(absent.values())))
     if not proposals:
         return None
     if read.by_shape:

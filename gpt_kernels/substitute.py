@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .ops.rotary import apply_rotary_pos_emb
+from .probe import compared, random_state_kept, results
 from .reading import globals_read, rebuilt, unwrapped
+from .serving import dense
 
 
 @dataclass(frozen=True)
 class Substitute:
-    """What is put in the place of a global: `make`(its value) gives ours. Picklable: make is a module's function."""
+    """What is put in the place of a global: make(its value, *args). Picklable: make is a module's function, args are plain."""
 
-    make: Callable[[Any], Any]
+    make: Callable[..., Any]
+    args: tuple
     op: str
     why: str
 
@@ -38,47 +42,151 @@ class Substituted:
     why: str
 
 
-substitutes: list[Callable[[str, Any, nn.Module], Substitute | str | None]] = []
+Finder = Callable[[Any, nn.Module, torch.device], "Substitute | str | None"]
+finders: list[Finder] = []  # of families
 
 
-def substituted(module: nn.Module, cls: type) -> Substituted | str | None:
-    """The substitutes for what the forward of `cls` names, a reason why there is none, or None where nothing is to be."""
+def substituted(
+    module: nn.Module, cls: type, device: torch.device, lacking: Callable[[str], str | None]
+) -> Substituted | str | None:
+    """The substitutes for what the forward of `cls` names, a reason why there is none, or None where nothing is to be.
+
+    lacking(op): why there is no kernel of it for the device."""
     inner = unwrapped(cls.forward)
     if inner is None:
         return None
     found: list[tuple[str, Substitute]] = []
-    reason = None
+    reasons: list[str] = []
     for name, value in globals_read(inner).items():
-        for finder in substitutes:
-            answer = finder(name, value, module)
-            if isinstance(answer, str):
-                reason = answer
-            elif answer is not None:
-                found.append((name, answer))
-                break
+        for finder in (rotary, *finders):
+            answer = finder(value, module, device)
+            if answer is not None and not isinstance(answer, str):
+                if (why := lacking(answer.op)) is None:
+                    found.append((name, answer))
+                answer = why
+            if answer is not None and answer not in reasons:
+                reasons.append(answer)
     if not found:
-        return reason
+        return "; ".join(reasons) or None
     if rebuilt(cls.forward, {}) is None:
         return "its forward is under a decorator that hides it"
     ops = tuple(dict.fromkeys(one.op for _, one in found))
-    why = ", ".join(dict.fromkeys(one.why for _, one in found)) + (f"; {reason}" if reason else "")
-    return Substituted(build, tuple((name, one.make) for name, one in found), ops, why)
+    why = "; ".join(dict.fromkeys((*(one.why for _, one in found), *reasons)))
+    return Substituted(build, tuple((name, one.make, one.args) for name, one in found), ops, why)
 
 
-def build(base: Any, *replaced: tuple[str, Callable[[Any], Any]]) -> tuple[Callable[..., Any], Callable[..., bool]]:
+def build(base: Any, *replaced: tuple[str, Callable[..., Any], tuple]) -> tuple[Callable[..., Any], Callable[..., bool]]:
     """(forward, serves) over base's own forward. Raises TypeError where it cannot be rebuilt."""
     inner = unwrapped(base.forward)
     assert inner is not None
     read = globals_read(inner)
-    forward = rebuilt(base.forward, {name: make(read[name]) for name, make in replaced})
+    forward = rebuilt(base.forward, {name: make(read[name], *args) for name, make, args in replaced})
     if forward is None:
         raise TypeError(f"the forward of {base.__qualname__} is under a decorator that hides it")
     scope, known = inner.__globals__, tuple(read.items())
 
     def serves(self: Any, *args: Any, **kwargs: Any) -> bool:
+        # the compiler would guard each of them
+        if torch.compiler.is_dynamo_compiling():
+            return True
         for name, value in known:
             if scope.get(name) is not value:
                 return False
         return True
 
     return forward, serves
+
+
+# ---- rotary embeddings ----
+
+
+def rotary(value: Any, module: nn.Module, device: torch.device) -> Substitute | str | None:
+    """A function of (q, k, cos, sin, ...)."""
+    names = _parameters(value)
+    if len(names) < 4 or {"cos", "sin"} != set(names[2:4]):
+        return None
+    found = _rotary_form(value, device)
+    return found if isinstance(found, str) else Substitute(rotary_over, found[0], "rotary", found[1])
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    inner = unwrapped(function)
+    return () if inner is None else inner.__code__.co_varnames[: inner.__code__.co_argcount]
+
+
+@functools.cache
+def _rotary_form(function: Any, device: torch.device) -> tuple[tuple, str] | str:
+    """((interleaved, part of the dimensions too), what the plan says), or why not."""
+    names, wrong = _parameters(function), ""
+    if names[2] != "cos":
+        return "its rotary embedding has its tables in another order"
+    unsqueezed = (1, 2) if "unsqueeze_dim" in names else (1,)
+    with random_state_kept(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for interleaved in (False, True):
+            agreed, worst = [], (0.0, 0.0)
+            for width in (8, 4):
+                part = [
+                    _rotary_agrees(function, interleaved, width, dim, dtype, device)
+                    for dim in unsqueezed
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+                ]
+                wrong = next((p for p in part if isinstance(p, str)), wrong)
+                if any(isinstance(p, str) for p in part):
+                    break
+                agreed.append(width)
+                worst = max(worst, *part)
+            if agreed:
+                return (interleaved, 4 in agreed), f"rotary embedding in one pass, probe: error {worst[0]:.1e}, eager's {worst[1]:.1e}"
+    return f"its rotary embedding is another: {wrong}"[:200]
+
+
+def _rotary_agrees(function, interleaved, width, dim, dtype, device) -> tuple[float, float] | str:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, width), (2, 5, width))
+    xs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    if dim == 2:
+        xs[:2] = [x.transpose(1, 2).contiguous() for x in xs[:2]]
+    options = {} if dim == 1 else {"unsqueeze_dim": dim}
+    try:
+        eager = results(lambda *x: function(*x, **options), xs, {})
+        truth = results(lambda *x: function(*x, **options), [x.double() for x in xs], {})
+        ours = results(lambda *x: apply_rotary_pos_emb(*x, unsqueeze_dim=dim, interleaved=interleaved), xs, {})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    wrong, *errors = compared(ours, eager, truth)
+    return wrong or (errors[0], errors[1])
+
+
+def rotary_over(own: Any, interleaved: bool, part: bool) -> Callable[..., Any]:
+    """Ours in the place of `own`, which does what ours does not."""
+    names = _parameters(own)[4:]
+    inner = unwrapped(own)
+    assert inner is not None
+    defaults = dict(zip(reversed(_parameters(own)), reversed(inner.__defaults__ or ()), strict=False))
+    given = defaults.get("unsqueeze_dim", 1)
+
+    @functools.wraps(own, updated=())
+    def apply(q, k, cos, sin, *args, **kwargs):
+        more = {**dict(zip(names, args, strict=False)), **kwargs}
+        dim = more.pop("unsqueeze_dim", given)
+        if (
+            dense(q, k)
+            and dense(q, cos, sin)
+            and dim in (1, 2)
+            and not any(value is not None for value in more.values())
+            and q.ndim == k.ndim == 4
+            and cos.ndim == 3
+            and q.numel() > 0
+            and k.numel() > 0
+            and q.shape[3 - dim] == k.shape[3 - dim] == cos.shape[1]
+            and q.shape[0] == k.shape[0]
+            and cos.shape[0] in (1, q.shape[0])
+            and sin.shape == cos.shape
+            and q.shape[-1] == k.shape[-1]
+            and (q.shape[-1] == cos.shape[-1] or part and q.shape[-1] > cos.shape[-1])
+            and cos.shape[-1] % 2 == 0
+        ):
+            return apply_rotary_pos_emb(q, k, cos, sin, dim, interleaved=interleaved)
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    return apply

@@ -48,6 +48,9 @@ WIDE = {  # share of 16-byte accesses; the rest are scalars per row, the ends of
     "cross_entropy 131072": (0.97, lambda: fwd(*inputs(1, 131072, dtype=torch.bfloat16), *DEFAULTS, True)),
     "dropout 768": (0.99, lambda: gpt_kernels.dropout(torch.randn(256, 768).bfloat16(), 0.1)),
     "gelu 3072": (0.99, lambda: gradients("gelu", torch.randn(128, 3072).bfloat16())),
+    "swiglu 1408": (0.99, lambda: gradients("swiglu", torch.randn(32, 1408).bfloat16(), torch.randn(32, 1408).bfloat16())),
+    "swiglu of one tensor": (0.99, lambda: gpt_kernels.swiglu(torch.randn(32, 2816).bfloat16())),
+    "rotary 64": (0.99, lambda: gpt_kernels.apply_rotary_emb(torch.randn(2, 5, 12, 80).bfloat16(), *torch.randn(2, 5, 32))),
     "layer_norm 768": (0.99, lambda: gpt_kernels.layer_norm(torch.randn(64, 768).bfloat16(), torch.ones(768).bfloat16())),
     "rms_norm 4096": (0.99, lambda: gpt_kernels.rms_norm(torch.randn(8, 4096).bfloat16(), torch.ones(4096).bfloat16())),
 }

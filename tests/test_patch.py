@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import gpt_kernels
 from gpt_kernels import Served, patch, patched, unpatch
 from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT
-from gpt_kernels.integrations import transformers_gpt2
+from gpt_kernels.integrations import transformers_gpt2, transformers_models
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare
 
@@ -405,9 +405,9 @@ def test_loss_options(options):
 
 def test_loss_reads_the_logits_that_the_model_returns(monkeypatch):
     model, x, seen = tiny(), tokens(), []
-    real = transformers_gpt2.cross_entropy
+    real = transformers_models.cross_entropy
     monkeypatch.setattr(
-        transformers_gpt2, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or real(logits, *a, **k)
+        transformers_models, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or real(logits, *a, **k)
     )
     with patched(model):
         logits = model(x, labels=x).logits

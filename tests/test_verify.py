@@ -8,7 +8,7 @@ from torch import nn
 
 from gpt_kernels import GPT, GPTConfig, patch, unpatch, verify
 from gpt_kernels.accuracy import model_floor
-from gpt_kernels.integrations import transformers_gpt2, transformers_private
+from gpt_kernels.integrations import transformers_gpt2, transformers_models, transformers_private
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare
 
@@ -167,8 +167,8 @@ def not_causal(monkeypatch):
 
 
 def wrong_loss(monkeypatch):
-    real = transformers_gpt2.cross_entropy
-    monkeypatch.setattr(transformers_gpt2, "cross_entropy", lambda *a, **k: real(*a, **k) * (1 + 1e-5))
+    real = transformers_models.cross_entropy
+    monkeypatch.setattr(transformers_models, "cross_entropy", lambda *a, **k: real(*a, **k) * (1 + 1e-5))
 
 
 class _Scaled(torch.autograd.Function):

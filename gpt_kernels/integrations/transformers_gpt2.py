@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 (transformers 5): attention, MLP and language-model loss on our kernels.
+"""Hugging Face's GPT-2 (transformers 5): attention and MLP on our kernels; its loss is that of all models.
 
 What there is no kernel for is done by the class's own forward, or for attention by the function that it would call, for that
 call (see patch.py):
@@ -10,7 +10,6 @@ call (see patch.py):
   under "eager", which then takes the mean of all values; under torch.compile, every additive mask, as its values cannot be
   looked at). Where "eager" returns the weights unasked, None stands in their place.
 - MLP: c_fc or act with hooks, hooks on all modules, c_fc of another class (LoRA, quantised), activations other than GELUs.
-- loss: other loss functions, float64 logits (whose loss is float32 there), labels that are not int64.
 """
 
 from __future__ import annotations
@@ -19,25 +18,16 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Conv1D, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
+from transformers import Conv1D, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from ..ops.attention import MAX_HEAD_DIM, attention
-from ..ops.cross_entropy import cross_entropy
 from ..ops.gelu import gelu
-from ..patch import dense, droppable, keep, parameter, register, unhooked
+from ..patch import dense, droppable, keep, left_by_autocast, parameter, register, unhooked
 from . import transformers_private as private
+from .transformers_models import mask_serves
 
 keep(Conv1D, "matrix product: torch's", home=__name__)
-
-
-def _left_by_autocast(x: Tensor) -> bool:
-    """Does autocast leave x's dtype alone?"""
-    if not torch._C._is_any_autocast_enabled():
-        return True
-    device = x.device.type
-    return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
 
 
 # ---- attention ----
@@ -122,7 +112,7 @@ def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwar
     if not dense(q, k, v) or v.shape != k.shape or not q.numel() or not k.numel():
         return False
     (B, H, _, D), (Bk, Hk, Tk, Dk) = q.shape, k.shape
-    if D > MAX_HEAD_DIM or Dk != D or Hk != H or Bk != B or not _left_by_autocast(q):
+    if D > MAX_HEAD_DIM or Dk != D or Hk != H or Bk != B or not left_by_autocast(q):
         return False
     if implementation == "eager":
         # its masks are additive, whose values cannot be looked at there
@@ -133,22 +123,7 @@ def _kernel_serves(module: Any, implementation: str, q, k, v, mask, p: Any, kwar
             return False
     elif mask is None and type(module.is_causal) is not bool:
         return False
-    return mask is None or _mask_serves(mask, q, Tk, implementation)
-
-
-def _mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
-    if type(mask) is not Tensor and type(mask) is not nn.Parameter or mask.ndim != 4 or mask.layout is not torch.strided:
-        return False
-    if any(m not in (1, n) for m, n in zip(mask.shape, (*q.shape[:3], Tk), strict=True)):
-        return False
-    if mask.dtype == torch.bool:
-        # "eager" would add it
-        return implementation == "sdpa"
-    if mask.dtype != q.dtype and not (implementation == "eager" and mask.dtype == torch.float32 and q.dtype.itemsize == 2):
-        return False
-    if torch.compiler.is_compiling():
-        return False
-    return not bool((mask.amax(-1) < torch.finfo(mask.dtype).min / 2).any())
+    return mask is None or mask_serves(mask, q, Tk, implementation)
 
 
 @register(
@@ -232,7 +207,7 @@ def _serves_mlp(module: Any, hidden_states) -> bool:
         and hidden_states.is_contiguous()
         and hidden_states.ndim > 0
         and hidden_states.numel() > 0
-        and (hidden_states.dtype.itemsize != 2 or _left_by_autocast(hidden_states))
+        and (hidden_states.dtype.itemsize != 2 or left_by_autocast(hidden_states))
         and bias.is_contiguous()
         and bias.shape == (c_fc.nf,)
     )
@@ -245,65 +220,3 @@ class MLP:
         hidden_states = hidden_states @ parameter(c_fc, "weight")
         hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), private.gelu_of(_child(self, "act")))
         return self.dropout(self.c_proj(hidden_states))
-
-
-# ---- loss ----
-
-
-def _loss_serves(logits: Any, target: Any, vocab_size: Any, ignore_index: Any) -> bool:
-    return (
-        type(ignore_index) is int
-        and type(vocab_size) is int
-        and type(target) is Tensor
-        and target.dtype == torch.int64
-        and dense(logits)
-        # float32 is what transformers takes them through
-        and logits.dtype != torch.float64
-        and logits.is_contiguous()
-        and logits.numel() == vocab_size * target.numel() > 0
-    )
-
-
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs,
-):
-    """transformers' ForCausalLMLoss without the copy of the logits in float32: our kernel reads them as they are.
-
-    logits: (..., V); labels, shift_labels: (...) int64. Returns () in float32. What there is no kernel for, float64 logits
-    among it, goes to ForCausalLMLoss itself.
-    """
-    if not _loss_serves(logits, labels if shift_labels is None else shift_labels, vocab_size, ignore_index):
-        return private.ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
-    target = shift_labels.view(-1).to(logits.device)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    # transformers' loss is that of logits in float32
-    loss: Any = cross_entropy(
-        logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction, dtype=torch.float32
-    )
-    if num_items_in_batch is None:
-        return loss
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
-
-
-@register(
-    modeling_gpt2.GPT2LMHeadModel, ("cross_entropy",), "cross entropy without float32 logits", unless=private.no_causal_lm_loss
-)
-class CausalLM:
-    @property
-    def loss_function(self):
-        # asked anew each time: a loss function set after patch is used
-        return causal_lm_loss if private.no_causal_lm_loss(self) is None else super().loss_function
-
-    @loss_function.setter
-    def loss_function(self, value):
-        PreTrainedModel.loss_function.fset(self, value)

@@ -38,6 +38,8 @@ def absent(*names: str) -> str | None:
 
 ALL_ATTENTION_FUNCTIONS = _find("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 sdpa_attention_forward = _find("integrations.sdpa_attention", "sdpa_attention_forward")
+position_bias_mask = _find("integrations.sdpa_attention", "create_position_bias_mask")
+_AttentionInterface = _find("modeling_utils", "AttentionInterface")
 _active_collector = _find("utils.output_capturing", "_active_collector")
 
 
@@ -65,6 +67,17 @@ def attention_function(implementation: str, modeling: ModuleType) -> Callable:
 def is_replaced(implementation: str, own: Callable, modeling: ModuleType) -> bool:
     """Does another function than `own` stand in its place, in the table or in the model's module?"""
     return ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(modeling, "eager_attention_forward", None)) is not own
+
+
+def is_attention_table(value: Any) -> bool:
+    """Is it transformers' table of attention functions, or a model's own copy?"""
+    return _AttentionInterface is not None and type(value) is _AttentionInterface
+
+
+def collects_outputs(hook: Any) -> bool:
+    """Is it the forward hook by which transformers collects outputs, which does nothing while nobody wants them?"""
+    home = "transformers.utils.output_capturing"
+    return getattr(hook, "__module__", None) == home and getattr(hook, "__name__", None) == "output_capturing_hook"
 
 
 def wants_attentions() -> bool:
