@@ -8,6 +8,9 @@ from . import names as _names
 from .dispatch import Served, use_backend, where
 from .estimate import estimate
 from .explain import explain
+from .hooks.kernelized import kernel_config, kernel_mapping
+from .hooks.torch_flash import register_flash_attention
+from .hooks.transformers_attention import register_transformers
 from .info import info
 from .library import isa, set_isa, use_isa
 from .memory import reuse_memory

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import bench_tools
+import families
 import pytest
 
 from gpt_kernels import dispatch, library
@@ -99,6 +100,22 @@ def test_table_of_determinism_names_every_op():
 @pytest.mark.skipif(library.best_isa() != library.ISA_LEVELS[-1], reason="the table is of a CPU with every instruction set")
 def test_table_of_determinism_is_what_runs():
     assert docs.block(docs.DETERMINISM.read_text(), "determinism") == docs.determinism()
+
+
+def test_table_of_families_is_what_the_tests_wrote():
+    found = json.loads(docs.FAMILIES_FOUND.read_text())
+    assert found["families"].keys() == families.FAMILIES.keys()
+    assert docs.block(docs.FAMILIES.read_text(), "families") == docs.families(found), "python -m tools.docs"
+    for name, shown in found["families"].items():
+        assert shown["ops"] and shown["forward"] and shown["backward"], name
+        assert not families.FAMILIES[name].generates or shown["generate greedy"], name
+
+
+def test_a_line_of_a_family():
+    lines = ['["A", "ops", ["gelu"]]', '["A", "forward", true]', '["A", "generate beam", true]', '["B", "backward", true]']
+    found = docs.families_found(lines)
+    assert found["families"] == {"A": {"forward": True, "generate beam": True, "ops": ["gelu"]}, "B": {"backward": True}}
+    assert docs.families(found).splitlines()[-2:] == ["| A | gelu | - | beam | - | - |", "| B | - | - | - | - | - |"]
 
 
 def test_other_bits_are_told():

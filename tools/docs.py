@@ -2,12 +2,15 @@
 
 python -m tools.docs                  # from the results that the documents name now
 python -m tools.docs --bench benchmarks/results/NAME.json --reuse .. --demo .. --gpu ..    # from these in their place
+python -m tools.docs --families FILE  # what the tests of the families wrote into FILE, see tests/test_families.py
 python -m tools.docs --determinism    # also runs the ops for the table of docs/determinism.md (a minute)
 
 A generated block stands between `<!-- name -->` and `<!-- /name -->`. tests/test_docs.py holds every one to its source.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -35,6 +38,7 @@ README, SPEED, MEMORY, DETERMINISM = (
     ROOT / name for name in ("README.md", "docs/speed.md", "docs/memory.md", "docs/determinism.md")
 )
 GPU, SUPPORT = ROOT / "docs/gpu.md", ROOT / "docs/support.md"
+FAMILIES, FAMILIES_FOUND = ROOT / "docs/families.md", ROOT / "docs/families.json"
 LARGE = 1 << 23  # bytes that must move: below it much is found in cache
 HOST_BOUND = 200  # us: a call of PyTorch's on the H200 that took less by events waited for the host, not for the GPU
 PLOTS = ("speed", "memory", "length-throughput", "length-memory")
@@ -348,6 +352,41 @@ def determinism() -> str:
     return rows_table(lines)
 
 
+# ---- docs/families.md ----
+
+
+def families_found(lines: list[str]) -> dict:
+    """What the tests wrote, a line each, as docs/families.json has it: {family: {column: value}} beside the versions."""
+    found: dict[str, dict] = {}
+    for name, column, value in map(json.loads, lines):
+        found.setdefault(name, {})[column] = value
+    here = {name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)}
+    versions = {name: importlib.metadata.version(name) for name in sorted(here, reverse=True)}
+    return {
+        "versions": versions,
+        "families": {name: dict(sorted(found[name].items())) for name in sorted(found, key=str.lower)},
+    }
+
+
+def families(found: dict) -> str:
+    """A line per family: what a test has shown of it, and a dash where none has."""
+
+    def several(shown: dict, *columns: str, start: str = "") -> str:
+        return ", ".join(column.removeprefix(start) for column in columns if shown.get(column)) or "-"
+
+    lines = [["family", "served by", "forward, backward in", "generates", "also", "attn_implementation"]]
+    for name, shown in found["families"].items():
+        dtypes = ["float32"] * bool(shown.get("forward") and shown.get("backward"))
+        dtypes += [dtype for dtype in ("bfloat16", "float16") if shown.get(dtype)]
+        how = sorted(column for column in shown if column.startswith("generate "))
+        also = several(shown, "hidden states, attentions", "checkpointing", "compile", "Trainer", "LoRA")
+        ops = ", ".join(shown.get("ops", ())) or "-"
+        hook = "yes" if shown.get("attn_implementation") else "-"
+        lines.append([name, ops, ", ".join(dtypes) or "-", several(shown, *how, start="generate "), also, hook])
+    of = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"Shown with {of}.\n\n{rows_table(lines)}"
+
+
 # ---- all of it ----
 
 
@@ -355,10 +394,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for source in SOURCES:
         parser.add_argument(f"--{source}", type=pathlib.Path, metavar="FILE", help=f"a result in {RESULTS}")
+    parser.add_argument("--families", type=pathlib.Path, metavar="FILE", help="what the tests of the families wrote")
     parser.add_argument(
         "--determinism", action="store_true", help="also run the ops and write what leaves their bits as they were"
     )
     args = vars(parser.parse_args())
+    if args["families"]:
+        found = families_found(args["families"].read_text().splitlines())
+        write(FAMILIES_FOUND, json.dumps(found, indent=1) + "\n")
     names = sources() | {source: args[source].name for source in SOURCES if args[source]}
     folder = ROOT / RESULTS / "plots"
     folder.mkdir(exist_ok=True)
@@ -370,6 +413,7 @@ def main() -> None:
     for (file, name), text in blocks(names).items():
         replace(file, name, text)
     replace(SUPPORT, "support", support())
+    replace(FAMILIES, "families", families(json.loads(FAMILIES_FOUND.read_text())))
     if args["determinism"]:
         replace(DETERMINISM, "determinism", determinism())
 

@@ -14,10 +14,11 @@ call (see patch.py):
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import Conv1D, DynamicCache, EncoderDecoderCache
+from transformers import Conv1D, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from ..ops.attention import MAX_HEAD_DIM, attention
@@ -50,7 +51,17 @@ _READ = frozenset(
 )
 
 
+# what its forward calls the cache: past_key_values up to transformers 5.23
+_CACHE = "cache" if "cache" in inspect.signature(modeling_gpt2.GPT2Attention.forward).parameters else "past_key_values"
+
+
 def _keep_attention(module: Any) -> str | None:
+    # a name that Attention.forward lacks would go into its kwargs, unseen
+    known, own = (list(inspect.signature(f).parameters) for f in (Attention.forward, type(module).forward))
+    if [_CACHE if name == "past_key_values" else name for name in known] != own:
+        return f"the arguments of its forward are others: {', '.join(own)}"
+    if type(module.scaling) not in (float, int):
+        return f"its scaling is {module.scaling!r}"
     if module.is_cross_attention:
         return "cross-attention"
     if module.head_dim > MAX_HEAD_DIM:
@@ -74,6 +85,8 @@ def _serves_attention(
     output_attentions=False,
     **kwargs,
 ) -> bool:
+    if _CACHE == "cache" and type(kwargs.get(_CACHE)) not in (type(None), DynamicCache, StaticCache):
+        return False
     return (
         encoder_hidden_states is None
         and not isinstance(past_key_values, EncoderDecoderCache)
@@ -141,6 +154,8 @@ class Attention:
             q, k, v = qkv.split(split, dim=2)
             q, k, v = (t.view(*t.shape[:-1], -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
         keys, values = k, v  # (B, H, T, D), by stride
+        if _CACHE == "cache" and _CACHE in kwargs:
+            past_key_values = kwargs.pop(_CACHE)
         if past_key_values is not None:
             keys, values = past_key_values.update(k, v, self.layer_idx)
             # a cache that was empty holds copies of k and v: these spare the backward pass through the copy

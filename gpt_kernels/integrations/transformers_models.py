@@ -120,7 +120,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
         if served and attention_mask is not None and attention_mask.dtype == torch.bool:
             served = not torch.compiler.is_compiling() and _sees_some(attention_mask)
         if served:
-            bias = private.position_bias_mask(position_bias, attention_mask, causal, query, key)
+            bias = private.position_bias_mask(position_bias, attention_mask, causal and query.shape[2] > 1, query, key)
     if not served:
         return private.sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, **kwargs
