@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .. import checkpoint
+from .. import checkpoint, sharding
 from ..generate import evaluating, generate
 from ..modules import GELU, Dropout, LayerNorm
 from ..ops.attention import flash_attn_func, flash_attn_qkvpacked_func
@@ -180,7 +180,7 @@ class GPT(nn.Module):
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"GPT: sequence length {start + idx.shape[1]} is above block_size {self.config.block_size}")
         t = self.transformer
-        position = torch.arange(start, start + idx.shape[1], device=idx.device)
+        position = sharding.positions(start, idx.shape[1], idx.device)
         x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
         for i, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training and cache is None:

@@ -1,0 +1,156 @@
+"""What tests/test_distributed.py has several processes of one machine do, over gloo: a function a check, the same in each process.
+
+A check compares with one process by accuracy.py's rule, the loss and every gradient, and returns how many tensors it compared, for
+the table of docs/engines.md. Its docstring's first line is its row there.
+"""
+
+import contextlib
+import copy
+import os
+import sys
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import gpt_kernels
+from gpt_kernels import GPT, GPTConfig, cases, names, sharding
+from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT, assert_close_to_truth
+
+V, T, BATCH = 96, 16, 4
+
+
+# ---- processes ----
+
+
+def run(checks, processes):
+    """{check: number of compared tensors, or the traceback of the first process that failed}, of checks by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_worker, (checks, processes, folder), nprocs=processes, join=False)
+        try:
+            while not context.join():
+                pass
+        except Exception as error:
+            return {check: f"the processes ended: {error}" for check in checks}
+        found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
+    return {c: next((r[c] for r in found if not isinstance(r[c], int)), found[0][c]) for c in checks}
+
+
+def _worker(rank, checks, processes, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    results = {}
+    for check in checks:
+        torch.manual_seed(0)
+        try:
+            results[check] = globals()[check](os.path.join(folder, check))
+        except Exception:
+            results[check] = f"process {rank} of {processes}\n{traceback.format_exc()}"
+        # a check that only some processes came through leaves the others in a collective: all end here
+        if not _all_well(results[check]):
+            results |= {c: results.get(c, f"not run, {check} failed:\n{results[check]}") for c in checks}
+            break
+    torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _all_well(result):
+    well = torch.tensor(int(isinstance(result, int)))
+    dist.all_reduce(well, dist.ReduceOp.MIN)
+    return bool(well)
+
+
+def world():
+    return dist.get_world_size()
+
+
+# ---- the ops on DTensors ----
+
+
+def full(t):
+    return t.full_tensor() if sharding.spread(t) else t
+
+
+def placements_of(x, mesh):
+    """Of a first argument, in words and for the mesh: whole, a sum of parts, cut in each dimension."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    yield "whole", [Replicate()]
+    for d in range(x.dim()):
+        yield f"cut in {d}", [Shard(d)]
+
+
+def check_example(example, mesh, places):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    def leaves(dtype=None):
+        return [
+            a.detach().to(dtype or a.dtype).requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in example.args
+        ]
+
+    def wanted(args):
+        return [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def results(call, args, dy):
+        y = call(*args)
+        grads = torch.autograd.grad(y, wanted(args), dy.to(y.dtype), allow_unused=True, materialize_grads=True)
+        return y.detach(), *grads
+
+    random = []
+    drawn, sharding.Parts.random = sharding.Parts.random, lambda self, s: random.append(self.cut) or drawn(self, s)
+    try:
+        args = leaves()
+        others = [[Replicate()], [Shard(0)]]
+        given = [
+            distribute_tensor(a.detach(), mesh, places if i == 0 else others[i % 2 if a.dim() else 0]).requires_grad_(a.requires_grad)
+            if isinstance(a, torch.Tensor)
+            else a
+            for i, a in enumerate(args)
+        ]
+        with implicit_replication():  # of what an example's function holds itself
+            y = example.ours(*given)
+        assert sharding.spread(y), "the result is no DTensor"
+        dy = torch.randn(y.shape)
+        dist.broadcast(dy, 0)
+        # an output gradient that lies otherwise than the output
+        way = [Replicate()] if places[0] != Replicate() or not y.dim() else [Shard(y.dim() - 1)]
+        grads = torch.autograd.grad(
+            y, wanted(given), distribute_tensor(dy.to(y.dtype), mesh, way), allow_unused=True, materialize_grads=True
+        )
+    finally:
+        sharding.Parts.random = drawn
+    assert y.shape == example.eager(*example.args).shape
+    if any(any(d is not None for d in cut) for cut in random):
+        assert full(y).isfinite().all()  # another mask than one process draws
+        return 1
+    truth = results(example.eager, leaves(torch.float64), dy)
+    eager = results(example.eager, leaves(), dy)
+    for i, (a, t, e) in enumerate(zip((full(y.detach()), *map(full, grads)), truth, eager, strict=True)):
+        name = f"{'gradient' * bool(i)} {i - 1 if i else 'output'}"
+        assert_close_to_truth(a, t, e, example.factors[min(i, len(example.factors) - 1)], name)
+    return len(truth)
+
+
+def ops_on_dtensors(folder):
+    """every op's examples, its first argument whole and cut in each dimension, the others whole or cut"""
+    mesh, compared = init_device_mesh("cpu", (world(),)), 0
+    for family in names.families():
+        for example in cases.of(family).small(torch.float32):
+            for what, places in placements_of(example.args[0], mesh):
+                try:
+                    compared += check_example(example, mesh, places)
+                except Exception as error:
+                    raise AssertionError(f"{family}, {example.what or example.args[0].shape}, {what}: {error}") from error
+    return compared
+
+
+if __name__ == "__main__":
+    for check, result in run(sys.argv[2:], int(sys.argv[1])).items():
+        print(check, result)
