@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import gpt_kernels
+import gpt_kernels.distributed
 from gpt_kernels import GPT, GPTConfig, cases, names, sharding
 from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT, assert_close_to_truth
 
@@ -149,6 +149,102 @@ def ops_on_dtensors(folder):
                 except Exception as error:
                     raise AssertionError(f"{family}, {example.what or example.args[0].shape}, {what}: {error}") from error
     return compared
+
+
+# ---- a GPT ----
+
+
+def tiny(seed=0, **overrides):
+    """A GPT of which every rule has something to cut; weights ten times the usual, so that attention and GELU are not linear."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=V, block_size=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    model = GPT(GPTConfig(**{**sizes, **overrides}))
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, mean=float(p.detach().mean()), std=0.2)
+    return model
+
+
+def batch(seed=1):
+    torch.manual_seed(seed)
+    idx = torch.randint(V, (BATCH, T + 1))
+    return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+
+def one_process(model, idx, targets):
+    """{"loss", every gradient by its name} of a plain model."""
+    model = copy.deepcopy(model)
+    loss = model(idx, targets)[1]
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def compare(actual, model, idx, targets):
+    """{"loss", gradients} against one process in the model's dtype and in float64; the number of tensors. Names are DDP's and
+    the compiler's, too."""
+    truth, eager = (one_process(m, idx, targets) for m in (copy.deepcopy(model).double(), model))
+    actual = {name.removeprefix("module."): t for name, t in actual.items()}
+    assert actual.keys() == truth.keys(), actual.keys() ^ truth.keys()
+    for name, t in truth.items():
+        factor = MODEL_OUTPUT if name == "loss" else MODEL_GRADIENT
+        assert_close_to_truth(full(actual[name]), t, eager[name], factor, name)
+    return len(truth)
+
+
+def gradients(model):
+    return {name: full(p.grad) for name, p in model.named_parameters()}
+
+
+def part(*tensors):
+    """This process's sequences of a batch."""
+    each = BATCH // world()
+    return tuple(t[dist.get_rank() * each :][:each] for t in tensors)
+
+
+def mean_over_processes(loss):
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    return loss / world()
+
+
+def data_parallel(folder):
+    """`DistributedDataParallel`, a part of the batch on each process"""
+    model, (idx, targets) = tiny(), batch()
+    ours = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    loss = ours(*part(idx, targets))[1]
+    loss.backward()
+    return compare({"loss": mean_over_processes(loss)} | gradients(ours), model, idx, targets)
+
+
+def shard(model, mesh=None, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fully_sharded(folder):
+    """FSDP2 (`fully_shard`), parameters cut, a part of the batch on each process"""
+    model, (idx, targets) = tiny(), batch()
+    ours = shard(copy.deepcopy(model))
+    loss = ours(*part(idx, targets))[1]
+    loss.backward()
+    return compare({"loss": mean_over_processes(loss)} | gradients(ours), model, idx, targets)
+
+
+def tensor_parallel(folder):
+    """tensor and sequence parallel `GPT`, by `gpt_kernels.distributed.tensor_parallel`"""
+    model, (idx, targets) = tiny(), batch()
+    ours = gpt_kernels.distributed.tensor_parallel(copy.deepcopy(model), init_device_mesh("cpu", (world(),)))
+    loss = ours(idx, targets)[1]
+    loss.backward()
+    assert all(sharding.spread(p) for p in ours.parameters()) and ours.tied
+    for name, p in model.named_parameters():
+        assert torch.equal(p, full(ours.get_parameter(name))), name
+    with torch.no_grad():  # the last position alone is the whole sequence's last
+        torch.testing.assert_close(ours(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-4)
+    return compare({"loss": loss.detach()} | gradients(ours), model, idx, targets)
 
 
 if __name__ == "__main__":
