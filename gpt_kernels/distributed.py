@@ -17,7 +17,7 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     Megatron's plan with sequence parallelism: each process has 1/n of the heads, of the MLP's hidden width and of the vocabulary, and
     between those of the sequence. All parameters become DTensors; they have the values, names and shapes of before, c_attn's too,
     whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the same on all
-    processes, and so are logits and loss. fully_shard goes on top, over another dimension of the mesh.
+    processes, and so are logits and loss. Do not put fully_shard on top: it gathers c_attn's cut rows in a wrong order.
 
     Sequence lengths are multiples of n (RuntimeError). There is no generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,

@@ -247,6 +247,48 @@ def tensor_parallel(folder):
     return compare({"loss": loss.detach()} | gradients(ours), model, idx, targets)
 
 
+def in_context(balanced, function, *sequences):
+    """function() under context_parallel over all processes, with the sequences cut in dimension 1; their own places first."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    before, _cp_options.enable_load_balance = _cp_options.enable_load_balance, balanced
+    try:
+        mesh = init_device_mesh("cpu", (world(),))
+        with context_parallel(mesh, buffers=list(sequences), buffer_seq_dims=[1] * len(sequences)):
+            return function()
+    finally:
+        _cp_options.enable_load_balance = before
+
+
+def sequence_cut(model, balanced, folder):
+    """Of a GPT, whose parameters every process has whole: gradients are sums over the processes."""
+    (idx, targets), ours = batch(), copy.deepcopy(model)
+
+    def step():
+        assert idx.shape[1] == T // world()
+        loss = ours(idx, targets)[1]
+        loss.backward()
+        return loss
+
+    loss = in_context(balanced, step, idx, targets)
+    found = gradients(ours)
+    for g in found.values():
+        dist.all_reduce(g)
+        g /= world()
+    return compare({"loss": mean_over_processes(loss)} | found, model, idx, targets)
+
+
+def context_parallel(folder):
+    """`context_parallel`, rows in the order of the sequence"""
+    return sequence_cut(tiny(), False, folder)
+
+
+def context_parallel_balanced(folder):
+    """`context_parallel`, rows in its balanced order, torch's default"""
+    return sequence_cut(tiny(), True, folder)
+
+
 if __name__ == "__main__":
     for check, result in run(sys.argv[2:], int(sys.argv[1])).items():
         print(check, result)
