@@ -1,7 +1,7 @@
 """Tensor parallelism for `GPT`, by PyTorch's own: torch.distributed.tensor.parallel over a device mesh.
 
-DDP, fully_shard, context_parallel and torch.distributed.checkpoint take a GPT as it is. Cutting matrices needs a plan, which is this
-file's; other models have plans of their own, and the functions of gpt_kernels take the DTensors that come of them (sharding.py).
+DDP, fully_shard and context_parallel take a GPT as it is. Cutting matrices needs a plan, which is this file's; other models
+have plans of their own, and the functions of gpt_kernels take the DTensors that come of them (sharding.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from .models.gpt import GPT
 def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     """Cuts the model's matrices over a one-dimensional DeviceMesh of n processes, in place, and returns it.
 
-    Megatron's plan with sequence parallelism: each process has 1/n of the heads, of the MLP's hidden width and of the vocabulary, and
-    between those of the sequence. All parameters become DTensors; they have the values, names and shapes of before, c_attn's too,
-    whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the same on all
-    processes, and so are logits and loss. Do not put fully_shard on top: it gathers c_attn's cut rows in a wrong order.
+    Megatron's plan with sequence parallelism: each process has 1/n of the heads, of the MLP's hidden width and of the
+    vocabulary, and between those of the sequence. All parameters become DTensors with the values, names and shapes of before,
+    c_attn's too, whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the
+    same on all processes, and so are logits and loss.
+
+    Do not put fully_shard on top: it gathers c_attn's cut rows in a wrong order (torch 2.13).
 
     Sequence lengths are multiples of n (RuntimeError). There is no generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,
@@ -59,7 +61,9 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
 
     def divisible(module, args):
         if args[0].shape[1] % n:
-            raise RuntimeError(f"GPT: under tensor_parallel a sequence length must be a multiple of {n}, got {args[0].shape[1]}")
+            raise RuntimeError(
+                f"GPT: under tensor_parallel a sequence length must be a multiple of {n}, got {args[0].shape[1]}"
+            )
 
     tied, rows, tokens = model.tied, Shard(0), Shard(1)
     plan: dict[str, Any] = {

@@ -1,21 +1,21 @@
 """DTensors in the public functions, and attention under PyTorch's context parallelism: what each process computes of a call.
 
-A sharding rule is a function here: which dimensions of the first argument may be cut over a mesh, and how the other arguments go
-with it. The call then runs on each process's own parts, by the same kernels as ever, in between to_local and from_local, whose
-derivatives know that the gradient of what is whole beside a cut x is a sum over the processes:
+A sharding rule is a function here: which dimensions of the first argument may be cut over a mesh, and how the others go with
+it. The call then runs on each process's own parts, by the same kernels as ever, between to_local and from_local, whose derivatives
+know that the gradient of what is whole beside a cut x is a sum over the processes:
 
-| function               | x may be cut in             | beside it                                                               |
-|------------------------|-----------------------------|-------------------------------------------------------------------------|
-| layer_norm, rms_norm   | all dimensions but the last | weight and bias whole, their gradients partial sums                     |
-| gelu                   | all                         | bias cut with the last dimension, else whole                            |
-| softmax                | all but the last, and but the rows of `causal` | mask cut where it has x's dimension                  |
-| dropout                | all                         | residual cut as x                                                       |
-| cross_entropy          | rows                        | target cut as the logits; sums are partial sums, a mean counts all rows |
-| attention              | batch; heads; queries' rows | keys' heads cut as queries'; beside cut rows keys and values are whole  |
+| function             | x may be cut in                             | beside it                                               |
+|----------------------|---------------------------------------------|---------------------------------------------------------|
+| layer_norm, rms_norm | all dimensions but the last                 | weight and bias whole, their gradients partial sums     |
+| gelu                 | all                                         | bias cut with the last dimension, else whole            |
+| softmax              | all but the last, and but `causal`'s rows   | mask cut where it has x's dimension                     |
+| dropout              | all                                         | residual cut as x                                       |
+| cross_entropy        | rows                                        | target cut as the logits; a mean counts all rows        |
+| attention            | batch; heads; queries' rows                 | keys' heads as queries'; keys whole beside cut rows     |
 
-What no rule takes (a cut last dimension of a norm, partial sums, heads that do not divide) is made whole first, as DTensor does for
-its own operators; nothing is computed from a part as if it were the whole. A plain tensor beside a DTensor raises RuntimeError, as
-with torch's operators, unless inside torch.distributed.tensor.experimental.implicit_replication().
+What no rule takes (a cut last dimension of a norm, partial sums, heads that do not divide) is made whole first, as DTensor does
+for its own operators; nothing is computed from a part as if it were the whole. A plain tensor beside a DTensor raises
+RuntimeError, as with torch's operators, unless inside torch.distributed.tensor.experimental.implicit_replication().
 
 Dropout: every process takes the random state of the mesh's first one, and each part draws a mask of its own from it. So whole
 tensors stay equal on all processes; parts have other masks than one process has.
@@ -93,7 +93,7 @@ class Parts:
         places: list[Any] = [Replicate()] * self.mesh.ndim
         for i, d in enumerate(self.cut):
             if d is not None:
-                places[i] = Partial() if dims(d) is None else Shard(dims(d))
+                places[i] = Partial() if (own := dims(d)) is None else Shard(own)
         return DTensor.from_local(y, self.mesh, places, run_check=False, shape=shape, stride=_strides_as(y, shape))
 
     def random(self, state: Tensor) -> Tensor:
@@ -112,7 +112,9 @@ class Parts:
         return index
 
     def _mixed(self, t: Any) -> RuntimeError:
-        return RuntimeError(f"{self.op}: got mixed torch.Tensor and DTensor, a {type(t).__name__} among them; distribute all of them")
+        return RuntimeError(
+            f"{self.op}: got mixed torch.Tensor and DTensor, a {type(t).__name__} among them; distribute all of them"
+        )
 
 
 def _strides_as(y: Tensor, shape: torch.Size) -> tuple[int, ...]:

@@ -1,10 +1,8 @@
-"""What tests/test_distributed.py has several processes of one machine do, over gloo: a function a check, the same in each process.
+"""What tests/test_distributed.py has several processes of one machine do, over gloo: a function a check, the same in each.
 
-A check compares with one process by accuracy.py's rule, the loss and every gradient, and returns how many tensors it compared, for
-the table of docs/engines.md. Its docstring's first line is its row there.
+A check compares with one process by accuracy.py's rule, the loss and every gradient, and returns how many tensors it compared.
 """
 
-import contextlib
 import copy
 import os
 import sys
@@ -109,7 +107,9 @@ def check_example(example, mesh, places):
         args = leaves()
         others = [[Replicate()], [Shard(0)]]
         given = [
-            distribute_tensor(a.detach(), mesh, places if i == 0 else others[i % 2 if a.dim() else 0]).requires_grad_(a.requires_grad)
+            distribute_tensor(a.detach(), mesh, places if i == 0 else others[i % 2 if a.dim() else 0]).requires_grad_(
+                a.requires_grad
+            )
             if isinstance(a, torch.Tensor)
             else a
             for i, a in enumerate(args)
@@ -155,7 +155,7 @@ def ops_on_dtensors(folder):
 
 
 def tiny(seed=0, **overrides):
-    """A GPT of which every rule has something to cut; weights ten times the usual, so that attention and GELU are not linear."""
+    """A GPT of which every rule has something to cut; weights ten times the usual, so that nothing is linear."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=V, block_size=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     model = GPT(GPTConfig(**{**sizes, **overrides}))
