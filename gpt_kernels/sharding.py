@@ -1,7 +1,7 @@
 """DTensors in the public functions, and attention under PyTorch's context parallelism: what each process computes of a call.
 
 A sharding rule is a function here: which dimensions of the first argument may be cut over a mesh, and how the others go with
-it. The call then runs on each process's own parts, by the same kernels as ever, between to_local and from_local, whose derivatives
+it. The call then runs on each process's own parts between to_local and from_local, whose derivatives
 know that the gradient of what is whole beside a cut x is a sum over the processes:
 
 | function             | x may be cut in                             | beside it                                               |
