@@ -21,7 +21,7 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
 
     Do not put fully_shard on top: it gathers c_attn's cut rows in a wrong order (torch 2.13).
 
-    Sequence lengths are multiples of n (RuntimeError). There is no generation with a cache. With dropout, let each process have a
+    Sequence lengths are multiples of n (RuntimeError). No generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,
     ValueError for a mesh of more dimensions, and for heads or a hidden width that n does not divide.
     """
