@@ -19,7 +19,7 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     c_attn's too, whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the
     same on all processes, and so are logits and loss.
 
-    Do not put fully_shard on top: it gathers c_attn's cut rows in a wrong order (torch 2.13).
+    Do not put fully_shard on top: c_attn's gathered gradient is then not one process's (torch 2.13, cause not found yet).
 
     Sequence lengths are multiples of n (RuntimeError). No generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,
