@@ -73,6 +73,7 @@ def test_every_public_function_is_exported():
 NAMES_OPS = {
     "gpt_kernels/bench/peers.py": "what each peer has, and what it has not",
     "gpt_kernels/ops/calls.py": "torch's autocast, by the ops' namesakes in torch",
+    "gpt_kernels/sharding.py": "a sharding rule for each op",
     "gpt_kernels/integrations/torch_nn.py": "what torch's own module classes become",
     "gpt_kernels/integrations/transformers_gpt2.py": "what transformers' classes become",
     "gpt_kernels/structure.py": "what modules look like",

@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .. import checkpoint
+from .. import checkpoint, sharding
 from ..generate import evaluating, generate
 from ..modules import GELU, Dropout, LayerNorm
 from ..ops.attention import flash_attn_func, flash_attn_qkvpacked_func
 from ..ops.cross_entropy import cross_entropy
+from ..patch import unhooked
 from .config import FUNCTION, GPTConfig
 
 
@@ -55,8 +56,9 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C). cache: (2, B, S, H, D) keys and values, of which `start` positions are filled; T more are written.
         residual: (B, T, C), added in the pass that drops.
         """
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # read by stride, never split into copies
+        qkv = self.c_attn(x)
+        B, T, _ = qkv.shape  # under tensor parallelism x has a part of the tokens, and qkv of the heads
+        qkv = qkv.view(B, T, 3, -1, x.shape[-1] // self.n_head)  # read by stride, never split into copies
         p = self.dropout if self.training else 0.0
         if cache is None:
             y = flash_attn_qkvpacked_func(qkv, p, self.scale, causal=True)  # (B, T, H, D)
@@ -66,7 +68,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, : start + T]
             # causal is aligned bottom-right: the last query sees all keys
             y = flash_attn_func(q, k, v, p, self.scale, causal=True)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)), residual)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, -1)), residual)
 
 
 class MLP(nn.Module):
@@ -78,8 +80,11 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        # c_fc's bias is added inside gelu: one pass over (B, T, 4C) less
-        x = self.gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias)
+        if type(self.c_fc) is nn.Linear and unhooked(self.c_fc):
+            # its bias is added inside gelu: one pass over (B, T, 4C) less
+            x = self.gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias)
+        else:  # LoRA, quantised, sharded: more than its weight
+            x = self.gelu(self.c_fc(x))
         return self.dropout(self.c_proj(x), residual)
 
 
@@ -180,7 +185,7 @@ class GPT(nn.Module):
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"GPT: sequence length {start + idx.shape[1]} is above block_size {self.config.block_size}")
         t = self.transformer
-        position = torch.arange(start, start + idx.shape[1], device=idx.device)
+        position = sharding.positions(start, idx.shape[1], idx.device)
         x = t.drop(t.wte(idx) + t.wpe(position))  # (B, T, C)
         for i, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training and cache is None:

@@ -32,6 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import sharding
 from ..dispatch import define
 from .calls import (
     autocast_dtype,
@@ -197,15 +198,41 @@ def attention(q, k, v, bias=None, alibi_slopes=None, rng_state=None, *, scale=No
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
     elif scale is None:
         scale = q.shape[-1] ** -0.5
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(q.device)
-    args = (q, k, v, bias, alibi_slopes, rng_state, float(scale), float(softcap), float(dropout_p),
-            causal_offset, window_left, window_right)  # fmt: skip
-    derivative = derivative_of(q, k, v, bias, alibi_slopes)
+    options = (float(scale), float(softcap), float(dropout_p))
+    mesh = sharding.context_mesh()
+    if mesh is not None or sharding.spread(q, k, v, bias, alibi_slopes):
+        return _of_parts(mesh, q, k, v, bias, alibi_slopes, rng_state, causal_offset, options, (window_left, window_right))
+    return _local(q, k, v, bias, alibi_slopes, rng_state, *options, causal_offset, window_left, window_right)
+
+
+def _local(q, k, v, *args):
+    """The core op on plain tensors."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    derivative = derivative_of(q, k, v, *args[:2])
     if derivative == TRANSFORMED:
-        return _attend(*args)
-    return _Attention.apply(*args) if derivative else fwd(*args)
+        return _attend(q, k, v, *args)
+    return _Attention.apply(q, k, v, *args) if derivative else fwd(q, k, v, *args)
+
+
+def _of_parts(mesh, q, k, v, bias, alibi_slopes, rng_state, causal_offset, options, window):
+    """The core op on DTensors; or, under torch's context_parallel() over a mesh, on each process's part of the sequences."""
+
+    def call(*tensors_and_offset):
+        *tensors, offset = tensors_and_offset
+        return _local(*tensors, *options, offset, *window)
+
+    if mesh is None:
+        return sharding.attention(call, q, k, v, bias, alibi_slopes, rng_state, causal_offset)
+    if bias is not None or alibi_slopes is not None or causal_offset or q.shape[2] != k.shape[2]:
+        raise RuntimeError(
+            "attention: under context_parallel() queries and keys must have one length, and there is no mask and no ALiBi, got "
+            f"{q.shape[2]} queries, {k.shape[2]} keys, mask {bias is not None}, ALiBi {alibi_slopes is not None}"
+        )
+    parts = sharding.in_context(mesh, q, k, v)
+    o, lse = sharding.attention(call, *parts, None, None, rng_state, 0)
+    return o.to_local(), lse.to_local()
 
 
 # ---- the two public faces ----
@@ -236,6 +263,8 @@ def flash_attn_func(
     o = o.transpose(1, 2)
     if not return_attn_probs:
         return o
+    if sharding.spread(q, k, v) or sharding.context_mesh() is not None:
+        raise RuntimeError("flash_attn_func: return_attn_probs is for one process, there is no probabilities' part of DTensors")
     with torch.set_grad_enabled(transforms_active()):
         s, _ = _scores(q, k, None, alibi_slopes, scale, softcap, offset, left, right)
         p, _ = _probabilities(s)

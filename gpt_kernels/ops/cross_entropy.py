@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from .. import sharding
 from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
 from .common import REVERSE, TRANSFORMED, derivative_of, rederived, stat_dtype
@@ -234,6 +235,12 @@ def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, lse
     derivative = derivative_of(logits)
     if inplace_backward and derivative == REVERSE and (logits if logits._base is None else logits._base).is_leaf:
         raise RuntimeError("cross_entropy: inplace_backward would overwrite a leaf that requires grad, or a view of one")
+    if sharding.spread(logits, target):
+        # not in place: the version counter of the part is not the whole's
+        more = (label_smoothing, lse_square_scale, logit_softcap, False)
+        return sharding.cross_entropy(
+            lambda x, t, how: _cross_entropy(x, t, ignore_index, how, *more), logits, target, ignore_index, reduction
+        )
     if logits.dim() and logits.stride(-1) != 1:
         logits = logits.contiguous()
     options = (ignore_index, REDUCTIONS.index(reduction), label_smoothing, lse_square_scale, logit_softcap)

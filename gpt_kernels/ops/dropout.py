@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import sharding
 from ..dispatch import define
 from .calls import check_tensors, handle_torch_function, has_torch_function_variadic, laid_out, memory_order, one_input
 from .common import TRANSFORMED, derivative_of, rederived, rows_of, stat_dtype
@@ -84,6 +85,9 @@ def dropout(
     if n == 1 and not x.dim():
         residual = residual if residual is None else residual.reshape(1)
         return dropout(x.reshape(1), p, training, residual, rng_state).reshape(())
+    if unusual and sharding.spread(x, residual):
+        rng_state = draw_rng_state(x.device) if rng_state is None else rng_state
+        return sharding.dropout(lambda x, r, state: dropout(x, p, True, r, state), x, residual, rng_state)
     if not x.is_contiguous():
         # the mask goes by places, not by memory
         return laid_out(dropout(x.contiguous(), p, training, residual, rng_state), memory_order(x))

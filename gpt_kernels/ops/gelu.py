@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import sharding
 from ..dispatch import define
 from .calls import (
     all_contiguous,
@@ -83,6 +84,8 @@ def _general(x, bias, approximate, input):
     if approximate not in ("tanh", "none"):
         kind = RuntimeError if isinstance(approximate, str) else TypeError
         raise kind(f"gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    if sharding.spread(x, bias):
+        return sharding.gelu(lambda x, b: gelu(x, b, approximate), x, bias)
     if not x.is_contiguous():
         order = memory_order(x)
         if bias is None:

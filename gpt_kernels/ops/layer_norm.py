@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import sharding
 from ..dispatch import define
 from .calls import (
     all_contiguous,
@@ -111,6 +112,8 @@ def _general(x, weight, bias, eps, more, normalized_shape, input):
     shape = x.shape
     if normalized_shape is not None:
         x, weight, bias = last_as_one("layer_norm", x, normalized_shape, weight, bias)
+    if sharding.spread(x, weight, bias):
+        return sharding.rows("layer_norm", lambda x, w, b: layer_norm(x, w, b, eps), x, weight, bias).reshape(shape)
     x, weight, bias = contiguous(x, weight, bias)
     derivative = derivative_of(x, weight, bias)
     if derivative == TRANSFORMED:

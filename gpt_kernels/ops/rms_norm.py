@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import sharding
 from ..dispatch import define
 from .calls import (
     all_contiguous,
@@ -102,6 +103,8 @@ def _general(x, weight, eps, more, normalized_shape, input):
     shape = x.shape
     if normalized_shape is not None:
         x, weight = last_as_one("rms_norm", x, normalized_shape, weight)
+    if sharding.spread(x, weight):
+        return sharding.rows("rms_norm", lambda x, w: rms_norm(x, w, eps), x, weight).reshape(shape)
     if weight is not None and weight.dtype not in (x.dtype, stat) and weight.is_floating_point():
         weight = weight.to(stat)
     x, weight = contiguous(x, weight)

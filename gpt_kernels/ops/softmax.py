@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import sharding
 from ..dispatch import define
 from .calls import (
     autocast_dtype,
@@ -98,6 +99,8 @@ def _general(x, mask, scale, causal, dim, dtype, input):
         if mask is not None or causal:
             raise RuntimeError(f"softmax: mask and causal go with the last dimension, got dim {dim} for x {tuple(x.shape)}")
         return _general(x.movedim(dim, -1), None, scale, False, -1, x.dtype, None).movedim(-1, dim).contiguous()
+    if sharding.spread(x, mask):
+        return sharding.softmax(lambda x, m: softmax(x, m, scale, causal), x, mask, causal)
     x = x.contiguous()
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()  # rows of a mask are read by stride, their elements one after another

@@ -1,0 +1,294 @@
+"""What tests/test_distributed.py has several processes of one machine do, over gloo: a function a check, the same in each.
+
+A check compares with one process by accuracy.py's rule, the loss and every gradient, and returns how many tensors it compared.
+"""
+
+import copy
+import os
+import sys
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import gpt_kernels.distributed
+from gpt_kernels import GPT, GPTConfig, cases, names, sharding
+from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT, assert_close_to_truth
+
+V, T, BATCH = 96, 16, 4
+
+
+# ---- processes ----
+
+
+def run(checks, processes):
+    """{check: number of compared tensors, or the traceback of the first process that failed}, of checks by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_worker, (checks, processes, folder), nprocs=processes, join=False)
+        try:
+            while not context.join():
+                pass
+        except Exception as error:
+            return {check: f"the processes ended: {error}" for check in checks}
+        found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(processes)]
+    return {c: next((r[c] for r in found if not isinstance(r[c], int)), found[0][c]) for c in checks}
+
+
+def _worker(rank, checks, processes, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    results = {}
+    for check in checks:
+        torch.manual_seed(0)
+        try:
+            results[check] = globals()[check](os.path.join(folder, check))
+        except Exception:
+            results[check] = f"process {rank} of {processes}\n{traceback.format_exc()}"
+        # a check that only some processes came through leaves the others in a collective: all end here
+        if not _all_well(results[check]):
+            results |= {c: results.get(c, f"not run, {check} failed:\n{results[check]}") for c in checks}
+            break
+    torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _all_well(result):
+    well = torch.tensor(int(isinstance(result, int)))
+    dist.all_reduce(well, dist.ReduceOp.MIN)
+    return bool(well)
+
+
+def world():
+    return dist.get_world_size()
+
+
+# ---- the ops on DTensors ----
+
+
+def full(t):
+    return t.full_tensor() if sharding.spread(t) else t
+
+
+def placements_of(x, mesh):
+    """Of a first argument, in words and for the mesh: whole, a sum of parts, cut in each dimension."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    yield "whole", [Replicate()]
+    for d in range(x.dim()):
+        yield f"cut in {d}", [Shard(d)]
+
+
+def check_example(example, mesh, places):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    def leaves(dtype=None):
+        return [
+            a.detach().to(dtype or a.dtype).requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in example.args
+        ]
+
+    def wanted(args):
+        return [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def results(call, args, dy):
+        y = call(*args)
+        grads = torch.autograd.grad(y, wanted(args), dy.to(y.dtype), allow_unused=True, materialize_grads=True)
+        return y.detach(), *grads
+
+    random = []
+    drawn, sharding.Parts.random = sharding.Parts.random, lambda self, s: random.append(self.cut) or drawn(self, s)
+    try:
+        args = leaves()
+        others = [[Replicate()], [Shard(0)]]
+        given = [
+            distribute_tensor(a.detach(), mesh, places if i == 0 else others[i % 2 if a.dim() else 0]).requires_grad_(
+                a.requires_grad
+            )
+            if isinstance(a, torch.Tensor)
+            else a
+            for i, a in enumerate(args)
+        ]
+        with implicit_replication():  # of what an example's function holds itself
+            y = example.ours(*given)
+        assert sharding.spread(y), "the result is no DTensor"
+        dy = torch.randn(y.shape)
+        dist.broadcast(dy, 0)
+        # an output gradient that lies otherwise than the output
+        way = [Replicate()] if places[0] != Replicate() or not y.dim() else [Shard(y.dim() - 1)]
+        grads = torch.autograd.grad(
+            y, wanted(given), distribute_tensor(dy.to(y.dtype), mesh, way), allow_unused=True, materialize_grads=True
+        )
+    finally:
+        sharding.Parts.random = drawn
+    assert y.shape == example.eager(*example.args).shape
+    if any(any(d is not None for d in cut) for cut in random):
+        assert full(y).isfinite().all()  # another mask than one process draws
+        return 1
+    truth = results(example.eager, leaves(torch.float64), dy)
+    eager = results(example.eager, leaves(), dy)
+    for i, (a, t, e) in enumerate(zip((full(y.detach()), *map(full, grads)), truth, eager, strict=True)):
+        name = f"{'gradient' * bool(i)} {i - 1 if i else 'output'}"
+        assert_close_to_truth(a, t, e, example.factors[min(i, len(example.factors) - 1)], name)
+    return len(truth)
+
+
+def ops_on_dtensors(folder):
+    """every op's examples, its first argument whole and cut in each dimension, the others whole or cut"""
+    mesh, compared = init_device_mesh("cpu", (world(),)), 0
+    for family in names.families():
+        for example in cases.of(family).small(torch.float32):
+            for what, places in placements_of(example.args[0], mesh):
+                try:
+                    compared += check_example(example, mesh, places)
+                except Exception as error:
+                    raise AssertionError(f"{family}, {example.what or example.args[0].shape}, {what}: {error}") from error
+    return compared
+
+
+# ---- a GPT ----
+
+
+def tiny(seed=0, **overrides):
+    """A GPT of which every rule has something to cut; weights ten times the usual, so that nothing is linear."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=V, block_size=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    model = GPT(GPTConfig(**{**sizes, **overrides}))
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, mean=float(p.detach().mean()), std=0.2)
+    return model
+
+
+def batch(seed=1):
+    torch.manual_seed(seed)
+    idx = torch.randint(V, (BATCH, T + 1))
+    return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+
+def one_process(model, idx, targets):
+    """{"loss", every gradient by its name} of a plain model."""
+    model = copy.deepcopy(model)
+    loss = model(idx, targets)[1]
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def compare(actual, model, idx, targets):
+    """{"loss", gradients} against one process in the model's dtype and in float64; the number of tensors. Names are DDP's and
+    the compiler's, too."""
+    truth, eager = (one_process(m, idx, targets) for m in (copy.deepcopy(model).double(), model))
+    actual = {name.removeprefix("module."): t for name, t in actual.items()}
+    assert actual.keys() == truth.keys(), actual.keys() ^ truth.keys()
+    for name, t in truth.items():
+        factor = MODEL_OUTPUT if name == "loss" else MODEL_GRADIENT
+        assert_close_to_truth(full(actual[name]), t, eager[name], factor, name)
+    return len(truth)
+
+
+def gradients(model):
+    return {name: full(p.grad) for name, p in model.named_parameters()}
+
+
+def part(*tensors):
+    """This process's sequences of a batch."""
+    each = BATCH // world()
+    return tuple(t[dist.get_rank() * each :][:each] for t in tensors)
+
+
+def mean_over_processes(loss):
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    return loss / world()
+
+
+def data_parallel(folder):
+    """`DistributedDataParallel`, a part of the batch on each process"""
+    model, (idx, targets) = tiny(), batch()
+    ours = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    loss = ours(*part(idx, targets))[1]
+    loss.backward()
+    return compare({"loss": mean_over_processes(loss)} | gradients(ours), model, idx, targets)
+
+
+def shard(model, mesh=None, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fully_sharded(folder):
+    """FSDP2 (`fully_shard`), parameters cut, a part of the batch on each process"""
+    model, (idx, targets) = tiny(), batch()
+    ours = shard(copy.deepcopy(model))
+    loss = ours(*part(idx, targets))[1]
+    loss.backward()
+    return compare({"loss": mean_over_processes(loss)} | gradients(ours), model, idx, targets)
+
+
+def tensor_parallel(folder):
+    """tensor and sequence parallel `GPT`, by `gpt_kernels.distributed.tensor_parallel`"""
+    model, (idx, targets) = tiny(), batch()
+    ours = gpt_kernels.distributed.tensor_parallel(copy.deepcopy(model), init_device_mesh("cpu", (world(),)))
+    loss = ours(idx, targets)[1]
+    loss.backward()
+    assert all(sharding.spread(p) for p in ours.parameters()) and ours.tied
+    for name, p in model.named_parameters():
+        assert torch.equal(p, full(ours.get_parameter(name))), name
+    with torch.no_grad():  # the last position alone is the whole sequence's last
+        torch.testing.assert_close(ours(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-4)
+    return compare({"loss": loss.detach()} | gradients(ours), model, idx, targets)
+
+
+def in_context(balanced, function, *sequences):
+    """function() under context_parallel over all processes, with the sequences cut in dimension 1; their own places first."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    before, _cp_options.enable_load_balance = _cp_options.enable_load_balance, balanced
+    try:
+        mesh = init_device_mesh("cpu", (world(),))
+        with context_parallel(mesh, buffers=list(sequences), buffer_seq_dims=[1] * len(sequences)):
+            return function()
+    finally:
+        _cp_options.enable_load_balance = before
+
+
+def sequence_cut(model, balanced, folder):
+    """Of a GPT, whose parameters every process has whole: gradients are sums over the processes."""
+    (idx, targets), ours = batch(), copy.deepcopy(model)
+
+    def step():
+        assert idx.shape[1] == T // world()
+        loss = ours(idx, targets)[1]
+        loss.backward()
+        return loss
+
+    loss = in_context(balanced, step, idx, targets)
+    found = gradients(ours)
+    for g in found.values():
+        dist.all_reduce(g)
+        g /= world()
+    return compare({"loss": mean_over_processes(loss)} | found, model, idx, targets)
+
+
+def context_parallel(folder):
+    """`context_parallel`, rows in the order of the sequence"""
+    return sequence_cut(tiny(), False, folder)
+
+
+def context_parallel_balanced(folder):
+    """`context_parallel`, rows in its balanced order, torch's default"""
+    return sequence_cut(tiny(), True, folder)
+
+
+if __name__ == "__main__":
+    for check, result in run(sys.argv[2:], int(sys.argv[1])).items():
+        print(check, result)
