@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -40,6 +41,19 @@ template <class... Args> [[noreturn]] inline void fail(const Args&... args) {
 
 // A call of torch's C interface, not by torch's own macro: its name is another in 2.10 than in 2.13, and it tells file names.
 #define GK_TORCH(call) GK_CHECK((call) == 0, "torch failed in " #call "; what it says of it stands on stderr")
+
+// Tensor::scalar_type(), which asks torch for the number of one dtype after the other at every call.
+inline ScalarType dtype_of(const Tensor& t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float}, {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},  {aoti_torch_dtype_float64(), ScalarType::Double},
+      {aoti_torch_dtype_int64(), ScalarType::Long},    {aoti_torch_dtype_bool(), ScalarType::Bool}};
+  int32_t number = 0;
+  GK_TORCH(aoti_torch_get_dtype(t.get(), &number));
+  for (const auto& [code, dtype] : known)
+    if (code == number) return dtype;
+  return t.scalar_type();
+}
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -78,32 +92,37 @@ inline int64_t element_size(ScalarType t) {
          : t == ScalarType::Bool                          ? 1
                                                           : 2;
 }
-inline Tensor advised(Tensor t) {
+// Uninitialised, on the device of `like`. Not by torch::stable::empty_like, new_empty and transpose: these look their op up by
+// name at each call, which takes longer than all of a small op's work; nor is anything asked of torch here that is known.
+inline Tensor new_strided(const Tensor& like, Shape shape, Shape strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+#ifdef __CUDACC__
+  int32_t device = 0;
+  GK_TORCH(aoti_torch_get_device_type(like.get(), &device));
+  const int32_t index = like.get_device_index();
+#else
+  const int32_t device = 0, index = -1;  // the CPU: each launcher has checked its arguments
+  (void)like;
+#endif
+  GK_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                    torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index,
+                                    &handle));
+  Tensor t(handle);
 #ifndef GK_CUDA  // csrc/cuda: the memory is a GPU's
-  const int64_t bytes = t.numel() * element_size(t.scalar_type());
+  int64_t bytes = element_size(dtype);
+  for (const int64_t n : shape) bytes *= n;
   if (bytes >= (int64_t{4} << 20)) advise_huge_pages(t.mutable_data_ptr(), bytes);
 #endif
   return t;
 }
-// Uninitialised, on the device of `like`. Not by torch::stable::empty_like, new_empty and transpose: these look their op up by
-// name at each call, which takes longer than all of a small op's work.
-inline Tensor new_strided(const Tensor& like, Shape shape, Shape strides, ScalarType dtype) {
-  int32_t device = 0;
-  AtenTensorHandle handle = nullptr;
-  GK_TORCH(aoti_torch_get_device_type(like.get(), &device));
-  GK_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                    torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-                                    like.get_device_index(), &handle));
-  return advised(Tensor(handle));
-}
+constexpr size_t most_dims = 64;  // torch's own limit
 // The same, contiguous
 inline Tensor new_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
+  int64_t strides[most_dims], stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
-  return new_strided(like, shape, {strides.data(), strides.size()}, dtype);
+  return new_strided(like, shape, {strides, shape.size()}, dtype);
 }
-inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
+inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), dtype_of(like)); }
 
 using torch::stable::get_num_threads;
 

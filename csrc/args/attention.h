@@ -53,11 +53,11 @@ struct BiasGradient {
 
 inline View view_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
-// Fresh (B, H, T, D) memory laid out like t: heads inside tokens if t has it so (the reference's _empty_as).
-inline Tensor new_heads(const Tensor& t, int64_t B, int64_t H, int64_t T, int64_t D) {
-  if (t.stride(1) >= t.stride(2)) return new_tensor(t, {B, H, T, D}, t.scalar_type());
+// Fresh (B, H, T, D) memory laid out like t: heads inside tokens if t has it so (the reference's _empty_as), or if they must be.
+inline Tensor new_heads(const Tensor& t, int64_t B, int64_t H, int64_t T, int64_t D, bool in_tokens = false) {
+  if (t.stride(1) >= t.stride(2) && !in_tokens) return new_tensor(t, {B, H, T, D}, dtype_of(t));
   const int64_t head = std::max<int64_t>(D, 1), row = head * std::max<int64_t>(H, 1), batch = row * std::max<int64_t>(T, 1);
-  return new_strided(t, {B, H, T, D}, {batch, head, row, 1}, t.scalar_type());
+  return new_strided(t, {B, H, T, D}, {batch, head, row, 1}, dtype_of(t));
 }
 
 inline void check_heads(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
@@ -72,7 +72,7 @@ inline void check_heads(const char* op, const char* name, const Tensor& t, Scala
 inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
                                     const OptTensor& slopes, const OptTensor& rng_state, double scale, double softcap,
                                     double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right) {
-  const ScalarType dtype = q.scalar_type();
+  const ScalarType dtype = dtype_of(q);
   check_device(op, "q", q), check_float(op, "q", q), check_heads(op, "q", q, dtype), check_heads(op, "k", k, dtype),
       check_heads(op, "v", v, dtype);
   AttentionArgs s = {};
@@ -98,7 +98,7 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
 
   if (bias) {
     check_device(op, "bias", *bias);
-    const ScalarType b = bias->scalar_type();
+    const ScalarType b = dtype_of(*bias);
     GK_CHECK(b == ScalarType::Bool || b == dtype || b == stat_dtype(dtype), op, ": bias must be bool, ", dtype_name(dtype),
              " like q or ", dtype_name(stat_dtype(dtype)), ", got ", dtype_name(b));
     GK_CHECK(bias->dim() == 4, op, ": bias must be 4-dimensional (batch, heads, q tokens, k tokens), got shape ",
@@ -131,14 +131,14 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
 inline void attention_bwd_args(const char* op, AttentionArgs& s, const Tensor& dout, const Tensor& q, const Tensor& o,
                                const Tensor& lse, const OptTensor& bias, bool need_dbias) {
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"do", dout}, {"o", o}}) {
-    check_heads(op, name, t, q.scalar_type());
+    check_heads(op, name, t, dtype_of(q));
     GK_CHECK(t.size(0) == s.B && t.size(1) == s.H && t.size(2) == s.Tq && t.size(3) == s.Dv, op, ": ", name,
              " must have shape (", s.B, ", ", s.H, ", ", s.Tq, ", ", s.Dv, "), got ", shape_text(t));
   }
-  check_device(op, "lse", lse), check_dtype(op, "lse", lse, stat_dtype(q.scalar_type())), check_contiguous(op, "lse", lse);
+  check_device(op, "lse", lse), check_dtype(op, "lse", lse, stat_dtype(dtype_of(q))), check_contiguous(op, "lse", lse);
   GK_CHECK(lse.numel() == s.B * s.H * s.Tq, op, ": lse must have shape (", s.B, ", ", s.H, ", ", s.Tq, "), got ",
            shape_text(lse));
-  GK_CHECK(!need_dbias || (bias && bias->scalar_type() != ScalarType::Bool), op, ": need_dbias without an additive bias");
+  GK_CHECK(!need_dbias || (bias && dtype_of(*bias) != ScalarType::Bool), op, ": need_dbias without an additive bias");
   s.dout = view_of(dout), s.o = view_of(o), s.lse = const_cast<void*>(lse.const_data_ptr());
 }
 

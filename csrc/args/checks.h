@@ -23,18 +23,18 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
 }
 inline void check_float(const char* op, const char* name, const Tensor& t) {
 #ifdef GK_CUDA
-  GK_CHECK(is_float_dtype(t.scalar_type()) && t.scalar_type() != ScalarType::Double, op, ": ", name,
-           " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()), " (CUDA kernels)");
+  GK_CHECK(is_float_dtype(dtype_of(t)) && dtype_of(t) != ScalarType::Double, op, ": ", name,
+           " must be float32, bfloat16 or float16, got ", dtype_name(dtype_of(t)), " (CUDA kernels)");
 #else
-  GK_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
-           dtype_name(t.scalar_type()));
+  GK_CHECK(is_float_dtype(dtype_of(t)), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+           dtype_name(dtype_of(t)));
 #endif
 }
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   GK_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_text(t), " with other strides");
 }
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  GK_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+  GK_CHECK(dtype_of(t) == want, op, ": ", name, " must be ", dtype_name(want), ", got ", dtype_name(dtype_of(t)));
 }
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
   bool same = t.dim() == like.dim();
@@ -48,7 +48,7 @@ inline void check_input(const char* op, const char* name, const Tensor& t) {
 }
 // A gradient, or what else has everything as x has it.
 inline void check_like(const char* op, const char* name, const Tensor& t, const char* x_name, const Tensor& x) {
-  check_same_device(op, name, t, x), check_dtype(op, name, t, x.scalar_type()), check_contiguous(op, name, t);
+  check_same_device(op, name, t, x), check_dtype(op, name, t, dtype_of(x)), check_contiguous(op, name, t);
   check_same_shape(op, name, t, x_name, x);
 }
 
@@ -63,16 +63,16 @@ inline Matrix matrix_of(const char* op, const char* name, const Tensor& x) {
 // A per-column parameter: weight or bias of N elements, in x's dtype or in float32 beside a 16-bit x (autocast).
 inline void check_column(const char* op, const char* name, const OptTensor& t, int64_t N, const Tensor& x) {
   if (!t) return;
-  const ScalarType dtype = x.scalar_type(), stat = stat_dtype(dtype);
+  const ScalarType dtype = dtype_of(x), stat = stat_dtype(dtype);
   check_same_device(op, name, *t, x);
   GK_CHECK(t->dim() == 1 && t->size(0) == N, op, ": ", name, " must have shape (", N, ",), got ", shape_text(*t));
-  GK_CHECK(t->scalar_type() == dtype || t->scalar_type() == stat, op, ": ", name, " must be ", dtype_name(dtype), " like x or ",
-           dtype_name(stat), ", got ", dtype_name(t->scalar_type()));
+  GK_CHECK(dtype_of(*t) == dtype || dtype_of(*t) == stat, op, ": ", name, " must be ", dtype_name(dtype), " like x or ",
+           dtype_name(stat), ", got ", dtype_name(dtype_of(*t)));
   check_contiguous(op, name, *t);
 }
 // One number of the statistics' dtype per row of x.
 inline void check_row_statistic(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& x) {
-  check_same_device(op, name, t, x), check_dtype(op, name, t, stat_dtype(x.scalar_type())), check_contiguous(op, name, t);
+  check_same_device(op, name, t, x), check_dtype(op, name, t, stat_dtype(dtype_of(x))), check_contiguous(op, name, t);
   GK_CHECK(t.numel() == rows, op, ": ", name, " must have ", rows, " elements, one per row of x, got ", t.numel());
 }
 

@@ -53,14 +53,14 @@ inline bool disjoint(const RowDims& rows, int64_t V) {
 // Of the backward pass, beside the forward's: dloss, lse and where the gradient goes.
 inline void cross_entropy_bwd_args(const char* op, const Tensor& dloss, const Tensor& logits, const Tensor& lse,
                                    const Tensor& dlogits, const CrossEntropyOptions& o, const Matrix& m) {
-  const ScalarType stat = stat_dtype(logits.scalar_type());
+  const ScalarType stat = stat_dtype(dtype_of(logits));
   check_same_device(op, "dloss", dloss, logits), check_dtype(op, "dloss", dloss, stat), check_contiguous(op, "dloss", dloss);
   const int64_t losses = o.reduction == 0 ? m.M : 1;
   GK_CHECK(dloss.numel() == losses, op, ": dloss must have ", losses, " elements, got ", dloss.numel());
   check_same_device(op, "lse", lse, logits), check_dtype(op, "lse", lse, stat), check_contiguous(op, "lse", lse);
   GK_CHECK(lse.dim() == 2 && lse.size(0) == 2 && lse.size(1) == m.M, op, ": lse must have shape (2, ", m.M, "), got ",
            shape_text(lse));
-  check_same_device(op, "dlogits", dlogits, logits), check_dtype(op, "dlogits", dlogits, logits.scalar_type());
+  check_same_device(op, "dlogits", dlogits, logits), check_dtype(op, "dlogits", dlogits, dtype_of(logits));
   check_same_shape(op, "dlogits", dlogits, "logits", logits);
   const bool contiguous = m.N == 1 || dlogits.stride(dlogits.dim() - 1) == 1;
   GK_CHECK(m.M * m.N == 0 || (contiguous && disjoint(row_dims(dlogits), m.N)), op,

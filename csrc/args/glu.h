@@ -22,7 +22,7 @@ inline GluRows glu_fwd_args(const char* op, const Tensor& gate, const OptTensor&
     return {m.M, N, stride, stride, up_first ? N : 0, up_first ? 0 : N, false};
   }
   GK_CHECK(!up_first, op, ": up_first is of a gate that holds both, got an up beside it");
-  check_same_device(op, "up", *up, gate), check_dtype(op, "up", *up, gate.scalar_type());
+  check_same_device(op, "up", *up, gate), check_dtype(op, "up", *up, dtype_of(gate));
   check_same_shape(op, "up", *up, "gate", gate);
   if (gate.is_contiguous() && up->is_contiguous()) return {1, gate.numel(), gate.numel(), gate.numel(), 0, 0, true};
   const Matrix m = matrix_of(op, "gate", gate);
@@ -32,7 +32,7 @@ inline GluRows glu_fwd_args(const char* op, const Tensor& gate, const OptTensor&
 inline GluRows glu_bwd_args(const char* op, const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t act,
                             bool up_first) {
   const GluRows rows = glu_fwd_args(op, gate, up, act, up_first);
-  check_same_device(op, "dy", dy, gate), check_dtype(op, "dy", dy, gate.scalar_type()), check_contiguous(op, "dy", dy);
+  check_same_device(op, "dy", dy, gate), check_dtype(op, "dy", dy, dtype_of(gate)), check_contiguous(op, "dy", dy);
   if (up) {
     check_same_shape(op, "dy", dy, "gate", gate);
   } else {
@@ -48,7 +48,7 @@ inline Tensor new_glu(const Tensor& gate, int64_t N, bool packed) {
   if (!packed) return new_like(gate);
   std::vector<int64_t> shape(gate.sizes().begin(), gate.sizes().end());
   shape.back() = N;
-  return new_tensor(gate, {shape.data(), shape.size()}, gate.scalar_type());
+  return new_tensor(gate, {shape.data(), shape.size()}, dtype_of(gate));
 }
 
 }  // namespace gk

@@ -10,7 +10,7 @@ inline void check_eps(const char* op, double eps) {
 
 // The parameters' dtype, which both have: x's, or the statistics'.
 inline ScalarType parameter_dtype(const Tensor& x, const OptTensor& weight, const OptTensor& bias = OptTensor()) {
-  return weight ? weight->scalar_type() : bias ? bias->scalar_type() : x.scalar_type();
+  return weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : dtype_of(x);
 }
 
 inline Matrix layer_norm_fwd_args(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps) {
@@ -18,7 +18,7 @@ inline Matrix layer_norm_fwd_args(const char* op, const Tensor& x, const OptTens
   const Matrix m = matrix_of(op, "x", x);
   check_eps(op, eps);
   check_column(op, "weight", weight, m.N, x), check_column(op, "bias", bias, m.N, x);
-  GK_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), op, ": bias must be ",
+  GK_CHECK(!weight || !bias || dtype_of(*weight) == dtype_of(*bias), op, ": bias must be ",
            dtype_name(parameter_dtype(x, weight)), " like weight, got ", dtype_name(parameter_dtype(x, bias)));
   return m;
 }

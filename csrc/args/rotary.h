@@ -30,11 +30,11 @@ inline RotaryArgs rotary_args(const char* op, const Tensor& x, const Tensor& cos
   for (int d = 0; d < 3; d++) s.x[d] = moving_stride(x, d);
   GK_CHECK(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= s.D, op, ": rotary_dim must be even and at most ", s.D,
            ", x's last dimension, got ", rotary_dim);
-  const ScalarType dtype = x.scalar_type(), stat = stat_dtype(dtype);
+  const ScalarType dtype = dtype_of(x), stat = stat_dtype(dtype);
   const auto table = [&](const char* name, const Tensor& t, int64_t (&stride)[2]) {
     check_same_device(op, name, t, x);
-    GK_CHECK(t.scalar_type() == dtype || t.scalar_type() == stat, op, ": ", name, " must be ", dtype_name(dtype), " like x or ",
-             dtype_name(stat), ", got ", dtype_name(t.scalar_type()));
+    GK_CHECK(dtype_of(t) == dtype || dtype_of(t) == stat, op, ": ", name, " must be ", dtype_name(dtype), " like x or ",
+             dtype_name(stat), ", got ", dtype_name(dtype_of(t)));
     GK_CHECK(t.dim() == 3 && (t.size(0) == s.B || t.size(0) == 1) && t.size(1) == s.S &&
                  (t.size(2) == rotary_dim || t.size(2) == s.half),
              op, ": ", name, " must have shape (", s.B, " or 1, ", s.S, ", ", rotary_dim, " or ", s.half, "), got ",
@@ -44,7 +44,7 @@ inline RotaryArgs rotary_args(const char* op, const Tensor& x, const Tensor& cos
     stride[0] = moving_stride(t, 0), stride[1] = moving_stride(t, 1);
   };
   table("cos", cos, s.cos), table("sin", sin, s.sin);
-  check_dtype(op, "sin", sin, cos.scalar_type());
+  check_dtype(op, "sin", sin, dtype_of(cos));
   GK_CHECK(cos.size(2) == sin.size(2), op, ": sin must have as many columns as cos, ", cos.size(2), ", got ", sin.size(2));
   s.both = cos.size(2) == s.half ? 0 : interleaved ? 1 : s.half;
   return s;
@@ -56,12 +56,12 @@ inline Tensor new_rotated(const Tensor& x, RotaryArgs& s) {
   const int64_t D = at_least_1(s.D), inner = at_least_1(s.heads_outside ? s.S : s.H) * D;
   s.y[0] = inner * at_least_1(s.heads_outside ? s.H : s.S);
   s.y[1] = s.heads_outside ? D : inner, s.y[2] = s.heads_outside ? inner : D;
-  return new_strided(x, {s.B, s.S, s.H, s.D}, {s.y[0], s.y[1], s.y[2], 1}, x.scalar_type());
+  return new_strided(x, {s.B, s.S, s.H, s.D}, {s.y[0], s.y[1], s.y[2], 1}, dtype_of(x));
 }
 
 // Or y as it is, which may be x.
 inline void rotary_out_args(const char* op, RotaryArgs& s, const Tensor& y, const Tensor& x) {
-  check_same_device(op, "y", y, x), check_dtype(op, "y", y, x.scalar_type()), check_rotary_tensor(op, "y", y);
+  check_same_device(op, "y", y, x), check_dtype(op, "y", y, dtype_of(x)), check_rotary_tensor(op, "y", y);
   check_same_shape(op, "y", y, "x", x);
   for (int d = 0; d < 3; d++) s.y[d] = moving_stride(y, d);
 }

@@ -15,10 +15,10 @@ inline Matrix softmax_fwd_args(const char* op, const Tensor& x, const OptTensor&
   const Matrix m = softmax_rows(op, "x", x, causal);
   GK_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale);
   if (mask) {
-    const ScalarType dtype = mask->scalar_type(), stat = stat_dtype(x.scalar_type());
+    const ScalarType dtype = dtype_of(*mask), stat = stat_dtype(dtype_of(x));
     check_same_device(op, "mask", *mask, x);
-    GK_CHECK(dtype == ScalarType::Bool || dtype == x.scalar_type() || dtype == stat, op, ": mask must be bool, ",
-             dtype_name(x.scalar_type()), " like x or ", dtype_name(stat), ", got ", dtype_name(dtype));
+    GK_CHECK(dtype == ScalarType::Bool || dtype == dtype_of(x) || dtype == stat, op, ": mask must be bool, ",
+             dtype_name(dtype_of(x)), " like x or ", dtype_name(stat), ", got ", dtype_name(dtype));
   }
   return m;
 }

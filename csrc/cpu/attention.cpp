@@ -2,24 +2,24 @@
 #ifndef GK_TARGET
 
 #include "attention_launch.h"
+#include "../launchers.h"
 
 #define GK_FILE "attention.cpp"
 #include "foreach_target.h"
 
 namespace gk {
 
-static std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
-                                                    const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
-                                                    double softcap, double dropout_p, int64_t causal_offset,
-                                                    int64_t window_left, int64_t window_right) {
+std::tuple<Tensor, Tensor> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
+                                        const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
+                                        double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right) {
   AttentionArgs s = attention_args("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p,
                                    causal_offset, window_left, window_right);
-  Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, stat_dtype(q.scalar_type()));
+  Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, stat_dtype(dtype_of(q)));
   s.o = view_of(o);
   s.lse = lse.mutable_data_ptr();
   if (o.numel() == 0 && lse.numel() == 0) return {o, lse};
 
-  with_dtype(q.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(q), [&](auto tag) {
     using T = decltype(tag);
     const auto tasks = GK_BEST(attention_fwd_tasks<T>);
     const auto scratch_bytes = GK_BEST(attention_fwd_scratch<T>);
@@ -31,7 +31,7 @@ static std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tenso
   return {o, lse};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_of)); }
 
 }  // namespace gk
 

@@ -2,6 +2,7 @@
 #ifndef GK_TARGET
 
 #include "attention_launch.h"
+#include "../launchers.h"
 
 #define GK_FILE "attention_bwd.cpp"
 #include "foreach_target.h"
@@ -15,18 +16,20 @@ static int64_t key_chunks(const AttentionArgs& s) {
   return std::clamp<int64_t>((16 + tasks - 1) / tasks, 1, std::max<int64_t>(1, blocks / 4));
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
-    const OptTensor& bias, const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
-    double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                               const Tensor& v, const Tensor& o, const Tensor& lse,
+                                                               const OptTensor& bias, const OptTensor& alibi_slopes,
+                                                               const OptTensor& rng_state, double scale, double softcap,
+                                                               double dropout_p, int64_t causal_offset, int64_t window_left,
+                                                               int64_t window_right, bool need_dbias, bool in_tokens) {
   const char* op = "attention_bwd";
   AttentionArgs s = attention_args(op, q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
                                    window_left, window_right);
-  const ScalarType dtype = q.scalar_type(), stat = stat_dtype(dtype);
+  const ScalarType dtype = dtype_of(q), stat = stat_dtype(dtype);
   attention_bwd_args(op, s, dout, q, o, lse, bias, need_dbias);
-  Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D), dk = new_heads(k, s.B, s.Hk, s.Tk, s.D),
-         dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv);
-  Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), bias->scalar_type()) : new_tensor(q, {0}, dtype);
+  Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D, in_tokens), dk = new_heads(k, s.B, s.Hk, s.Tk, s.D, in_tokens),
+         dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv, in_tokens);
+  Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), dtype_of(*bias)) : new_tensor(q, {0}, dtype);
   s.dq = view_of(dq), s.dk = view_of(dk), s.dv = view_of(dv);
 
   with_dtype(dtype, [&](auto tag) {
@@ -53,6 +56,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
     }
   });
   return {dq, dk, dv, dbias};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cpu(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+    const OptTensor& bias, const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
+    double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right, bool need_dbias) {
+  return attention_gradients(dout, q, k, v, o, lse, bias, alibi_slopes, rng_state, scale, softcap, dropout_p, causal_offset,
+                             window_left, window_right, need_dbias, false);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&attention_bwd_cpu)); }

@@ -55,14 +55,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cpu(const Te
   const char* op = "cross_entropy_fwd";
   const Matrix of = cross_entropy_args(op, logits, target, o);
   const int64_t M = of.M, V = of.N, segments = segments_of(V), kept = count_kept(op, target, V, o);
-  const ScalarType stat = stat_dtype(logits.scalar_type());
+  const ScalarType stat = stat_dtype(dtype_of(logits));
   with_grad = with_grad && reduction != 0;
   Tensor loss = new_contiguous(target, reduction == 0 ? target.dim() : 0, stat), z_loss = new_like(loss);
   Tensor lse = new_tensor(logits, {2, M}, stat);
   Tensor dlogits =
-      with_grad ? new_contiguous(logits, logits.dim(), logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
+      with_grad ? new_contiguous(logits, logits.dim(), dtype_of(logits)) : new_tensor(logits, {0}, dtype_of(logits));
 
-  with_dtype(logits.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(logits), [&](auto tag) {
     using T = decltype(tag);
     using C = compute_t<T>;
     const auto segment = GK_BEST(cross_entropy_segment<T>);
@@ -135,7 +135,7 @@ static void cross_entropy_bwd_out_cpu(const Tensor& dloss, const Tensor& logits,
   cross_entropy_bwd_args(op, dloss, logits, lse, dlogits, o, of);
   const RowOffsets from(logits), to(dlogits);
 
-  with_dtype(logits.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(logits), [&](auto tag) {
     using T = decltype(tag);
     using C = compute_t<T>;
     const auto grad = GK_BEST(cross_entropy_grad<T>);
@@ -161,7 +161,7 @@ static Tensor cross_entropy_bwd_cpu(const Tensor& dloss, const Tensor& logits, c
                                     int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
                                     double logit_softcap) {
   check_device("cross_entropy_bwd", "logits", logits);
-  Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
+  Tensor dlogits = new_contiguous(logits, logits.dim(), dtype_of(logits));
   cross_entropy_bwd_out_cpu(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale,
                             logit_softcap, false, dlogits);
   return dlogits;

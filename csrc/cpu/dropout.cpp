@@ -4,6 +4,7 @@
 #include "launch.h"
 #include "philox_launch.h"
 #include "../args/dropout.h"
+#include "../launchers.h"
 #define GK_FILE "dropout.cpp"
 #include "foreach_target.h"
 
@@ -15,7 +16,7 @@ static Tensor dropout_fwd_cpu(const Tensor& x, const OptTensor& residual, const 
   const int64_t M = of.M, N = of.N;
   const Philox philox = philox_of(op, rng_state, dropout_p);
   Tensor y = new_like(x);
-  with_dtype(x.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(x), [&](auto tag) {
     using T = decltype(tag);
     const auto row = GK_BEST(dropout_row<T>);
     const T *xp = (const T*)x.const_data_ptr(), *rp = residual ? (const T*)residual->const_data_ptr() : nullptr;
@@ -28,6 +29,18 @@ static Tensor dropout_fwd_cpu(const Tensor& x, const OptTensor& residual, const 
   return y;
 }
 
+void masked_into(Tensor& y, const Tensor& x, const Tensor& mask, double scale) {
+  const int64_t n = x.numel();
+  with_dtype(dtype_of(x), [&](auto tag) {
+    using T = decltype(tag);
+    const auto run = GK_BEST(masked<T>);
+    const T* xp = (const T*)x.const_data_ptr();
+    const bool* mp = (const bool*)mask.const_data_ptr();
+    T* yp = (T*)y.mutable_data_ptr();
+    parallel_for(0, n, row_grain(1), [&](int64_t i0, int64_t i1) { run(yp + i0, xp + i0, mp + i0, i1 - i0, scale); });
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("dropout_fwd", TORCH_BOX(&dropout_fwd_cpu)); }
 
 }  // namespace gk
@@ -38,6 +51,14 @@ STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("dropout_fwd", TORCH_BOX
 #include "philox.h"
 
 namespace GK_TARGET {
+
+// y = x mask scale
+template <class T> GK_KERNEL void masked(T* y, const T* x, const bool* mask, int64_t N, double scale) {
+  typedef compute_t<T> C;
+  write_row(y, N, false, [&](int64_t i, int64_t n) {
+    return load_any(x + i, n) * (load_bools<C>(mask + i, n) != 0 ? splat<C>(1) : vec<C>{}) * (C)scale;
+  });
+}
 
 // y = x / (1 - p) where kept, 0 where dropped, + residual
 template <class T>

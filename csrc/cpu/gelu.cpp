@@ -3,6 +3,7 @@
 
 #include "launch.h"
 #include "../args/gelu.h"
+#include "../launchers.h"
 #define GK_FILE "gelu.cpp"
 #include "foreach_target.h"
 
@@ -11,12 +12,12 @@ namespace gk {
 // Without a bias rows mean nothing to gelu: x is cut into rows of this many elements, the last one shorter.
 static constexpr int64_t flat_columns = 4096;
 
-static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
+Tensor gelu_of(const Tensor& x, const OptTensor& bias, bool tanh) {
   gelu_fwd_args("gelu_fwd", x, bias);
   const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
   Tensor y = new_like(x);
 
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     auto run = [&](auto b_tag) {
       using P = decltype(b_tag);
@@ -29,20 +30,20 @@ static Tensor gelu_fwd_cpu(const Tensor& x, const OptTensor& bias, bool tanh) {
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, xp + m * N, bp, std::min(N, total - m * N), streams);
       });
     };
-    bias && bias->scalar_type() != x.scalar_type() ? run(compute_t<T>{}) : run(T{});
+    bias&& dtype_of(*bias) != dtype_of(x) ? run(compute_t<T>{}) : run(T{});
   });
   return y;
 }
 
-static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
+std::tuple<Tensor, Tensor> gelu_gradients(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
   gelu_bwd_args("gelu_bwd", dy, x, bias);
   const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : flat_columns, M = N ? (total + N - 1) / N : 0;
-  const ScalarType bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+  const ScalarType bias_dtype = bias ? dtype_of(*bias) : dtype_of(x);
   const int64_t chunks = row_chunks(M);
   Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? N : 0}, bias_dtype);
-  Tensor partial = new_tensor(x, {bias ? chunks : 0, N}, stat_dtype(x.scalar_type()));
+  Tensor partial = new_tensor(x, {bias ? chunks : 0, N}, stat_dtype(dtype_of(x)));
 
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     using C = compute_t<T>;
     auto run = [&](auto b_tag) {
@@ -63,14 +64,14 @@ static std::tuple<Tensor, Tensor> gelu_bwd_cpu(const Tensor& dy, const Tensor& x
       });
       if (bias) GK_BEST(sum_partials<P>)((P*)dbias.mutable_data_ptr(), pp, chunks, N, N);
     };
-    bias_dtype != x.scalar_type() ? run(C{}) : run(T{});
+    bias_dtype != dtype_of(x) ? run(C{}) : run(T{});
   });
   return {dx, dbias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
-  m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd_cpu));
-  m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd_cpu));
+  m.impl("gelu_fwd", TORCH_BOX(&gelu_of));
+  m.impl("gelu_bwd", TORCH_BOX(&gelu_gradients));
 }
 
 }  // namespace gk

@@ -21,7 +21,7 @@ static Tensor glu_fwd_cpu(const Tensor& gate, const OptTensor& up, int64_t act, 
   const GluRows r = glu_fwd_args("glu_fwd", gate, up, act, up_first);
   Tensor y = new_glu(gate, r.N, !up);
 
-  with_dtype(gate.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(gate), [&](auto tag) {
     using T = decltype(tag);
     const auto row = Act(act) == Act::silu        ? GK_BEST(glu_fwd_row<T, Act::silu>)
                      : Act(act) == Act::gelu_tanh ? GK_BEST(glu_fwd_row<T, Act::gelu_tanh>)
@@ -42,9 +42,9 @@ static Tensor glu_fwd_cpu(const Tensor& gate, const OptTensor& up, int64_t act, 
 static std::tuple<Tensor, Tensor> glu_bwd_cpu(const Tensor& dy, const Tensor& gate, const OptTensor& up, int64_t act,
                                               bool up_first) {
   const GluRows r = glu_bwd_args("glu_bwd", dy, gate, up, act, up_first);
-  Tensor dgate = new_like(gate), dup = up ? new_like(gate) : new_tensor(gate, {0}, gate.scalar_type());
+  Tensor dgate = new_like(gate), dup = up ? new_like(gate) : new_tensor(gate, {0}, dtype_of(gate));
 
-  with_dtype(gate.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(gate), [&](auto tag) {
     using T = decltype(tag);
     const auto row = Act(act) == Act::silu        ? GK_BEST(glu_bwd_row<T, Act::silu>)
                      : Act(act) == Act::gelu_tanh ? GK_BEST(glu_bwd_row<T, Act::gelu_tanh>)

@@ -36,17 +36,19 @@ inline int64_t chunk_grain(int64_t rows, int64_t columns, int64_t chunks) {
 // written to. The system zeroes such a page at its first touch, which leaves its lines in the cache: a plain store finds them
 // there, a non-temporal one would have to throw them out first (LOG L125). One page in the middle of the output is asked about.
 inline bool output_streams(const Tensor& out, int64_t tensors) {
-  const int64_t bytes = out.numel() * element_size(out.scalar_type());
+  const int64_t bytes = out.numel() * element_size(dtype_of(out));
   return tensors * bytes >= (int64_t{32} << 20) && !is_fresh((const char*)out.const_data_ptr() + bytes / 2);
 }
 // The same of an output in rows: each must begin on a boundary of 64 bytes.
 inline bool row_streams(const Tensor& out, int64_t columns, int64_t tensors) {
-  return columns * element_size(out.scalar_type()) % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
+  return columns * element_size(dtype_of(out)) % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
          output_streams(out, tensors);
 }
 
-// What a thread has written past the cache is in memory before it says that it is done.
+// What a thread has written past the cache is in memory before it says that it is done. What is one thread's work is this one's:
+// asking torch for threads takes longer than a tiny op.
 template <class F> inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (end - begin <= grain) return begin < end ? f(begin, end) : void();
   torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
     f(b, e);
 #if defined(__x86_64__)

@@ -3,19 +3,16 @@
 
 #include "launch.h"
 #include "../args/layer_norm.h"
+#include "../launchers.h"
 #define GK_FILE "layer_norm.cpp"
 #include "foreach_target.h"
 
 namespace gk {
 
-static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                                             double eps) {
-  const char* op = "layer_norm_fwd";
-  const Matrix of = layer_norm_fwd_args(op, x, weight, bias, eps);
+void layer_norm_into(Tensor& y, Tensor& mean, Tensor& rstd, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                     Matrix of, double eps) {
   const int64_t M = of.M, N = of.N;
-  Tensor y = new_like(x), mean = new_tensor(x, {M}, stat_dtype(x.scalar_type())), rstd = new_like(mean);
-
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     using C = compute_t<T>;
     auto run = [&](auto w_tag) {
@@ -31,13 +28,20 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, co
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, mp + m, rp + m, xp + m * N, wp, bp, N, (C)eps, streams);
       });
     };
-    parameter_dtype(x, weight, bias) != x.scalar_type() ? run(C{}) : run(T{});
+    parameter_dtype(x, weight, bias) != dtype_of(x) ? run(C{}) : run(T{});
   });
+}
+
+static std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                                             double eps) {
+  const Matrix of = layer_norm_fwd_args("layer_norm_fwd", x, weight, bias, eps);
+  Tensor y = new_like(x), mean = new_tensor(x, {of.M}, stat_dtype(dtype_of(x))), rstd = new_like(mean);
+  layer_norm_into(y, mean, rstd, x, weight, bias, of, eps);
   return {y, mean, rstd};
 }
 
-static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                                                             const Tensor& mean, const Tensor& rstd, bool has_bias) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_gradients(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                        const Tensor& mean, const Tensor& rstd, bool has_bias) {
   const char* op = "layer_norm_bwd";
   const Matrix of = layer_norm_bwd_args(op, dy, x, weight, mean, rstd);
   const int64_t M = of.M, N = of.N;
@@ -47,9 +51,9 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
   const int64_t chunks = row_chunks(M);
   const bool params = weight || has_bias;
   // per chunk: N sums for dweight, then N for dbias
-  Tensor partial = new_tensor(x, {params ? chunks : 0, 2, N}, stat_dtype(x.scalar_type()));
+  Tensor partial = new_tensor(x, {params ? chunks : 0, 2, N}, stat_dtype(dtype_of(x)));
 
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     using C = compute_t<T>;
     auto run = [&](auto w_tag) {
@@ -72,14 +76,14 @@ static std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cpu(const Tensor& dy, c
       if (weight) reduce((P*)dweight.mutable_data_ptr(), pp, chunks, 2 * N, N);
       if (has_bias) reduce((P*)dbias.mutable_data_ptr(), pp + N, chunks, 2 * N, N);
     };
-    param_dtype != x.scalar_type() ? run(C{}) : run(T{});
+    param_dtype != dtype_of(x) ? run(C{}) : run(T{});
   });
   return {dx, dweight, dbias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd_cpu));
-  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd_cpu));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_gradients));
 }
 
 }  // namespace gk

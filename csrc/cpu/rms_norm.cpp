@@ -3,18 +3,15 @@
 
 #include "launch.h"
 #include "../args/rms_norm.h"
+#include "../launchers.h"
 #define GK_FILE "rms_norm.cpp"
 #include "foreach_target.h"
 
 namespace gk {
 
-static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, double eps) {
-  const char* op = "rms_norm_fwd";
-  const Matrix of = rms_norm_fwd_args(op, x, weight, eps);
+void rms_norm_into(Tensor& y, Tensor& rstd, const Tensor& x, const OptTensor& weight, Matrix of, double eps) {
   const int64_t M = of.M, N = of.N;
-  Tensor y = new_like(x), rstd = new_tensor(x, {M}, stat_dtype(x.scalar_type()));
-
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     using C = compute_t<T>;
     auto run = [&](auto w_tag) {
@@ -29,22 +26,27 @@ static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTen
         for (int64_t m = m0; m < m1; m++) row(yp + m * N, rp + m, xp + m * N, wp, N, (C)eps, streams);
       });
     };
-    parameter_dtype(x, weight) != x.scalar_type() ? run(C{}) : run(T{});
+    parameter_dtype(x, weight) != dtype_of(x) ? run(C{}) : run(T{});
   });
+}
+
+static std::tuple<Tensor, Tensor> rms_norm_fwd_cpu(const Tensor& x, const OptTensor& weight, double eps) {
+  const Matrix of = rms_norm_fwd_args("rms_norm_fwd", x, weight, eps);
+  Tensor y = new_like(x), rstd = new_tensor(x, {of.M}, stat_dtype(dtype_of(x)));
+  rms_norm_into(y, rstd, x, weight, of, eps);
   return {y, rstd};
 }
 
-static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                                                   const Tensor& rstd) {
+std::tuple<Tensor, Tensor> rms_norm_gradients(const Tensor& dy, const Tensor& x, const OptTensor& weight, const Tensor& rstd) {
   const char* op = "rms_norm_bwd";
   const Matrix of = rms_norm_bwd_args(op, dy, x, weight, rstd);
   const int64_t M = of.M, N = of.N;
   const ScalarType param_dtype = parameter_dtype(x, weight);
   const int64_t chunks = row_chunks(M);
   Tensor dx = new_like(x), dweight = new_tensor(x, {weight ? N : 0}, param_dtype);
-  Tensor partial = new_tensor(x, {weight ? chunks : 0, N}, stat_dtype(x.scalar_type()));
+  Tensor partial = new_tensor(x, {weight ? chunks : 0, N}, stat_dtype(dtype_of(x)));
 
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     using C = compute_t<T>;
     auto run = [&](auto w_tag) {
@@ -64,14 +66,14 @@ static std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tenso
       });
       if (weight) GK_BEST(sum_partials<P>)((P*)dweight.mutable_data_ptr(), pp, chunks, N, N);
     };
-    param_dtype != x.scalar_type() ? run(C{}) : run(T{});
+    param_dtype != dtype_of(x) ? run(C{}) : run(T{});
   });
   return {dx, dweight};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd_cpu));
-  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd_cpu));
+  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_gradients));
 }
 
 }  // namespace gk

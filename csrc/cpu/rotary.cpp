@@ -10,7 +10,7 @@ namespace gk {
 
 static void rotate(const RotaryArgs& s, const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin,
                    bool interleaved, bool transposed) {
-  with_dtype(x.scalar_type(), [&](auto x_tag) {
+  with_dtype(dtype_of(x), [&](auto x_tag) {
     using T = decltype(x_tag);
     auto run = [&](auto p_tag) {
       using P = decltype(p_tag);
@@ -33,7 +33,7 @@ static void rotate(const RotaryArgs& s, const Tensor& y, const Tensor& x, const 
         }
       });
     };
-    cos.scalar_type() != x.scalar_type() ? run(compute_t<T>{}) : run(T{});
+    dtype_of(cos) != dtype_of(x) ? run(compute_t<T>{}) : run(T{});
   });
 }
 

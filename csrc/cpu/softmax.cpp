@@ -3,6 +3,7 @@
 
 #include "launch.h"
 #include "../args/softmax.h"
+#include "../launchers.h"
 namespace gk {
 struct NoMask {};
 }
@@ -29,10 +30,10 @@ inline int64_t visible_columns(int64_t m, int64_t T, int64_t S) { return std::cl
 
 }  // namespace
 
-static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+Tensor softmax_of(const Tensor& x, const OptTensor& mask, double scale, bool causal, double hidden) {
   const char* op = "softmax_fwd";
   const Matrix of = softmax_fwd_args(op, x, mask, scale, causal);
-  const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
+  const ScalarType x_dtype = dtype_of(x), mask_dtype = mask ? dtype_of(*mask) : x_dtype;
   const std::optional<MaskRows> mask_rows = mask ? std::optional<MaskRows>(MaskRows(op, *mask, x)) : std::nullopt;
   const int64_t M = of.M, N = of.N, T_rows = causal ? x.size(x.dim() - 2) : 1;
   Tensor y = new_like(x);
@@ -49,7 +50,7 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
       parallel_for(0, M, row_grain(N), [&](int64_t m0, int64_t m1) {
         for (int64_t m = m0; m < m1; m++)
           row(yp + m * N, xp + m * N, kp ? kp + mask_rows->begin(m) : nullptr, kp ? mask_rows->step : 0,
-              causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale, streams);
+              causal ? visible_columns(m, T_rows, N) : N, N, (compute_t<T>)scale, (compute_t<T>)hidden, streams);
       });
     };
     !mask                            ? run(NoMask{})
@@ -59,14 +60,17 @@ static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double sca
   });
   return y;
 }
+static Tensor softmax_fwd_cpu(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+  return softmax_of(x, mask, scale, causal, 0);
+}
 
-static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, bool causal) {
+Tensor softmax_gradient(const Tensor& dy, const Tensor& y, double scale, bool causal) {
   const Matrix of = softmax_bwd_args("softmax_bwd", dy, y, causal);
   const int64_t M = of.M, N = of.N, T_rows = causal ? y.size(y.dim() - 2) : 1;
   Tensor dx = new_like(y);
   const bool streams = row_streams(dx, N, 3);
 
-  with_dtype(y.scalar_type(), [&](auto y_tag) {
+  with_dtype(dtype_of(y), [&](auto y_tag) {
     using T = decltype(y_tag);
     const auto row = GK_BEST(softmax_bwd_row<T>);
     const T *yp = (const T*)y.const_data_ptr(), *dyp = (const T*)dy.const_data_ptr();
@@ -81,7 +85,7 @@ static Tensor softmax_bwd_cpu(const Tensor& dy, const Tensor& y, double scale, b
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cpu));
-  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cpu));
+  m.impl("softmax_bwd", TORCH_BOX(&softmax_gradient));
 }
 
 }  // namespace gk
@@ -100,9 +104,9 @@ template <class T> GK_INLINE void write_zeros(T* y, int64_t visible, int64_t N, 
   write_row(y + begin, N - begin, streams, [&](int64_t, int64_t) { return vec<compute_t<T>>{}; });
 }
 
-// z = scale x + mask on `visible` columns;  y = exp(z - max z) / sum exp(z - max z), 0 beyond and where nothing is visible
+// z = scale x + mask on `visible` columns;  y = exp(z - max z) / sum exp(z - max z), 0 beyond, `hidden` where nothing is visible
 template <class T, class K, class C = compute_t<T>>
-GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale,
+GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, int64_t visible, int64_t N, C scale, C hidden,
                                bool streams) {
   constexpr C minus_inf = -__builtin_inff();
   const auto z = [&](int64_t i, int64_t n) {
@@ -143,6 +147,7 @@ GK_KERNEL void softmax_fwd_row(T* y, const T* x, const K* mask, int64_t step, in
     max = hmax<C>(max_of_4(top)), inverse = 1 / hsum4<C>(sum);
     if (!(max - origin > far_above<C>)) break;  // not for a NaN either
   }
+  if (max == minus_inf && hidden != hidden) return write_row(y, N, streams, [&](int64_t, int64_t) { return splat(hidden); });
   if (max == minus_inf) visible = 0;
   write_row(y, visible, streams, [&](int64_t i, int64_t n) {
     prefetch(x + next_row<T>(N) + i);

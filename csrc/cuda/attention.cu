@@ -200,8 +200,8 @@ static std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& q, const Tens
   GK_CHECK(s.H <= most_grid, op, ": at most ", most_grid, " heads, got ", s.H, " (CUDA kernels)");
   s.o = view_of(o), s.lse = lse.mutable_data_ptr();
   const bool aligned = whole_chunks(q) && whole_chunks(k) && whole_chunks(v) && whole_chunks(o);
-  const Scores c = scores_of(s, aligned, element_size(q.scalar_type()), true);
-  with_dtype(q.scalar_type(), [&](auto t) {
+  const Scores c = scores_of(s, aligned, element_size(dtype_of(q)), true);
+  with_dtype(dtype_of(q), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, auto is_plain) {
       constexpr int D = decltype(dim)::value;

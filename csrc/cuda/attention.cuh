@@ -18,7 +18,7 @@ inline int most_shared(int arch) {
 }
 
 inline bool whole_chunks(const Tensor& t) {
-  const int64_t size = element_size(t.scalar_type());
+  const int64_t size = element_size(dtype_of(t));
   bool whole = stands_on_16(t) && t.size(3) * size % 16 == 0;
   for (int d = 0; d < 3; d++) whole = whole && (t.size(d) <= 1 || t.stride(d) * size % 16 == 0);
   return whole;
@@ -39,7 +39,7 @@ inline Scores scores_of(const AttentionArgs& s, bool aligned, int64_t size, bool
 // Everything that AttentionArgs does not check for a GPU.
 inline void check_gpu(const char* op, const AttentionArgs& s, const Tensor& q, std::initializer_list<const Tensor*> more,
                       std::initializer_list<const OptTensor*> optional) {
-  GK_CHECK(q.scalar_type() != ScalarType::Double, op, ": q must be float32, bfloat16 or float16, got float64 (CUDA kernels)");
+  GK_CHECK(dtype_of(q) != ScalarType::Double, op, ": q must be float32, bfloat16 or float16, got float64 (CUDA kernels)");
   constexpr int64_t most = far - 1024;
   GK_CHECK(s.Tq <= most && s.Tk <= most, op, ": at most ", most, " tokens, got q ", s.Tq, ", k ", s.Tk, " (CUDA kernels)");
   for (const Tensor* t : more) check_same_device(op, "every argument", *t, q);

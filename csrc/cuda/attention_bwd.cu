@@ -452,7 +452,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   const Gpu gpu(q);
   Tensor dq = new_heads(q, s.B, s.H, s.Tq, s.D);
   Tensor dk = new_heads(k, s.B, s.Hk, s.Tk, s.D), dv = new_heads(v, s.B, s.Hk, s.Tk, s.Dv);
-  Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), bias->scalar_type()) : new_tensor(q, {0}, q.scalar_type());
+  Tensor dbias = need_dbias ? new_tensor(*bias, bias->sizes(), dtype_of(*bias)) : new_tensor(q, {0}, dtype_of(q));
   s.dq = view_of(dq), s.dk = view_of(dk), s.dv = view_of(dv);
   bool aligned = true;
   for (const Tensor& t : {dout, q, k, v, o, dq, dk, dv}) aligned = aligned && whole_chunks(t);
@@ -460,11 +460,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_cuda(
   bool fits = false;
   with_dim<64, 96, 128>(
       exact, [&](auto dim) { fits = backward_tile<bf16, dim, true>().shared_bytes(dim, 2, false) <= most_shared(gpu.arch()); });
-  const Scores c = scores_of(s, aligned, element_size(q.scalar_type()), fits);
+  const Scores c = scores_of(s, aligned, element_size(dtype_of(q)), fits);
   Tensor stats = new_tensor(q, {2, s.B * s.H, s.Tq}, ScalarType::Float);
   float *base = out<float>(stats), *delta = base + s.B * s.H * s.Tq;
 
-  with_dtype(q.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(q), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, auto is_plain) {
       constexpr int D = decltype(dim)::value;

@@ -294,9 +294,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const T
   Tensor losses = new_contiguous(logits, logits.dim() - 1, ScalarType::Float), z_losses = new_like(losses);
   Tensor lse = new_tensor(logits, {2, M}, ScalarType::Float);
   Tensor count = count_of(gpu, logits, target, ignore_index, with_grad && reduction == 1);
-  const ScalarType dtype = logits.scalar_type();
+  const ScalarType dtype = dtype_of(logits);
   Tensor dlogits = with_grad ? new_contiguous(logits, logits.dim(), dtype) : new_tensor(logits, {0}, dtype);
-  with_dtype(logits.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(logits), [&](auto t) {
     with_bool(label_smoothing == 0 && logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
       constexpr int few = cross_entropy_fwd_few;
@@ -332,7 +332,7 @@ static void cross_entropy_bwd_out_cuda(const Tensor& dloss, const Tensor& logits
   if (M * V == 0) return;
   const Gpu gpu(logits);
   const Tensor count = count_of(gpu, logits, target, ignore_index, reduction == 1);
-  with_dtype(logits.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(logits), [&](auto t) {
     with_bool(logit_softcap == 0, [&](auto plain) {
       using T = decltype(t);
       const auto run = [&](auto block, auto kept, const RowShape& s) {
@@ -354,7 +354,7 @@ static Tensor cross_entropy_bwd_cuda(const Tensor& dloss, const Tensor& logits, 
                                      int64_t ignore_index, int64_t reduction, double label_smoothing, double lse_square_scale,
                                      double logit_softcap) {
   check_device("cross_entropy_bwd", "logits", logits);
-  Tensor dlogits = new_contiguous(logits, logits.dim(), logits.scalar_type());
+  Tensor dlogits = new_contiguous(logits, logits.dim(), dtype_of(logits));
   cross_entropy_bwd_out_cuda(dloss, logits, target, lse, ignore_index, reduction, label_smoothing, lse_square_scale,
                              logit_softcap, false, dlogits);
   return dlogits;

@@ -57,7 +57,7 @@ static Tensor dropout_fwd_cuda(const Tensor& x, const OptTensor& residual, const
   const Gpu gpu(x);
   Tensor y = new_like(x);
   const bool aligned = N % dropout_columns == 0 && stands_on_16(x) && stands_on_16(y) && stands_on_16(residual);
-  with_dtype(x.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(x), [&](auto t) {
     with_bool(aligned, [&](auto on_16) {
       using T = decltype(t);
       // a wave of blocks that go through all elements

@@ -1,5 +1,6 @@
 // gelu on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/gelu.py.
 #include "../args/gelu.h"
+#include "../launchers.h"
 #include "activation.cuh"
 #include "reduce.cuh"
 
@@ -79,7 +80,7 @@ struct GeluShape {
 // Rows for each thread: a few, so that the bias is read and its sums are written seldom; grid.y blocks of them.
 constexpr int64_t gelu_rows_per_thread = 8;
 static GeluShape gelu_shape(const Tensor& x, const OptTensor& bias, bool all_on_16) {
-  const int V = int(16 / element_size(x.scalar_type())), per_parameter = bias ? int(16 / element_size(bias->scalar_type())) : 1;
+  const int V = int(16 / element_size(dtype_of(x))), per_parameter = bias ? int(16 / element_size(dtype_of(*bias))) : 1;
   const int64_t total = x.numel(), N = bias ? x.size(x.dim() - 1) : total, M = N ? total / N : 0;
   const dim3 block = bias ? dim3(gelu_lanes, gelu_rows) : dim3(gelu_lanes * gelu_rows);
   const int64_t rows = std::min<int64_t>(cdiv(M, block.y * gelu_rows_per_thread), 65535);
@@ -89,12 +90,12 @@ static GeluShape gelu_shape(const Tensor& x, const OptTensor& bias, bool all_on_
 
 // f(x's type, the bias's, form, alignment)
 template <class F> static void with_gelu(const Tensor& x, const OptTensor& bias, bool tanh, bool aligned, const F& f) {
-  with_dtypes(x.scalar_type(), bias ? bias->scalar_type() : x.scalar_type(), [&](auto t, auto p) {
+  with_dtypes(dtype_of(x), bias ? dtype_of(*bias) : dtype_of(x), [&](auto t, auto p) {
     with_bool(tanh, [&](auto form) { with_bool(aligned, [&](auto on_16) { f(t, p, form, on_16); }); });
   });
 }
 
-static Tensor gelu_fwd_cuda(const Tensor& x, const OptTensor& bias, bool tanh) {
+Tensor gelu_of(const Tensor& x, const OptTensor& bias, bool tanh) {
   gelu_fwd_args("gelu_fwd", x, bias);
   const Gpu gpu(x);
   Tensor y = new_like(x);
@@ -108,11 +109,11 @@ static Tensor gelu_fwd_cuda(const Tensor& x, const OptTensor& bias, bool tanh) {
   return y;
 }
 
-static std::tuple<Tensor, Tensor> gelu_bwd_cuda(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
+std::tuple<Tensor, Tensor> gelu_gradients(const Tensor& dy, const Tensor& x, const OptTensor& bias, bool tanh) {
   gelu_bwd_args("gelu_bwd", dy, x, bias);
   const Gpu gpu(x);
   const GeluShape s = gelu_shape(x, bias, stands_on_16(x) && stands_on_16(dy) && stands_on_16(bias));
-  Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? s.N : 0}, bias ? bias->scalar_type() : x.scalar_type());
+  Tensor dx = new_like(x), dbias = new_tensor(x, {bias ? s.N : 0}, bias ? dtype_of(*bias) : dtype_of(x));
   Tensor partial = new_tensor(x, {bias ? int64_t(s.grid.y) : 0, 1, s.N}, ScalarType::Float);
   with_gelu(x, bias, tanh, s.aligned, [&](auto t, auto p, auto form, auto on_16) {
     using T = decltype(t);
@@ -125,8 +126,8 @@ static std::tuple<Tensor, Tensor> gelu_bwd_cuda(const Tensor& dy, const Tensor& 
 }
 
 GK_REGISTER(m) {
-  m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd_cuda));
-  m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd_cuda));
+  m.impl("gelu_fwd", TORCH_BOX(&gelu_of));
+  m.impl("gelu_bwd", TORCH_BOX(&gelu_gradients));
 }
 
 }  // namespace gk

@@ -75,8 +75,8 @@ static Tensor glu_fwd_cuda(const Tensor& gate, const OptTensor& up, int64_t act,
   const GluRows r = glu_fwd_args("glu_fwd", gate, up, act, up_first);
   const Gpu gpu(gate);
   Tensor y = new_glu(gate, r.N, !up);
-  const GluShape s = glu_shape(r, gate.scalar_type(), stands_on_16(gate) && stands_on_16(up));
-  with_glu(gate.scalar_type(), act, s.aligned, [&](auto t, auto a, auto on_16) {
+  const GluShape s = glu_shape(r, dtype_of(gate), stands_on_16(gate) && stands_on_16(up));
+  with_glu(dtype_of(gate), act, s.aligned, [&](auto t, auto a, auto on_16) {
     using T = decltype(t);
     launch(GK_KERNEL(glu_fwd<T, a, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(y), data<T>(gate) + r.gate_from,
            data<T>(up ? *up : gate) + r.up_from, r.M, r.N, r.gate_stride, r.up_stride);
@@ -88,9 +88,9 @@ static std::tuple<Tensor, Tensor> glu_bwd_cuda(const Tensor& dy, const Tensor& g
                                                bool up_first) {
   const GluRows r = glu_bwd_args("glu_bwd", dy, gate, up, act, up_first);
   const Gpu gpu(gate);
-  Tensor dgate = new_like(gate), dup = up ? new_like(gate) : new_tensor(gate, {0}, gate.scalar_type());
-  const GluShape s = glu_shape(r, gate.scalar_type(), stands_on_16(gate) && stands_on_16(up) && stands_on_16(dy));
-  with_glu(gate.scalar_type(), act, s.aligned, [&](auto t, auto a, auto on_16) {
+  Tensor dgate = new_like(gate), dup = up ? new_like(gate) : new_tensor(gate, {0}, dtype_of(gate));
+  const GluShape s = glu_shape(r, dtype_of(gate), stands_on_16(gate) && stands_on_16(up) && stands_on_16(dy));
+  with_glu(dtype_of(gate), act, s.aligned, [&](auto t, auto a, auto on_16) {
     using T = decltype(t);
     // of a gate that holds both, the halves of one row
     launch(GK_KERNEL(glu_bwd<T, a, on_16>), s.grid, s.block, 0, gpu.stream, out<T>(dgate) + r.gate_from,

@@ -107,7 +107,7 @@ constexpr int64_t rotary_heads_per_thread = 4;
 
 static void rotate(const Gpu& gpu, const RotaryArgs& s, const Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin,
                    bool interleaved, bool transposed) {
-  const int V = int(16 / element_size(x.scalar_type())), in_table = int(16 / element_size(cos.scalar_type()));
+  const int V = int(16 / element_size(dtype_of(x))), in_table = int(16 / element_size(dtype_of(cos)));
   bool aligned =
       stands_on_16(x) && stands_on_16(y) && stands_on_16(cos) && stands_on_16(sin) && s.half % V == 0 && s.D % V == 0;
   for (int d = 0; d < 3; d++) aligned = aligned && s.x[d] % V == 0 && s.y[d] % V == 0;
@@ -117,7 +117,7 @@ static void rotate(const Gpu& gpu, const RotaryArgs& s, const Tensor& y, const T
   const int64_t units = cdiv(s.half, V) + cdiv(s.D - 2 * s.half, V), blocks = cdiv(s.B * s.S * units, block.x);
   GK_CHECK(blocks < int64_t{1} << 31, "rotary_fwd: at most 2147483647 blocks of positions, got ", blocks);
   const dim3 grid(unsigned(blocks), unsigned(std::min<int64_t>(cdiv(s.H, heads * rotary_heads_per_thread), 65535)));
-  with_dtypes(x.scalar_type(), cos.scalar_type(), [&](auto t, auto p) {
+  with_dtypes(dtype_of(x), dtype_of(cos), [&](auto t, auto p) {
     with_bool(interleaved, [&](auto neighbours) {
       with_bool(aligned, [&](auto on_16) {
         using T = decltype(t);

@@ -1,5 +1,6 @@
 // softmax on NVIDIA GPUs. Formula, shapes and gradients: gpt_kernels/ops/softmax.py.
 #include "../args/softmax.h"
+#include "../launchers.h"
 #include "row.cuh"
 
 namespace gk {
@@ -77,8 +78,8 @@ template <class T, bool masked, int kept> struct Scores {
 template <class T, class K, bool masked, bool block, int kept, Pass pass>
 __global__ void __launch_bounds__(row_threads<block>, softmax_fwd_blocks(block, masked, sizeof(T) == 4))
     softmax_fwd(T* __restrict__ y, const T* __restrict__ x, const K* __restrict__ mask, float2* __restrict__ partial,
-                const __grid_constant__ MaskRows mask_rows, int64_t M, int64_t N, unsigned T_rows, float scale, int64_t span,
-                int parts) {
+                const __grid_constant__ MaskRows mask_rows, int64_t M, int64_t N, unsigned T_rows, float scale, float hidden,
+                int64_t span, int parts) {
   constexpr int V = per_16<T>;
   const RowPlace<block, kept> at(N, span, pass == Pass::whole ? 1 : parts);
   unsigned m = at.row;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(row_threads<block>, softmax_fwd_blocks(block, 
         top = max_of_parts(parts, [&](int s) { return of[s].x; });
         sum = sum_of_parts(parts, [&](int s) { return of[s].y * ex2_approx((origin_of(of[s].x) - origin_of(top)) * log2_e); });
       }
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum, origin = origin_of(top);  // 0: nothing is visible
+      const float inverse = sum == 0.f ? hidden : 1.f / sum, origin = origin_of(top);  // 0 or, as in ATen, NaN
       const RowSource<T> next = row_of(m + gridDim.x);
       scores.row.write(y + m * N + at.begin, row, [&](int j, float (&v)[V]) {
         scores.get(row, j, scale, v);
@@ -195,10 +196,10 @@ static MaskRows mask_rows_of(const char* op, const Tensor& mask, const Tensor& x
   return rows;
 }
 
-static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+Tensor softmax_of(const Tensor& x, const OptTensor& mask, double scale, bool causal, double hidden) {
   const char* op = "softmax_fwd";
   const Matrix of = softmax_fwd_args(op, x, mask, scale, causal);
-  const ScalarType x_dtype = x.scalar_type(), mask_dtype = mask ? mask->scalar_type() : x_dtype;
+  const ScalarType x_dtype = dtype_of(x), mask_dtype = mask ? dtype_of(*mask) : x_dtype;
   const MaskRows mask_rows = mask ? mask_rows_of(op, *mask, x) : MaskRows{};
   const int64_t M = of.M, N = of.N;
   const unsigned T_rows = causal ? unsigned(x.size(x.dim() - 2)) : 0;
@@ -214,7 +215,8 @@ static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double sc
       Tensor partial = new_tensor(x, {s.parts > 1 ? M : 0, s.parts, 2}, ScalarType::Float);
       with_row_shape<T, few, !masked>(s, [&](auto block, auto kept, auto pass) {
         launch(GK_KERNEL(softmax_fwd<T, K, masked, block, kept, pass>), s.blocks(M), s.threads, s.shared, gpu.stream, out<T>(y),
-               data<T>(x), data<K>(mask), out<float2>(partial), mask_rows, M, N, T_rows, float(scale), s.span, s.parts);
+               data<T>(x), data<K>(mask), out<float2>(partial), mask_rows, M, N, T_rows, float(scale), float(hidden), s.span,
+               s.parts);
       });
     };
     if (!mask) run(t, std::false_type{});
@@ -224,8 +226,11 @@ static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double sc
   });
   return y;
 }
+static Tensor softmax_fwd_cuda(const Tensor& x, const OptTensor& mask, double scale, bool causal) {
+  return softmax_of(x, mask, scale, causal, 0);
+}
 
-static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, bool causal) {
+Tensor softmax_gradient(const Tensor& dy, const Tensor& y, double scale, bool causal) {
   const char* op = "softmax_bwd";
   const Matrix of = softmax_bwd_args(op, dy, y, causal);
   const int64_t M = of.M, N = of.N;
@@ -233,7 +238,7 @@ static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, 
   check_row_count(op, M);
   const Gpu gpu(y);
   Tensor dx = new_like(y);
-  with_dtype(y.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(y), [&](auto t) {
     using T = decltype(t);
     constexpr int few = softmax_bwd_few;
     const RowShape s = row_shape<T, few>(M, N, gpu, 2);
@@ -248,7 +253,7 @@ static Tensor softmax_bwd_cuda(const Tensor& dy, const Tensor& y, double scale, 
 
 GK_REGISTER(m) {
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd_cuda));
-  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd_cuda));
+  m.impl("softmax_bwd", TORCH_BOX(&softmax_gradient));
 }
 
 }  // namespace gk

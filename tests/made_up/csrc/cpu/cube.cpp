@@ -11,7 +11,7 @@ namespace gk {
 static Tensor cube_fwd_cpu(const Tensor& x) {
   check_input("cube_fwd", "x", x);
   Tensor y = new_like(x);
-  with_dtype(x.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(x), [&](auto tag) {
     using T = decltype(tag);
     GK_BEST(cube_row<T>)((T*)y.mutable_data_ptr(), nullptr, (const T*)x.const_data_ptr(), x.numel());
   });
@@ -21,7 +21,7 @@ static Tensor cube_fwd_cpu(const Tensor& x) {
 static Tensor cube_bwd_cpu(const Tensor& dy, const Tensor& x) {
   cube_bwd_args("cube_bwd", dy, x);
   Tensor dx = new_like(x);
-  with_dtype(x.scalar_type(), [&](auto tag) {
+  with_dtype(dtype_of(x), [&](auto tag) {
     using T = decltype(tag);
     GK_BEST(cube_row<T>)
     ((T*)dx.mutable_data_ptr(), (const T*)dy.const_data_ptr(), (const T*)x.const_data_ptr(), x.numel());

@@ -14,7 +14,7 @@ template <class T> __global__ void cube_kernel(T* y, const T* dy, const T* x, in
 static Tensor run(const Tensor& x, const OptTensor& dy) {
   const Gpu gpu(x);
   Tensor y = new_like(x);
-  with_dtype(x.scalar_type(), [&](auto t) {
+  with_dtype(dtype_of(x), [&](auto t) {
     using T = decltype(t);
     launch(GK_KERNEL(cube_kernel<T>), unsigned(cdiv(x.numel(), 256)), 256, 0, gpu.stream, out<T>(y), data<T>(dy), data<T>(x),
            x.numel());
