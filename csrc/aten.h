@@ -14,6 +14,9 @@
 #include <utility>
 
 #include "launchers.h"
+#ifndef GK_CUDA
+#include "cpu/attention_launch.h"
+#endif
 
 namespace gk {
 namespace aten {
@@ -34,13 +37,10 @@ enum Slot {
   gelu_bwd,
   attention_fwd,
   attention_bwd,
-  sdpa,
   dropout_fwd,
   dropout_bwd,
-  dropout,
-  cross_entropy,
-  slots,
-};  // clang-format: one row per kind
+  slots
+};
 inline const char* const slot_names[slots] = {"native_layer_norm",
                                               "native_layer_norm_backward",
                                               "_fused_rms_norm",
@@ -51,15 +51,17 @@ inline const char* const slot_names[slots] = {"native_layer_norm",
                                               "gelu_backward",
                                               "_scaled_dot_product_flash_attention_for_cpu",
                                               "_scaled_dot_product_flash_attention_for_cpu_backward",
-                                              "scaled_dot_product_attention",
                                               "native_dropout",
-                                              "native_dropout_backward",
-                                              "dropout",
-                                              "cross_entropy_loss"};
+                                              "native_dropout_backward"};
 
-struct Counts { std::atomic<int64_t> ours{0}, torchs{0}; };
+#ifdef GK_SIM  // ThreadSanitizer's instrumentation of atomics is no part of the model
+template <class T> using Shared = T;
+#else
+template <class T> using Shared = std::atomic<T>;
+#endif
+struct Counts { Shared<int64_t> ours{0}, torchs{0}; };
 inline Counts counts[slots];
-inline std::atomic<bool> recording{false};
+inline Shared<bool> recording{false};
 inline std::mutex record_mutex;
 inline std::map<std::string, int64_t> record;  // "gelu float32 2x512x3072" -> calls
 
@@ -69,8 +71,8 @@ inline void shape_into(std::ostringstream& s, const Tensor& t) {
 }
 // The call is ours. What tells it from others of its slot: the tensors' dtypes and shapes, and `more`.
 template <class... More> inline void served(Slot slot, std::initializer_list<const Tensor*> tensors, const More&... more) {
-  counts[slot].ours.fetch_add(1, std::memory_order_relaxed);
-  if (!recording.load(std::memory_order_relaxed)) return;
+  counts[slot].ours++;
+  if (!recording) return;
   std::ostringstream s;
   s << slot_names[slot];
   for (const Tensor* t : tensors) shape_into(s, *t);
@@ -101,17 +103,13 @@ inline std::optional<std::tuple<Out...>> call(const char* op, const char* overlo
   if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != 0) return std::nullopt;
   return unboxed<Out...>(stack.data(), std::index_sequence_for<Out...>());
 }
-// What Python has for the slot: the kernel that stood there or, above autograd, our own functions.
-template <class... Out, class... In> inline std::tuple<Out...> pythons(Slot slot, const In&... in) {
+template <class... Out, class... In> inline std::tuple<Out...> torchs(Slot slot, const In&... in) {
+  counts[slot].torchs++;
   refusal.clear();
   const auto results = call<Out...>((std::string(GK_ATEN_TORCH) + slot_names[slot]).c_str(), "", in...);
   GK_CHECK(refusal.empty(), refusal);
   GK_CHECK(results, slot_names[slot], ": torch's own kernel failed; what it says of it stands on stderr");
   return *results;
-}
-template <class... Out, class... In> inline std::tuple<Out...> torchs(Slot slot, const In&... in) {
-  counts[slot].torchs.fetch_add(1, std::memory_order_relaxed);
-  return pythons<Out...>(slot, in...);
 }
 
 // ---- tensors ----
@@ -242,6 +240,7 @@ inline Tensor new_statistic(const Tensor& x, const Ints& shape) {
 // The dtype that ATen keeps mean and rstd in.
 inline ScalarType kept_dtype(const Tensor& x, const OptTensor& weight, const OptTensor& bias) {
 #ifdef GK_CUDA
+  (void)x, (void)weight, (void)bias;
   return ScalarType::Float;
 #else
   const OptTensor& t = weight ? weight : bias;  // a CPU's are 16 bits wide, unless a parameter is float32
@@ -384,17 +383,21 @@ inline Tensor gelu_backward(const Tensor& dy, const Tensor& x, std::string appro
 
 // ---- attention ----
 
-// ATen's result lies as q does: our kernels know two orders of the dimensions, with nothing between the rows or something.
-inline bool known_order(const Tensor& q) {
-  const auto above = [&](int64_t a, int64_t b) { return q.size(a) == 1 || q.size(b) == 1 || q.stride(a) >= q.stride(b); };
-  return above(0, 1) && above(0, 2) && above(1, 3) && above(2, 3);
+// As q lies in memory, with nothing between.
+inline Tensor new_heads_like(const Tensor& q) {
+  int64_t order[4] = {0, 1, 2, 3}, strides[4], stride = 1;
+  std::stable_sort(order, order + 4, [&](int64_t a, int64_t b) { return q.stride(a) > q.stride(b); });
+  for (int i = 4; i-- > 0; stride *= q.size(order[i])) strides[order[i]] = stride;
+  return new_strided(q, q.sizes(), {strides, 4}, dtype_of(q));
 }
 inline bool attention_fits(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, const OptTensor& mask) {
   for (const Tensor* t : {&q, &k, &v})
     if (t->dim() != 4 || dtype_of(*t) != dtype_of(q) || t->numel() == 0 || t->stride(3) != 1 || t->size(3) > 256 ||
         t->size(0) != q.size(0) || !together(*t, q))
       return false;
-  if (!ours_dtype(dtype_of(q)) || !known_order(q) || dropout_p != 0 || k.size(3) != q.size(3) || v.size(3) != q.size(3) ||
+  for (int64_t d = 0; d < 3; d++)
+    if (q.size(d) != 1 && q.stride(d) < q.size(3)) return false;  // the innermost dimension is another, or q overlaps itself
+  if (!ours_dtype(dtype_of(q)) || dropout_p != 0 || k.size(3) != q.size(3) || v.size(3) != q.size(3) ||
       k.size(1) != v.size(1) || k.size(2) != v.size(2) || q.size(1) % k.size(1) != 0)
     return false;
   if (!mask) return true;
@@ -438,7 +441,10 @@ inline std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor&
     return torchs<Tensor, Tensor>(attention_fwd, q, k, v, dropout_p, causal, mask, scale);
   served(attention_fwd, {&q, &k}, mask_kind(mask, causal));
   const double factor = scale.value_or(1 / std::sqrt(double(q.size(3))));
-  auto [o, lse] = attention_of(q, k, v, of_4_dims(mask), OptTensor(), OptTensor(), factor, 0, 0, 0, -1, causal ? 0 : -1);
+  const AttentionArgs args =
+      attention_args("attention", q, k, v, of_4_dims(mask), OptTensor(), OptTensor(), factor, 0, 0, 0, -1, causal ? 0 : -1);
+  Tensor o = new_heads_like(q), lse = new_tensor(q, {args.B, args.H, args.Tq}, stat_dtype(dtype_of(q)));
+  attention_into(o, lse, args, q);
   return {o, reordered(lse, true)};
 }
 
@@ -485,92 +491,32 @@ inline Tensor native_dropout_backward(const Tensor& dy, const Tensor& mask, doub
   return served(dropout_bwd, {&dy}), dx;
 }
 
-// ---- above autograd ----
-//
-// torch composes these of ops with derivatives. What is small, or what torch's own composition does by one kernel, is composed
-// here as there: a call of Python would cost more than its work. All else goes to Python, to our autograd.Functions.
-
-inline std::atomic<int> tracing{
-    0};  // a compiler's stand-ins may have sizes that nobody may ask for: torch would say so on stderr
-constexpr int64_t few = 16384;  // elements: accelerate.py tells what was measured
-
-// The number of elements, -1 where it is not to be known.
-inline int64_t elements(const Tensor& t) {
-  int64_t n = 0;
-  return tracing.load(std::memory_order_relaxed) || aoti_torch_get_numel(t.get(), &n) != 0 ? -1 : n;
-}
-inline bool few_floats(const Tensor& t) {
-  const int64_t n = elements(t);
-  return n > 0 && n <= few && is_float_dtype(dtype_of(t));
-}
-
-inline Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& given_mask,
-                                           double dropout_p, bool causal, OptDouble scale, bool gqa) {
-  const OptTensor mask = present(given_mask);
-  if (!mask && dropout_p == 0) {
-    constexpr int64_t flash = 1;  // at::SDPBackend
-    const auto choice = call<int64_t>("aten::_fused_sdp_choice", "", q, k, v, mask, dropout_p, causal, scale, gqa);
-    if (choice && std::get<0>(*choice) == flash) {
-      const auto out = call<Tensor, Tensor>("aten::_scaled_dot_product_flash_attention_for_cpu", "", q, k, v, dropout_p, causal,
-                                            mask, scale);
-      if (out) return std::get<0>(*out);
-    }
-  }
-  return std::get<0>(pythons<Tensor>(sdpa, q, k, v, mask, dropout_p, causal, scale, gqa));
-}
-
-inline Tensor dropout_(const Tensor& x, double p, bool train) {
-  if (p >= 0 && p <= 1 && (!train || p == 0)) return x;
-  if (train && p > 0 && p < 1 && few_floats(x)) {
-    const auto y = call<Tensor, Tensor>("aten::native_dropout", "", x, p, std::optional<bool>(train));
-    if (y) return std::get<0>(*y);
-  }
-  return std::get<0>(pythons<Tensor>(dropout, x, p, train));
-}
-
-inline Tensor cross_entropy_loss(const Tensor& x, const Tensor& target, const OptTensor& given_weight, int64_t reduction,
-                                 int64_t ignore_index, double label_smoothing) {
-  const OptTensor weight = present(given_weight);
-  if (!weight && label_smoothing == 0 && x.dim() == 2 && target.dim() == 1 && dtype_of(target) == ScalarType::Long &&
-      few_floats(x) && x.size(0) == target.size(0)) {
-    const auto log_p = call<Tensor>("aten::log_softmax", "int", x, int64_t{1}, std::optional<ScalarType>(dtype_of(x)));
-    if (log_p) {
-      const auto loss = call<Tensor>("aten::nll_loss_nd", "", std::get<0>(*log_p), target, weight, reduction, ignore_index);
-      if (loss) return counts[cross_entropy].torchs++, std::get<0>(*loss);
-    }
-  }
-  return std::get<0>(pythons<Tensor>(cross_entropy, x, target, weight, reduction, ignore_index, label_smoothing));
-}
-
 #endif  // GK_CUDA
 
 // ---- in and out of the slots ----
 
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 struct Entry {
-  Entry(Boxed function = nullptr, bool above_autograd = false) : function(function), above_autograd(above_autograd) {}
+  Entry(Boxed function = nullptr) : function(function) {}
   const Boxed function;
-  const bool above_autograd;
-  std::vector<std::unique_ptr<torch::stable::detail::StableLibrary>> standing;
+  std::unique_ptr<torch::stable::detail::StableLibrary> standing;
 };
 inline Entry* entry(const std::string& name) {
   static Entry table[slots] = {
-      {TORCH_BOX(&native_layer_norm)},
-      {TORCH_BOX(&native_layer_norm_backward)},
-      {TORCH_BOX(&fused_rms_norm)},
-      {TORCH_BOX(&fused_rms_norm_backward)},
-      {TORCH_BOX(&softmax_)},
-      {TORCH_BOX(&softmax_backward_data)},
-      {TORCH_BOX(&gelu_)},
-      {TORCH_BOX(&gelu_backward)},
+      TORCH_BOX(&native_layer_norm),
+      TORCH_BOX(&native_layer_norm_backward),
+      TORCH_BOX(&fused_rms_norm),
+      TORCH_BOX(&fused_rms_norm_backward),
+      TORCH_BOX(&softmax_),
+      TORCH_BOX(&softmax_backward_data),
+      TORCH_BOX(&gelu_),
+      TORCH_BOX(&gelu_backward),
 #ifndef GK_CUDA
-      {TORCH_BOX(&flash_attention)},
-      {TORCH_BOX(&flash_attention_backward)},
-      {TORCH_BOX(&scaled_dot_product_attention), true},
-      {TORCH_BOX(&native_dropout)},
-      {TORCH_BOX(&native_dropout_backward)},
-      {TORCH_BOX(&dropout_), true},
-      {TORCH_BOX(&cross_entropy_loss), true},
+      TORCH_BOX(&flash_attention),
+      TORCH_BOX(&flash_attention_backward),
+      TORCH_BOX(&native_dropout),
+      TORCH_BOX(&native_dropout_backward),
+
 #endif
   };
   for (int i = 0; i < slots; i++)
@@ -582,14 +528,11 @@ inline Entry* entry(const std::string& name) {
 inline bool stand(const char* name, bool in) {
   Entry* e = entry(name);
   if (!e) return false;
-  if (!in) e->standing.clear();
-  if (!in || !e->standing.empty()) return true;
+  if (!in) e->standing.reset();
+  if (!in || e->standing) return true;
   using Library = torch::stable::detail::StableLibrary;
-  for (const char* key :
-       e->above_autograd ? std::vector<const char*>{"AutogradCPU", "CPU"} : std::vector<const char*>{GK_ATEN_KEY}) {
-    e->standing.push_back(std::make_unique<Library>(Library::Kind::IMPL, "aten", key, "gpt_kernels", 0));
-    e->standing.back()->impl(name, e->function);
-  }
+  e->standing = std::make_unique<Library>(Library::Kind::IMPL, "aten", GK_ATEN_KEY, "gpt_kernels", 0);
+  e->standing->impl(name, e->function);
   return true;
 }
 
@@ -601,14 +544,10 @@ GK_EXPORT int gpt_kernels_aten(const char* name, int in) { return gk::aten::stan
 // How many calls of a slot were ours, or torch's.
 GK_EXPORT int64_t gpt_kernels_aten_count(const char* name, int ours) {
   for (int i = 0; i < gk::aten::slots; i++)
-    if (!std::strcmp(name, gk::aten::slot_names[i]))
-      return (ours ? gk::aten::counts[i].ours : gk::aten::counts[i].torchs).load();
+    if (!std::strcmp(name, gk::aten::slot_names[i])) return ours ? gk::aten::counts[i].ours : gk::aten::counts[i].torchs;
   return -1;
 }
 GK_EXPORT void gpt_kernels_aten_refused(const char* words) { gk::aten::refusal = *words ? words : "torch refused the call"; }
-#ifndef GK_CUDA
-GK_EXPORT void gpt_kernels_aten_tracing(int more) { gk::aten::tracing += more; }
-#endif
 GK_EXPORT void gpt_kernels_aten_record(int on) { gk::aten::recording = on != 0; }
 // The kinds of calls since the last time it was asked, one per line: the number of calls, the slot, what tells the kind.
 GK_EXPORT const char* gpt_kernels_aten_recorded() {

@@ -23,9 +23,9 @@ std::tuple<Tensor, Tensor> gelu_gradients(const Tensor& dy, const Tensor& x, con
 #ifndef GK_CUDA
 // y = x mask scale, mask bool
 void masked_into(Tensor& y, const Tensor& x, const Tensor& mask, double scale);
-std::tuple<Tensor, Tensor> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
-                                        const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
-                                        double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right);
+struct AttentionArgs;
+// o: of q's shape but for v's head_dim, each head's rows contiguous; lse: (B, H, Tq)
+void attention_into(Tensor& o, Tensor& lse, AttentionArgs s, const Tensor& q);
 // in_tokens: the gradients lie as (B, T, H, D) however q, k and v do
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                                const Tensor& v, const Tensor& o, const Tensor& lse,

@@ -5,6 +5,7 @@ from typing import Any as _Any
 
 from . import gpu as _gpu
 from . import names as _names
+from .accelerate import accelerate, accelerated, decelerate
 from .dispatch import Served, use_backend, where
 from .estimate import estimate
 from .explain import explain

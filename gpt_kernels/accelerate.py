@@ -1,33 +1,35 @@
 """accelerate(): our kernels in ATen's own slots, for programs that know nothing of us. Process-wide, and reversible.
 
-| op            | ATen's slot                                                         | who calls ours                       |
-|---------------|---------------------------------------------------------------------|--------------------------------------|
-| layer_norm    | native_layer_norm, native_layer_norm_backward                       | torch's C++ autograd                 |
-| rms_norm      | _fused_rms_norm, _fused_rms_norm_backward                           | torch's C++ autograd                 |
-| softmax       | _softmax, _softmax_backward_data, over the last dimension           | torch's C++ autograd                 |
-| gelu          | gelu, gelu_backward                                                 | torch's C++ autograd                 |
-| attention     | _scaled_dot_product_flash_attention_for_cpu and its backward        | torch's C++ autograd                 |
-|               | scaled_dot_product_attention: what torch would compute by products, | above autograd: our Functions        |
-|               | masks and dropout among it                                          |                                      |
-| dropout       | native_dropout, native_dropout_backward: with a mask, what is small | torch's C++ autograd                 |
-|               | dropout: without a mask, the rest                                   | above autograd: our Function         |
-| cross_entropy | cross_entropy_loss of class indices, but for what is small          | above autograd: our Function         |
+| op            | ATen's slot                                                 | ours there                                   |
+|---------------|-------------------------------------------------------------|----------------------------------------------|
+| layer_norm    | native_layer_norm, native_layer_norm_backward               | C++                                          |
+| rms_norm      | _fused_rms_norm, _fused_rms_norm_backward                   | C++                                          |
+| softmax       | _softmax, _softmax_backward_data: over the last dimension   | C++                                          |
+| gelu          | gelu, gelu_backward                                         | C++                                          |
+| attention     | _scaled_dot_product_flash_attention_for_cpu, its backward   | C++: masks and grouped heads, too            |
+|               | _scaled_dot_product_attention_math: all that torch computes | above autograd, our Function: dropout, a     |
+|               | by products                                                 | mask's gradient, other head dims             |
+| dropout       | dropout; native_dropout and its backward                    | above autograd, our Function; C++ without it |
+| cross_entropy | cross_entropy_loss, of class indices                        | above autograd, our Function                 |
 
-The functions in the slots are C++ (csrc/aten.h): no call goes through Python that torch's own would not, but for those large
-ones above autograd. A call that our kernels do not compute as ATen's contract has it (another dtype, other strides, a dimension
-that is not the last) is the kernel's that stood in the slot, kept here by its handle; so are all calls after decelerate().
-There is no _log_softmax: ours would read and write as much as torch's; where it matters, cross_entropy_loss never makes it.
+The slots of C++ (csrc/aten.h) are called by torch's own C++ autograd: no call goes through Python. A call that our kernels do
+not compute as ATen's contract has it (another dtype, other strides, a dimension that is not the last) is for the kernel that
+stood in the slot, kept here by its handle; so are all calls after decelerate(). There is no _log_softmax: ours would read and
+write as much as torch's, and where it matters, cross_entropy_loss never makes it.
 
-Under torch.compile, inductor decomposes layer norm, RMS norm, softmax, gelu, dropout and cross entropy before it looks for a
-kernel, and fuses them with their neighbours: there these slots are not asked. Attention stays an operator of its own, ours.
-In GPU slots are the norms, softmax and gelu of the compiled CUDA kernels; attention without a fused kernel of torch's, dropout
-and cross entropy by our Functions.
+Of the two results of _scaled_dot_product_attention_math, which scaled_dot_product_attention calls for the first, the second,
+the probabilities, is not made: it is a tensor on the meta device, which raises where it is used.
+
+Under torch.compile, inductor decomposes layer norm, RMS norm, softmax, gelu and dropout before it looks for a kernel, and fuses
+them with their neighbours: there these slots are not asked. Attention stays an operator of its own, ours, and so does cross
+entropy. In GPU slots are the norms, softmax and gelu of the compiled CUDA kernels, and the three above autograd.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 import warnings
 from collections import Counter
@@ -37,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import dispatch, library
 from .ops.attention import MAX_HEAD_DIM
 from .ops.attention import scaled_dot_product_attention as our_attention
 from .ops.cross_entropy import cross_entropy as our_cross_entropy
@@ -51,20 +53,23 @@ SLOTS = {
     "attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
-        "scaled_dot_product_attention",
+        "_scaled_dot_product_attention_math",
     ),
     "dropout": ("native_dropout", "native_dropout_backward", "dropout"),
     "cross_entropy": ("cross_entropy_loss",),
 }
 # A mask has steps of 1 / 65536: rarer droppings are torch's, whose rate is finer.
 _RAREST = 1 / 1024
+_REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
+# Elements up to which calling an autograd.Function from Python takes longer than it saves (dev/LOG.md).
+FEW, FEW_LOGITS = 4096, 2**17
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _lock = threading.RLock()
 _on: tuple[str, ...] = ()
 _stood: dict[tuple[str, str], Callable] = {}  # (slot, device key) -> the kernel that stood there when ours came
 _libraries: dict[str, torch.library.Library] = {}  # by device key: the ops that C++ calls back
-_python: dict[str, list[torch.library.Library]] = {}  # op -> what Python itself has put into a GPU's slots
+_python: dict[tuple[str, str], list[torch.library.Library]] = {}  # (slot, device key) -> what Python has put into it
 _served: Counter[tuple[str, bool]] = Counter()  # (slot, ours?) of those above autograd
 _recorded: Counter[str] | None = None
 
@@ -74,7 +79,7 @@ _recorded: Counter[str] | None = None
 
 def _kept(slot: str, key: str) -> Callable:
     handle, keys = torch.library.get_kernel(f"aten::{slot}", key), torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    return lambda *args, **more: handle.call_boxed(keys, *args, **more)
+    return functools.partial(handle.call_boxed, keys)
 
 
 def _rms_norm_backward(dy, x, normalized_shape, rstd, weight, output_mask):
@@ -101,10 +106,8 @@ def _callback(slot: str, key: str, results: int) -> Callable:
 
     def call(*args, **more):
         try:
-            return (_ABOVE[slot] if slot in _ABOVE else _stood[slot, key])(*args, **more)
+            return _stood[slot, key](*args, **more)
         except Exception as error:
-            if torch.compiler.is_compiling():
-                raise
             refused((str(error) or type(error).__name__).encode())
             nothing = torch.empty(0)
             return nothing if results == 1 else (nothing,) * results
@@ -117,12 +120,11 @@ def _define(key: str) -> None:
     if key in _libraries:
         return
     _libraries[key] = ops = torch.library.Library(f"gpt_kernels_aten_{key.lower()}", "DEF")
-    for op in _in_slots(key):
-        for slot in SLOTS[op]:
+    for slot in (slot for slots in SLOTS.values() for slot in slots):
+        if _in_cpp(slot, key):
             schema = getattr(torch.ops.aten, slot).default._schema
             ops.define(str(schema).replace(f"aten::{slot}", slot, 1))
-            alias = "CompositeImplicitAutograd" if slot in _ABOVE else "CompositeExplicitAutograd"
-            ops.impl(slot, _callback(slot, key, len(schema.returns)), alias)
+            ops.impl(slot, _callback(slot, key, len(schema.returns)), "CompositeExplicitAutograd")
     with warnings.catch_warnings():  # torch says once in a process that a kernel is being overridden: that is the point
         warnings.simplefilter("ignore")
         ops.define("again() -> ()")
@@ -131,91 +133,116 @@ def _define(key: str) -> None:
 
 
 # ---- above autograd ----
+#
+# Python's functions, so that what is raised within (by the hooks of saved tensors, too: checkpointing ends so) passes as it is.
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Tensors that are no wrapper's (DTensor, a quantised or a nested tensor), or a compiler's stand-ins for such."""
-    return all(
-        t is None or type(t) in (Tensor, torch.nn.Parameter) or type(t).__module__.startswith("torch._subclasses")
-        for t in tensors
-    )  # fmt: skip
+def _plain(t: Tensor | None) -> bool:
+    """No wrapper's tensor (a DTensor, a quantised or a nested one), but maybe a compiler's stand-in."""
+    kind = type(t)
+    return kind is Tensor or kind is torch.nn.Parameter or t is None or kind.__module__.startswith("torch._subclasses")
 
 
-def _floats(*tensors: Tensor) -> bool:
+def _float(t: Tensor) -> bool:
+    return t.dtype in _FLOATS and t.layout is torch.strided and (t.is_cpu or (t.is_cuda and t.dtype is not torch.float64))
+
+
+def _alike(*tensors: Tensor) -> bool:
     first = tensors[0]
-    if first.dtype not in _FLOATS or (first.is_cuda and first.dtype is torch.float64) or not (first.is_cuda or first.is_cpu):
-        return False
     return all(t.dtype is first.dtype and t.device == first.device and t.layout is torch.strided for t in tensors)
 
 
-def _count(slot: str, ours: bool, *tensors: Tensor, **more: Any) -> None:
-    _served[slot, ours] += 1
-    if ours and _recorded is not None and not torch.compiler.is_compiling():
+def _ours(slot: str, *tensors: Tensor, **more: Any) -> None:
+    _served[slot, True] += 1
+    if _recorded is not None and not torch.compiler.is_compiling():
         shapes = (f"{str(t.dtype).removeprefix('torch.')} {'x'.join(map(str, t.shape))}" for t in tensors)
-        _recorded[" ".join([slot, *shapes, *map(str, more.values())])] += 1
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        _recorded[" ".join([slot, *shapes, *map(str, more.values()), "training" if training else "-"])] += 1
 
 
-def _above(slot: str, x: Tensor) -> Callable:
-    return _stood[slot, "CUDA" if x.is_cuda else "CPU"]
+def _torchs(slot: str, x: Tensor, *args: Any, **more: Any) -> Any:
+    _served[slot, False] += 1
+    return _stood[slot, "CUDA" if x.is_cuda else "CPU"](x, *args, **more)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    ours = (
-        _plain(query, key, value, attn_mask)
-        and _floats(query, key, value)
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, dropout_mask=None, *, scale=None,
+               enable_gqa=False):  # fmt: skip
+    slot = "_scaled_dot_product_attention_math"
+    if (
+        dropout_mask is None
+        and torch.backends.cuda.flash_sdp_enabled()  # else somebody has asked for products
+        and all(map(_plain, (query, key, value, attn_mask)))
+        and _float(query)
+        and _alike(query, key, value)
         and min(query.dim(), key.dim(), value.dim()) >= (3 if enable_gqa else 2)
         and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_DIM
         and key.shape[-1] == query.shape[-1] > 0
+        and key.shape[-2] == value.shape[-2]
         and 0 <= dropout_p <= 1
-        and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype, torch.float32)
-                                   and attn_mask.device == query.device))
-        and torch.backends.cuda.flash_sdp_enabled()  # else somebody has asked for products
-        and not (query.is_cuda and _fused_on_gpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
-    )  # fmt: skip
-    _count("scaled_dot_product_attention", ours, query, key, mask=attn_mask is not None, causal=is_causal, dropout=dropout_p)
-    call = our_attention if ours else _above("scaled_dot_product_attention", query)
-    return call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        and not (is_causal and attn_mask is not None)
+        and (attn_mask is None or _fits(attn_mask, query))
+    ):
+        if _heads_fit(query, key, value, enable_gqa):
+            y = our_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            _ours(slot, query, key, mask=attn_mask is not None, causal=is_causal, dropout=dropout_p)
+            return y, torch.empty((*y.shape[:-1], key.shape[-2]), dtype=query.dtype, device="meta")
+    more = {"scale": scale, "enable_gqa": enable_gqa}
+    return _torchs(slot, query, key, value, attn_mask, dropout_p, is_causal, dropout_mask, **more)
 
 
-def _fused_on_gpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
-    """Has torch a fused kernel for it?"""
-    math = torch._C._SDPBackend.MATH.value
-    return torch._fused_sdp_choice(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    ) != math  # fmt: skip
+def _heads_fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Else torch has its own words."""
+    if enable_gqa:
+        return query.shape[:-3] == key.shape[:-3] == value.shape[:-3] and key.shape[-3] == value.shape[-3]
+    try:
+        torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fits(mask: Tensor, query: Tensor) -> bool:
+    return mask.dtype in (torch.bool, query.dtype, torch.float32) and mask.device == query.device
 
 
 def _dropout(input, p, train):
-    ours = train and _plain(input) and _floats(input) and _RAREST <= p < 1
-    _count("dropout", ours, input, p=p)
-    return our_dropout(input, p) if ours else _above("dropout", input)(input, p, train)
+    if p == 0 or (not train and 0 <= p <= 1):
+        return input
+    if type(input) is Tensor and input.is_cpu and input.numel() < FEW:
+        if 0 < p < 1 and input.dtype in _FLOATS:
+            return torch.native_dropout(input, p, True)[0]  # a slot of C++; above, there is no mask
+    elif _RAREST <= p < 1 and _plain(input) and _float(input):
+        _ours("dropout", input, p=p)
+        return our_dropout(input, p)
+    return _torchs("dropout", input, p, train)
 
 
 def _cross_entropy(self, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
-    ours = (
+    if type(self) is Tensor and self.is_cpu and self.numel() < FEW_LOGITS:
+        _served["cross_entropy_loss", False] += 1
+        return _stood["cross_entropy_loss", "CPU"](self, target, weight, reduction, ignore_index, label_smoothing)
+    if (
         weight is None
-        and _plain(self, target)
-        and _floats(self)
         and self.dim() == 2
         and target.dim() == 1
         and target.dtype is torch.int64
-        and target.device == self.device
         and target.shape[0] == self.shape[0]
+        and target.device == self.device
+        and _plain(self)
+        and _plain(target)
+        and _float(self)
+        and reduction in _REDUCTIONS
         and 0 <= label_smoothing <= 1
-        and reduction in (0, 1, 2)
-    )
-    stood = _above("cross_entropy_loss", self)
-    if ours:
+    ):
         with contextlib.suppress(IndexError):  # of a target out of range torch has its own words
-            loss = our_cross_entropy(self, target, ignore_index, ("none", "mean", "sum")[reduction], label_smoothing)
-            _count("cross_entropy_loss", True, self, reduction=reduction, smoothing=label_smoothing)
+            loss = our_cross_entropy(self, target, ignore_index, _REDUCTIONS[reduction], label_smoothing)
+            _ours("cross_entropy_loss", self, reduction=reduction, smoothing=label_smoothing)
             return loss
-    _count("cross_entropy_loss", False, self)
-    return stood(self, target, weight, reduction, ignore_index, label_smoothing)
+    return _torchs("cross_entropy_loss", self, target, weight, reduction, ignore_index, label_smoothing)
 
 
 _ABOVE: dict[str, Callable] = {
-    "scaled_dot_product_attention": _attention,
+    "_scaled_dot_product_attention_math": _attention,
     "dropout": _dropout,
     "cross_entropy_loss": _cross_entropy,
 }
@@ -228,9 +255,11 @@ def _loaded(key: str) -> Any:
     return library.cpu if key == "CPU" else library.cuda
 
 
-def _in_slots(key: str) -> list[str]:
-    """The ops whose slots C++ fills."""
-    return [op for op in SLOTS if key == "CPU" or not any(slot in _ABOVE for slot in SLOTS[op])]
+def _in_cpp(slot: str, key: str) -> bool:
+    """Does C++ fill it?"""
+    if key == "CPU":
+        return slot not in _ABOVE
+    return any(slot in SLOTS[op] for op in ("layer_norm", "rms_norm", "softmax", "gelu"))
 
 
 def _keys() -> list[str]:
@@ -238,41 +267,43 @@ def _keys() -> list[str]:
 
 
 def _put(op: str, into: bool) -> None:
-    for key in _keys():
-        if op in _in_slots(key):
-            for slot in SLOTS[op]:
-                if into:
-                    _stand(slot, key)
+    for slot in SLOTS[op]:
+        for key in ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",):
+            cpp = _in_cpp(slot, key)
+            if _loaded(key) is None if cpp else slot not in _ABOVE:
+                continue
+            if into:
+                _stand(slot, key)
+            if cpp:
                 # not ctypes' own call, which lets other threads run: the slot is theirs, too
                 ctypes.PyDLL(_loaded(key)._name).gpt_kernels_aten(slot.encode(), int(into))
-    for slot in SLOTS[op]:
-        if slot in _ABOVE and torch.backends.cuda.is_built():
-            if into:
-                _stand(slot, "CUDA")
-                _python[slot] = [_gpu_slot(slot, key) for key in ("AutogradCUDA", "CUDA")]
+            elif into:
+                _python[slot, key] = [_impl(slot, alias) for alias in (f"Autograd{key}", key)]
             else:
-                for put in _python.pop(slot):
-                    put._destroy()
+                for library in _python.pop((slot, key)):
+                    library._destroy()
 
 
-def _gpu_slot(slot: str, key: str) -> torch.library.Library:
+def _impl(slot: str, key: str) -> torch.library.Library:
     put = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # as in _define
         put.impl(slot, _ABOVE[slot], key, allow_override=True)
     return put
 
 
 def _set(ops: Iterable[str]) -> None:
     global _on
+    wanted = set(ops)
     with _lock:
-        wanted = tuple(op for op in SLOTS if op in set(ops))
         for op in SLOTS:
             if (op in wanted) != (op in _on):
                 for key in _keys():
                     _define(key)
                 _put(op, op in wanted)
                 _on = tuple(o for o in SLOTS if (o in _on or o == op) and (o in wanted or o != op))
+                dispatch.in_aten.clear()
+                dispatch.in_aten.update({o: SLOTS[o] for o in _on})
 
 
 def _chosen(function: str, ops: Iterable[str] | None) -> tuple[str, ...]:

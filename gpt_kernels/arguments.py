@@ -48,8 +48,9 @@ def names(text: str) -> list[str]:
 # ---- a field, its flag, and the words that give its value ----
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", *, words: bool = False, of: Any = None, **more: Any) -> Any:
-    """A field of Settings. of: what a list is made of, see check(). words: the list is no flag but all words of the line.
+def option(default: Any = dataclasses.MISSING, help: str = "", *, words: Any = False, of: Any = None, **more: Any) -> Any:
+    """A field of Settings. of: what a list is made of, see check(). words: the list is no flag but all words of the line, or,
+    "rest", all that stand after the positional ones, another program's flags among them.
     more: type, choices and metavar of argparse. `of` and `choices` may be functions, which are called when they are asked
     for: what they import costs no other command anything."""
     return dataclasses.field(default=default, metadata={"help": help, "words": words, "of": of, "more": more})
@@ -97,7 +98,7 @@ def add(parser: argparse.ArgumentParser, settings: type) -> None:
             if not isinstance(default, bool) and default not in (None, ()):
                 help += f" (default: {_typed(default)})"
         if field.metadata["words"]:
-            how["nargs"] = "*"
+            how["nargs"] = argparse.REMAINDER if field.metadata["words"] == "rest" else "*"
         elif not _positional(field):
             how["dest"] = field.name
         name = field.name if _positional(field) else _flag(field)
@@ -125,7 +126,8 @@ def typed(settings: Any) -> list[str]:
             positional.append(_typed(value))
         elif _typed(value) != _typed(field.default):
             flags += [_flag(field)] if isinstance(value, bool) else [_flag(field), _typed(value)]
-    return positional + flags
+    rest = any(field.metadata["words"] == "rest" for field in dataclasses.fields(settings))
+    return flags + positional if rest else positional + flags
 
 
 def chosen_device(name: str) -> str:

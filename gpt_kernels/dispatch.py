@@ -50,6 +50,7 @@ class _Op:
 
 
 _ops: dict[str, _Op] = {}
+in_aten: dict[str, tuple[str, ...]] = {}  # by family: ATen's slots that accelerate() has filled
 _pushed: list[tuple[str, frozenset[str]]] = []  # (backend, ops), innermost last
 _pushes: list[tuple[torch.library.Library, list[tuple[str, Callable, str]]]] = []  # the same: what holds them, what they are
 
@@ -270,6 +271,10 @@ def where(op: str) -> dict[str, Served]:
                 instead = f"; not cuda: {_ops[op].absent['cuda']}" if "cuda" in _ops[op].absent else ""
                 what = f"compiled at its first call for each kind of argument; float64: reference{instead}"
                 answer[key] = Served(str(native), what)
+    slots = next((slots for family, slots in in_aten.items() if op.startswith(f"{family}_")), None)
+    if slots:
+        told = f"; in ATen's slots, process-wide: {', '.join(slots)}"
+        answer = {key: s._replace(reason=s.reason + told) for key, s in answer.items()}
     return answer
 
 

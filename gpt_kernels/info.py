@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import cache, dispatch, library, triton
+from .accelerate import state
 from .names import families, family
 from .table import print_table
 from .version import __version__
@@ -59,6 +60,7 @@ def info() -> dict[str, Any]:
             "tuned": _tuned(),
         },
         "ops": {op: {key: s._asdict() for key, s in dispatch.where(op).items()} for op in dispatch.ops()},
+        "accelerate": state(),
         "compilers": {name: _version_line(name) for name in ("g++", "nvcc")},
         "caches": {"tokenizers of the demo": _cache()},
         "packages": {name: _package(name) for name in PACKAGES},
@@ -149,6 +151,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("CUDA kernels", _cuda_line(gpu)),
         ("Triton kernels", t["problem"] or f"Triton {t['version']}" + ", interpreted on CPU tensors" * t["interpreted"]),
         ("tuned parameters", t["tuned"]),
+        ("ATen's slots", f"OURS, process-wide (accelerate): {', '.join(on)}" if (on := facts["accelerate"]) else "torch's own"),
     ]
     lines += [(name, version or "not found on the PATH") for name, version in facts["compilers"].items()]
     for name, c in facts["caches"].items():

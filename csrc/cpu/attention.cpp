@@ -9,16 +9,10 @@
 
 namespace gk {
 
-std::tuple<Tensor, Tensor> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
-                                        const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale, double softcap,
-                                        double dropout_p, int64_t causal_offset, int64_t window_left, int64_t window_right) {
-  AttentionArgs s = attention_args("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p,
-                                   causal_offset, window_left, window_right);
-  Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, stat_dtype(dtype_of(q)));
+void attention_into(Tensor& o, Tensor& lse, AttentionArgs s, const Tensor& q) {
   s.o = view_of(o);
   s.lse = lse.mutable_data_ptr();
-  if (o.numel() == 0 && lse.numel() == 0) return {o, lse};
-
+  if (o.numel() == 0 && lse.numel() == 0) return;
   with_dtype(dtype_of(q), [&](auto tag) {
     using T = decltype(tag);
     const auto tasks = GK_BEST(attention_fwd_tasks<T>);
@@ -28,10 +22,20 @@ std::tuple<Tensor, Tensor> attention_of(const Tensor& q, const Tensor& k, const 
     run_with_scratch("attention_fwd", tasks(s), work, scratch_bytes(s),
                      [&](int64_t t0, int64_t t1, char* scratch) { run(s, t0, t1, scratch); });
   });
+}
+
+static std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& bias,
+                                                    const OptTensor& alibi_slopes, const OptTensor& rng_state, double scale,
+                                                    double softcap, double dropout_p, int64_t causal_offset,
+                                                    int64_t window_left, int64_t window_right) {
+  const AttentionArgs s = attention_args("attention_fwd", q, k, v, bias, alibi_slopes, rng_state, scale, softcap, dropout_p,
+                                         causal_offset, window_left, window_right);
+  Tensor o = new_heads(q, s.B, s.H, s.Tq, s.Dv), lse = new_tensor(q, {s.B, s.H, s.Tq}, stat_dtype(dtype_of(q)));
+  attention_into(o, lse, s, q);
   return {o, lse};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_of)); }
+STABLE_TORCH_LIBRARY_IMPL(gpt_kernels, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd_cpu)); }
 
 }  // namespace gk
 
