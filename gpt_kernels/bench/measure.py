@@ -43,6 +43,7 @@ from torch import Tensor
 import gpt_kernels
 
 from .. import process
+from ..accelerate import SLOTS
 from ..accuracy import FAR, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, judge, relative_error
 from ..dispatch import ops
 from ..memory import hold_heap
@@ -147,6 +148,15 @@ class Case:
                 trial.absent["compile"] = first_line(error)
         elif settings.compile:
             trial.absent["compile"] = self.opaque
+        if settings.accelerate and self.op in SLOTS:
+            around = functools.partial(gpt_kernels.accelerated, ops=(self.op,))
+            try:
+                with around():
+                    if not self.random and (reason := held.look("accelerate", self.eager, trial)):
+                        raise peers.Absent(f"wrong: {reason}")
+                    trial.variants["accelerate"] = variant(self.eager, around=around)
+            except Exception as error:
+                trial.absent["accelerate"] = first_line(error)
         others = self.others | peers.functions(settings.against, self.op, self.options)
         for name, make in others.items():
             try:

@@ -42,6 +42,7 @@ class Settings:
     dtypes: Sequence[str] = option(DTYPES[:2], "the first everywhere, all of them in the main cases", metavar="A,B", of=DTYPES)
     against: Sequence[str] = option((), "kernels of others beside ours", metavar="A,B", of=_peers)
     backends: Sequence[str] = option((), "our other backends beside the one that serves", metavar="A,B", of=_backends)
+    accelerate: bool = option(False, "eager once more, with our kernels in ATen's slots (gpt_kernels.accelerate)")
     compile: bool = option(True, "leave torch.compile out")
     cases: int | None = option(None, "the first N of each target alone", type=positive, metavar="N")
     out: str = option(OUT, "for bench.json, bench.csv, report.html and plots", metavar="DIR")
