@@ -119,7 +119,7 @@ def _define(key: str) -> None:
     """The ops over the kernels that stood there, once in a process."""
     if key in _libraries:
         return
-    _libraries[key] = ops = torch.library.Library(f"gpt_kernels_aten_{key.lower()}", "DEF")
+    _libraries[key] = ops = torch.library.Library(_namespace(key), "DEF")
     for slot in (slot for slots in SLOTS.values() for slot in slots):
         if _in_cpp(slot, key):
             schema = getattr(torch.ops.aten, slot).default._schema
@@ -253,6 +253,11 @@ _ABOVE: dict[str, Callable] = {
 
 def _loaded(key: str) -> Any:
     return library.cpu if key == "CPU" else library.cuda
+
+
+def _namespace(key: str) -> str:
+    """Of the ops that C++ calls back: csrc/cpu/aten.cpp and csrc/cuda/aten.cu have it, too."""
+    return f"gpt_kernels_aten_{key.lower()}"
 
 
 def _in_cpp(slot: str, key: str) -> bool:
