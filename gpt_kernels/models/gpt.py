@@ -40,7 +40,7 @@ from ..generate import evaluating, generate
 from ..modules import GELU, Dropout, LayerNorm
 from ..ops.attention import flash_attn_func, flash_attn_qkvpacked_func
 from ..ops.cross_entropy import cross_entropy
-from ..patch import unhooked
+from ..serving import unhooked
 from .config import FUNCTION, GPTConfig
 
 
