@@ -119,8 +119,9 @@ _WRITTEN = {_aten.copy_, _aten.fill_, _aten.zero_}
 _PARTLY = {_aten.embedding, _aten.gather, _aten.index_select, _aten.index, _aten.nll_loss_forward}
 
 
-def _counter() -> Any:
-    from torch.utils import flop_counter  # which imports Triton
+@functools.cache
+def _torchs() -> Any:
+    from torch.utils import flop_counter  # it imports Triton
 
     return flop_counter
 
@@ -128,12 +129,12 @@ def _counter() -> Any:
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     # key heads that serve several query heads are multiplied for each
     heads = (q.shape[0], q.shape[1])
-    return _counter().sdpa_flop_count(q.shape, (*heads, *k.shape[2:]), (*heads, *v.shape[2:]))
+    return _torchs().sdpa_flop_count(q.shape, (*heads, *k.shape[2:]), (*heads, *v.shape[2:]))
 
 
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     heads = (q.shape[0], q.shape[1])
-    return _counter().sdpa_backward_flop_count(do.shape, q.shape, (*heads, *k.shape[2:]), (*heads, *v.shape[2:]))
+    return _torchs().sdpa_backward_flop_count(do.shape, q.shape, (*heads, *k.shape[2:]), (*heads, *v.shape[2:]))
 
 
 # those that torch's counter does not know: its own attention on a CPU, and ours
@@ -146,7 +147,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    if (count := _counter().flop_registry.get(func._overloadpacket)) is not None:
+    if (count := _torchs().flop_registry.get(func._overloadpacket)) is not None:
         return count(*args, **kwargs, out_val=out)
     own = _FLOPS.get(f"{func.namespace}::{func._opname}")
     return own(*args) if own is not None else 0

@@ -3,7 +3,8 @@
 A model runs once, forward, on a batch, each module by its own class. What it is called with is kept, once of each kind: modules
 alike (class, code, attributes, parameters) that are called alike (shapes, strides, dtypes, mode, autograd, autocast). Then each
 candidate runs a kind's call alone, forward and backward, in turn with the others, round by round, so that a slow minute of the
-machine hits all of them; each time after an untimed call of its own. The allocator is as the process has it. A module's hooks do not run in these calls; its children's do.
+machine hits all of them; each time after an untimed call of its own. The allocator is as the process has it. A module's hooks
+do not run in these calls; its children's do.
 """
 
 from __future__ import annotations

@@ -94,35 +94,46 @@ def in_rows(x: Tensor) -> bool:
     return True
 
 
-def _glu(op: str, gate: Tensor, up: Tensor | None, act: int, up_first: bool) -> Tensor:
-    plain = (
-        type(gate) is Tensor
-        and (up is None or type(up) is Tensor)
-        and not transforms_active()
-        and forward_ad._current_level < 0
-    )
-    if not plain:
-        if not isinstance(gate, Tensor):
-            raise TypeError(f"{op}: gate must be a Tensor, got {type(gate).__name__}")
-        check_tensors(op, up=up)
-    if not gate.is_contiguous() and not in_rows(gate):
-        gate = gate.contiguous()
+def _general(gate, up, act, up_first, approximate):
+    """A call of any form."""
+    op, more = ("swiglu", ()) if act == SILU else ("geglu", (approximate,))
+    if has_torch_function_variadic(gate, up):
+        public = swiglu if act == SILU else geglu
+        return handle_torch_function(public, (gate, up), gate, up, *more, up_first=up_first)
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"{op}: gate must be a Tensor, got {type(gate).__name__}")
+    check_tensors(op, up=up)
+    if approximate not in ("tanh", "none"):
+        kind = RuntimeError if isinstance(approximate, str) else TypeError
+        raise kind(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
     if up is None:
         if not gate.dim() or gate.shape[-1] % 2:
             raise RuntimeError(f"{op}: gate without an up must have an even last dimension, got shape {tuple(gate.shape)}")
-    else:
-        if up_first:
-            raise RuntimeError(f"{op}: up_first is of a gate that holds both, got an up beside it")
-        if not up.is_contiguous() and not in_rows(up):
-            up = up.contiguous()
-    if plain:
-        if is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
-            return _GLU.apply(gate, up, act, up_first)
-        return fwd(gate, up, act, up_first)
+    elif up_first:
+        raise RuntimeError(f"{op}: up_first is of a gate that holds both, got an up beside it")
+    gate, up = (t if t is None or in_rows(t) else t.contiguous() for t in (gate, up))
     derivative = derivative_of(gate, up)
     if derivative == TRANSFORMED:
         return reference_fwd(gate, up, act, up_first)
     return _GLU.apply(gate, up, act, up_first) if derivative else fwd(gate, up, act, up_first)
+
+
+def _glu(gate, up, act, up_first, approximate="none"):
+    if (
+        type(gate) is not Tensor
+        # without an up its width is to be asked for; the rest of a call does not pay for that
+        or type(up) is not Tensor
+        or up_first
+        or has_torch_function_variadic(gate, up)
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or not gate.is_contiguous()
+        or not up.is_contiguous()
+    ):
+        return _general(gate, up, act, up_first, approximate)
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GLU.apply(gate, up, act, False)
+    return fwd(gate, up, act, False)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, up_first: bool = False) -> Tensor:
@@ -133,9 +144,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, up_first: bool = False) ->
     dtype, contiguous; the gradient of a gate that holds both is one tensor as it is. Raises RuntimeError for another shape,
     dtype or device of up, and for a last dimension without halves.
     """
-    if has_torch_function_variadic(gate, up):
-        return handle_torch_function(swiglu, (gate, up), gate, up, up_first=up_first)
-    return _glu("swiglu", gate, up, SILU, up_first)
+    return _glu(gate, up, SILU, up_first)
 
 
 def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "none", *, up_first: bool = False) -> Tensor:
@@ -144,12 +153,9 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "none", *, 
     approximate: "none", as torch.nn.functional.gelu's default, or "tanh". All else as in swiglu. Raises RuntimeError for
     another `approximate`, too.
     """
-    if has_torch_function_variadic(gate, up):
-        return handle_torch_function(geglu, (gate, up), gate, up, approximate, up_first=up_first)
-    if approximate not in ("tanh", "none"):
-        kind = RuntimeError if isinstance(approximate, str) else TypeError
-        raise kind(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
-    return _glu("geglu", gate, up, GELU if approximate == "none" else GELU_TANH, up_first)
+    if approximate != "none" and approximate != "tanh":
+        return _general(gate, up, GELU, up_first, approximate)
+    return _glu(gate, up, GELU if approximate == "none" else GELU_TANH, up_first, approximate)
 
 
 def glu_cost(gate: Tensor, up: Tensor | None = None, backward: bool = False) -> tuple[int, int]:
