@@ -27,7 +27,7 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "required: {bench,demo,estimate,explain,info,support,tune}"),
+        ((), "required: {bench,demo,estimate,explain,info,run,support,tune}"),
         (("dance",), "invalid choice: 'dance'"),
         (("info", "--xml"), "unrecognized arguments: --xml"),
         (("demo", "--steps", "0"), "--steps: must be at least 1, got 0"),
