@@ -61,7 +61,7 @@ SLOTS = {
 # A mask has steps of 1 / 65536: rarer droppings are torch's, whose rate is finer.
 _RAREST = 1 / 1024
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
-# Elements up to which calling an autograd.Function from Python takes longer than it saves (dev/LOG.md).
+# Elements up to which calling an autograd.Function from Python takes longer than it saves (LOG L170).
 FEW, FEW_LOGITS = 4096, 2**17
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

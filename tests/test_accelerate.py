@@ -433,12 +433,48 @@ def test_without_autograd(mode):
     assert again is BATCH[0] and set(dropped.unique().tolist()) == {0.0, 2.0} and loss.dim() == 0
 
 
-def test_checkpointing_and_dropout_s_random_state():
-    x = torch.ones(64, 512, requires_grad=True)
+@pytest.mark.parametrize("rows", [4, 400])  # with a stored mask, and without
+def test_checkpointing_and_dropout_s_random_state(rows):
+    x = torch.ones(rows, 512, requires_grad=True)
     with accelerated():
         y = checkpoint(lambda x: F.dropout(F.gelu(x), 0.5), x, use_reentrant=False)
         (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad == 0, y == 0)
+
+
+def test_an_exception_of_a_hook_passes():
+    """Checkpointing ends a recomputation by one."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(t):
+        raise Stop
+
+    x = torch.ones(400, 400, requires_grad=True)
+    mask = torch.ones(400, 400, dtype=torch.bool)
+    with accelerated():
+        for f in (
+            lambda: F.dropout(x, 0.5),
+            lambda: F.dropout(x[:4], 0.5),
+            lambda: F.cross_entropy(x, torch.arange(400)),
+            lambda: F.layer_norm(x, (400,)),
+            lambda: F.scaled_dot_product_attention(x[:, :64], x[:, :64], x[:, :64], mask, dropout_p=0.1),
+        ):
+            with torch.autograd.graph.saved_tensors_hooks(stop, lambda t: t), pytest.raises(Stop):
+                f()
+
+
+def test_data_parallel(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        own = step(model(), *BATCH)
+        with accelerated():
+            close(step(nn.parallel.DistributedDataParallel(model()), *BATCH), own)
+    finally:
+        dist.destroy_process_group()
 
 
 TRANSFORMED = {

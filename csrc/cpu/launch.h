@@ -46,7 +46,7 @@ inline bool row_streams(const Tensor& out, int64_t columns, int64_t tensors) {
 }
 
 // What a thread has written past the cache is in memory before it says that it is done. What is one thread's work is this one's:
-// asking torch for threads takes longer than a tiny op.
+// asking torch for threads takes longer than a tiny op (LOG L169).
 template <class F> inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (end - begin <= grain) return begin < end ? f(begin, end) : void();
   torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
