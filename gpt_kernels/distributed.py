@@ -19,12 +19,14 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     c_attn's too, whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the
     same on all processes, and so are logits and loss.
 
-    Do not put fully_shard on top: c_attn's gathered gradient is then not one process's (torch 2.13, cause not found yet).
+    fully_shard does not go on top of it: it cuts c_attn's rows once more without regard to what they are, and the gradient would
+    be another (the forward raises RuntimeError). Over more processes than n, average gradients: DDP's hook, or all_reduce.
 
     Sequence lengths are multiples of n (RuntimeError). No generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,
     ValueError for a mesh of more dimensions, and for heads or a hidden width that n does not divide.
     """
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -59,7 +61,13 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
 
             return distribute_module(module, device_mesh, partition, inputs, lambda module, out, mesh: out.to_local())
 
-    def divisible(module, args):
+    def fitting(module, args):
+        for name, owner in model.named_modules():
+            if isinstance(owner, FSDPModule):
+                raise RuntimeError(
+                    f"tensor_parallel: fully_shard stands on {name or 'the model'}, and c_attn's gradient would be wrong: its rows "
+                    "are q's, k's and v's, each cut by itself, which fully_shard does not know; all_reduce the gradients instead"
+                )
         if args[0].shape[1] % n:
             raise RuntimeError(
                 f"GPT: under tensor_parallel a sequence length must be a multiple of {n}, got {args[0].shape[1]}"
@@ -84,5 +92,5 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     parallelize_module(model.transformer.ln_f, mesh, gathered)
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
-    model.transformer.wte.register_forward_pre_hook(divisible, prepend=True)
+    model.transformer.wte.register_forward_pre_hook(fitting, prepend=True)
     return model

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import gpt_kernels.distributed
 from gpt_kernels import GPT, GPTConfig, cases, names, sharding
-from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT, assert_close_to_truth
+from gpt_kernels.accuracy import MODEL_GRADIENT, MODEL_OUTPUT, assert_close_to_truth, relative_error
 
 V, T, BATCH = 96, 16, 4
 
@@ -25,10 +25,11 @@ V, T, BATCH = 96, 16, 4
 # ---- processes ----
 
 
-def run(checks, processes):
-    """{check: number of compared tensors, or the traceback of the first process that failed}, of checks by name."""
+def run(checks, processes, kept=None):
+    """{check: number of compared tensors, or the traceback of the first process that failed}, of checks by name. kept: a folder
+    for the checks instead of one that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_worker, (checks, processes, folder), nprocs=processes, join=False)
+        context = mp.spawn(_worker, (checks, processes, folder, kept or folder), nprocs=processes, join=False)
         try:
             while not context.join():
                 pass
@@ -38,14 +39,14 @@ def run(checks, processes):
     return {c: next((r[c] for r in found if not isinstance(r[c], int)), found[0][c]) for c in checks}
 
 
-def _worker(rank, checks, processes, folder):
+def _worker(rank, checks, processes, folder, kept):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     results = {}
     for check in checks:
         torch.manual_seed(0)
         try:
-            results[check] = globals()[check](os.path.join(folder, check))
+            results[check] = globals()[check](os.path.join(kept, check))
         except Exception:
             results[check] = f"process {rank} of {processes}\n{traceback.format_exc()}"
         # a check that only some processes came through leaves the others in a collective: all end here
@@ -245,6 +246,144 @@ def tensor_parallel(folder):
     with torch.no_grad():  # the last position alone is the whole sequence's last
         torch.testing.assert_close(ours(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-4)
     return compare({"loss": loss.detach()} | gradients(ours), model, idx, targets)
+
+
+def fully_sharded_tensor_parallel_is_refused(folder):
+    """`fully_shard` over `tensor_parallel`: an error instead of a wrong gradient"""
+    mesh = init_device_mesh("cpu", (1, world()), mesh_dim_names=("dp", "tp"))
+    for alone in (False, True):
+        ours = gpt_kernels.distributed.tensor_parallel(tiny(), mesh["tp"])
+        if alone:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(ours.transformer.h[0], mesh=mesh["dp"])
+        else:
+            shard(ours, mesh["dp"])
+        try:
+            ours(*batch())
+        except RuntimeError as error:
+            assert "fully_shard stands on" in str(error), error
+        else:
+            raise AssertionError("it ran")
+    return 1
+
+
+def llama(**overrides):
+    """A patched Hugging Face Llama with grouped heads, and its unpatched copy."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8)
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=4, initializer_range=0.2, pad_token_id=0, **overrides)
+    model = transformers.LlamaForCausalLM(config)
+    ours = copy.deepcopy(model)
+    plan = gpt_kernels.patch(ours)
+    assert plan.swapped, plan
+    return ours, model
+
+
+def llama_step(model, idx):
+    loss = model(input_ids=idx, labels=idx).loss
+    loss.backward()
+    return loss.detach()
+
+
+def compare_llama(loss, found, model, idx):
+    """Of a distributed patched Llama against one unpatched process. Its norms and its loss are float32 in every dtype: there is no
+    truth in float64."""
+    own = {"loss": llama_step(model, idx)} | {name: p.grad for name, p in model.named_parameters()}
+    found = {"loss": loss} | {name.removeprefix("module."): g for name, g in found.items()}
+    assert found.keys() == own.keys()
+    for name, e in own.items():
+        error = relative_error(full(found[name]), e.double())
+        assert error < 2e-5, f"{name}: {error}"
+    return len(found)
+
+
+def llama_tensor_parallel(folder):
+    """a patched Hugging Face Llama by `ColwiseParallel` and `RowwiseParallel`, grouped heads cut"""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    ours, model = llama()
+    plan = {f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {"model.layers.*.self_attn.o_proj": RowwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
+    parallelize_module(ours, init_device_mesh("cpu", (world(),)), plan)
+    idx = batch()[0]
+    return compare_llama(llama_step(ours, idx), gradients(ours), model, idx)
+
+
+def llama_fully_sharded(folder):
+    """a patched Hugging Face Llama by FSDP2 (`fully_shard`)"""
+    from torch.distributed.fsdp import fully_shard
+
+    ours, model = llama()
+    for layer in ours.model.layers:
+        fully_shard(layer)
+    fully_shard(ours)
+    idx = batch()[0]
+    loss = llama_step(ours, *part(idx))
+    return compare_llama(mean_over_processes(loss), gradients(ours), model, idx)
+
+
+def llama_data_parallel(folder):
+    """a patched Hugging Face Llama by DDP"""
+    ours, model = llama()
+    ours = nn.parallel.DistributedDataParallel(ours)
+    idx = batch()[0]
+    loss = llama_step(ours, *part(idx))
+    return compare_llama(mean_over_processes(loss), gradients(ours), model, idx)
+
+
+def trained(model, optimizer, steps, of):
+    """The losses of some steps on this process's part of batches."""
+    losses = []
+    for step in range(steps):
+        loss = model(*of(*batch(seed=10 + step)))[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over_processes(loss))
+    return torch.stack(losses)
+
+
+def with_state(model):
+    """(model, its optimizer) with a state that is more than zeros."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trained(model, optimizer, 2, lambda *tensors: tensors)
+    return optimizer
+
+
+def checkpoint_saved(folder):
+    """a checkpoint of an FSDP2 `GPT` and its optimizer (torch.distributed.checkpoint)"""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = shard(tiny())
+    optimizer = with_state(model)
+    parameters, state = get_state_dict(model, optimizer)
+    folder = os.path.join(os.path.dirname(folder), "checkpoint")
+    dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=folder)
+    torch.save(trained(model, optimizer, 2, lambda *tensors: tensors), folder + ".losses")
+    return len(parameters)
+
+
+def checkpoint_loaded(folder):
+    """that checkpoint on another number of processes, and unsharded: training goes on as it would have"""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    folder = os.path.join(os.path.dirname(folder), "checkpoint")
+    compared = 0
+    for model in (tiny(seed=7), shard(tiny(seed=7))):
+        optimizer = with_state(model)
+        parameters, state = get_state_dict(model, optimizer)
+        dcp.load({"model": parameters, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=state)
+        losses = trained(model, optimizer, 2, lambda *tensors: tensors)
+        torch.testing.assert_close(losses, torch.load(folder + ".losses"), rtol=1e-5, atol=1e-5)
+        compared += len(parameters)
+    return compared
 
 
 def in_context(balanced, function, *sequences):
