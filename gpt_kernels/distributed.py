@@ -19,8 +19,9 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     c_attn's too, whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the
     same on all processes, and so are logits and loss.
 
-    fully_shard does not go on top of it: it cuts c_attn's rows once more without regard to what they are, and the gradient would
-    be another (the forward raises RuntimeError). Over more processes than n, average gradients: DDP's hook, or all_reduce.
+    fully_shard does not go on top of it: it cuts c_attn's rows once more without regard to what they are, and the gradient
+    would be another (the forward raises RuntimeError). Over more processes than n, average gradients, by DDP's hook or
+    all_reduce.
 
     Sequence lengths are multiples of n (RuntimeError). No generation with a cache. With dropout, let each process have a
     seed of its own once the model is made: what is dropped are its own heads and tokens. Raises TypeError for another model,
@@ -65,8 +66,8 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
         for name, owner in model.named_modules():
             if isinstance(owner, FSDPModule):
                 raise RuntimeError(
-                    f"tensor_parallel: fully_shard stands on {name or 'the model'}, and c_attn's gradient would be wrong: its rows "
-                    "are q's, k's and v's, each cut by itself, which fully_shard does not know; all_reduce the gradients instead"
+                    f"tensor_parallel: fully_shard stands on {name or 'the model'}, and c_attn's gradient would be wrong: its "
+                    "rows are q's, k's and v's, each cut by itself, which it does not know; all_reduce the gradients instead"
                 )
         if args[0].shape[1] % n:
             raise RuntimeError(

@@ -297,7 +297,7 @@ def unpatch(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, keep: Iterable[nn.Module | type[nn.Module]] = (), *, probe: bool = True) -> Iterator[Plan]:
-    """patch(model, keep=keep, probe=probe) inside the block; afterwards the model is as it was, also if it was already patched."""
+    """patch(model, keep=keep, probe=probe) inside the block; afterwards the model is as it was, patched or not."""
     plan, changes = _plan(model, False, keep, probe)
     before = [(module, module.__class__) for module, _ in changes]
     for module, made in changes:
@@ -383,7 +383,7 @@ def _found(module: nn.Module, model: nn.Module, probe: bool) -> tuple[_Rule | No
 
     found = structure.find(module, dtype, device, lacking, probe)
     if found is None or found.form is None:
-        return None, found and found.why
+        return None, None if found is None else found.why
     form = found.form
     # the words of the first probe stay with the form: a patched model's plan reads as it did
     rule = _Rule(type(module), found.why, structure.__name__, form, form.ops, fuses=form.fuses)

@@ -97,7 +97,7 @@ def small_sizes(children: Iterable[nn.Module]) -> dict[int, int]:
 
 def twin(module: nn.Module, own: type, device: torch.device, small: bool = True) -> nn.Module:
     """A copy with random parameters in float32, of its own class `own`, on the device; linear layers that are children are
-    torch's, small ones in proportion if `small`. Raises ValueError for a module too large to copy, and whatever deepcopy does."""
+    torch's, small ones in proportion if `small`. Raises ValueError for a module too large to copy, and what deepcopy raises."""
     memo: dict[int, Any] = {}
     children = dict(module.named_children())
     sizes = small_sizes(children.values()) if small else {}
@@ -107,10 +107,11 @@ def twin(module: nn.Module, own: type, device: torch.device, small: bool = True)
             n, m = (sizes.get(size, size) for size in linear)
             bias = getattr(child, "bias", None) is not None
             # in the form of the child: who reads child.weight finds what it expects
-            memo[id(child)] = made = copy.copy(child) if _is_conv1d(child) else nn.Linear(n, m, bias=bias, device="meta")
+            made: Any = copy.copy(child) if _is_conv1d(child) else nn.Linear(n, m, bias=bias, device="meta")
             if _is_conv1d(child):
                 made._parameters = {"weight": nn.Parameter(torch.empty(n, m)), "bias": nn.Parameter(torch.empty(m))}
                 made.nx, made.nf = n, m
+            memo[id(child)] = made
             count += n * m
         elif isinstance(child, nn.Dropout):
             memo[id(child)] = _Pattern(child.p)
@@ -313,7 +314,8 @@ def _distance(module: nn.Module, own: Callable, candidate: Candidate, inputs: Se
 
 
 def _verdict(module: nn.Module, own: Callable, candidate: Candidate, drawn: dict, dtype: torch.dtype) -> Verdict:
-    ranks, dtypes, errors, wrong = [], [], (0.0, 0.0), None
+    ranks: list[int] = []
+    dtypes, errors, wrong = [], (0.0, 0.0), None
     exact = copy.deepcopy(module).double()
     cpu = next(iter(drawn.values()))[0].is_cpu
     for tried in (dtype, *(d for d in PROBED if d != dtype and (cpu or d != torch.float64))):
@@ -322,7 +324,8 @@ def _verdict(module: nn.Module, own: Callable, candidate: Candidate, drawn: dict
         with torch.no_grad():
             for p, q in zip(exact.parameters(), cast.parameters(), strict=True):
                 p.copy_(q)
-        agreed, worst = [], (0.0, 0.0)
+        agreed: list[int] = []
+        worst = (0.0, 0.0)
         for shapes in dict.fromkeys(shapes for shapes, _ in drawn):
             if ranks and tried != dtype and len(shapes[0]) not in ranks:
                 continue

@@ -183,7 +183,8 @@ def rebuilt(function: types.FunctionType, replaced: Mapping[str, Any]) -> types.
         closure = tuple(types.CellType(again) if cell is held[0] else cell for cell in function.__closure__ or ())
         made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
         made.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(made, function, updated=())
+    functools.update_wrapper(made, function, updated=())
+    return made
 
 
 def _content(cell: types.CellType) -> Any:

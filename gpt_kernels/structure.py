@@ -55,11 +55,11 @@ class Form:
     ranks: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     guards: tuple[tuple[str, Any], ...] = ()
-    children: tuple[tuple[str, type, Any], ...] = ()  # activations whose work is done inside: class and attributes
+    children: tuple[tuple[str, Any, Any], ...] = ()  # activations whose work is done inside: class and attributes
 
 
 @functools.cache
-def methods_of(form: Form, base: type) -> tuple[Callable[..., Any], Callable[..., bool]]:
+def methods_of(form: Form, base: Any) -> tuple[Callable[..., Any], Callable[..., bool]]:
     """(forward, serves) for a class over `base`."""
     forward, takes = form.build(base, *form.args)
     if not form.inputs:
@@ -68,7 +68,7 @@ def methods_of(form: Form, base: type) -> tuple[Callable[..., Any], Callable[...
     own_methods = read.functions if read is not None else ()
     names = tuple(_parameter_names(base.forward)[: form.inputs])
     count, ranks, dtypes, guards, children = form.inputs, form.ranks, form.dtypes, form.guards, form.children
-    acts = tuple((name, cls, cls.forward, known) for name, cls, known in children)
+    acts: tuple[tuple[str, Any, Any, Any], ...] = tuple((name, cls, cls.forward, known) for name, cls, known in children)
 
     def inputs_of(args: tuple, kwargs: dict) -> tuple:
         return (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)) if kwargs else args
@@ -82,9 +82,9 @@ def methods_of(form: Form, base: type) -> tuple[Callable[..., Any], Callable[...
         for name, function in own_methods:
             if getattr(base, name) is not function:
                 return False
-        for name, cls, known_forward, known in acts:
+        for name, act_class, known_forward, known in acts:
             act = self._modules.get(name)
-            if act is None or own_class(act) is not cls or cls.forward is not known_forward or not unhooked(act):
+            if act is None or own_class(act) is not act_class or act_class.forward is not known_forward or not unhooked(act):
                 return False
             if known and not unchanged(act, known):
                 return False
@@ -114,7 +114,7 @@ def _wide(x: Tensor) -> bool:
     return x.dtype.itemsize >= 4 or x.is_cpu or not torch._C._is_any_autocast_enabled()
 
 
-def norm(base: type, kind: str, weight: str | None, bias: str | None, eps: float | str, plus: bool):
+def norm(base: Any, kind: str, weight: str | None, bias: str | None, eps: float | str, plus: bool):
     """kind: "rms" or "layer". weight, bias: attributes, or None. eps: its value, or the attribute. plus: 1 + weight."""
 
     def takes(self: Any, x: Tensor) -> bool:
@@ -134,7 +134,7 @@ def norm(base: type, kind: str, weight: str | None, bias: str | None, eps: float
 
     def forward(self: Any, x: Tensor) -> Tensor:
         w = None if weight is None else parameter(self, weight)
-        if plus:
+        if plus and w is not None:
             w = w.to(stat_dtype(w.dtype)) + 1.0
         if kind == "rms":
             return rms_norm(x, w, _read(self, eps))
@@ -147,11 +147,11 @@ def _elementwise(x: Tensor) -> bool:
     return dense(x) and x.is_contiguous() and x.numel() > 0 and x.ndim > 0 and _wide(x)
 
 
-def activation(base: type, approximate: str):
+def activation(base: Any, approximate: str):
     return lambda self, x: gelu(x, None, approximate), lambda self, x: _elementwise(x)
 
 
-def soft(base: type):
+def soft(base: Any):
     return lambda self, x: softmax(x), lambda self, x: _elementwise(x)
 
 
@@ -187,7 +187,15 @@ def _taken(self: Any, x: Tensor, alike: tuple[str, ...]) -> bool:
     return dense(x) and x.numel() > 0 and (not alike or _same_dtype(self, x, alike))
 
 
-def mlp(base: type, up: str, down: str | None, approximate: str, inner: str | None, outer: str | None, alike: tuple[str, ...]):
+def mlp(
+    base: Any,
+    up: str,
+    down: str | None,
+    approximate: str,
+    inner: str | None,
+    outer: str | None,
+    alike: tuple[str, ...],
+):
     """down(gelu(up(x))) with dropouts by name after the GELU and at the end. alike: children whose weights have x's dtype where
     the class's own forward looks at dtypes."""
 
@@ -204,7 +212,7 @@ def mlp(base: type, up: str, down: str | None, approximate: str, inner: str | No
 
 
 def glu(
-    base: type, gate: str, up: str | None, down: str | None, kind: str, flipped: bool, inner: str | None, outer: str | None,
+    base: Any, gate: str, up: str | None, down: str | None, kind: str, flipped: bool, inner: str | None, outer: str | None,
     alike: tuple[str, ...],
 ):  # fmt: skip
     """down(act(gate(x)) * up(x)); up None: gate(x) has both, gate first unless flipped. kind: silu, or none, tanh (GELUs)."""
@@ -223,7 +231,7 @@ def glu(
     return forward, lambda self, x: _taken(self, x, alike)
 
 
-def residual(base: type, linear: str, drop: str, norm: str | None):
+def residual(base: Any, linear: str, drop: str, norm: str | None):
     """norm(dropout(linear(x)) + y), dropout and sum in one pass."""
 
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -260,11 +268,11 @@ def _norms(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
             for weight, bias in (names, names[::-1]):
                 yield Form(norm, ("layer", weight, bias, eps, False), ("layer_norm",), "layer norm", guards=left)
             continue
-        weight = names[0] if names else None
-        for plus in ones if weight else (False,):
+        only = names[0] if names else None
+        for plus in ones if only else (False,):
             why = f"RMS norm, eps {eps}{', 1 + weight' if plus else ''}"
-            yield Form(norm, ("rms", weight, None, eps, plus), ("rms_norm",), why, guards=left)
-        yield Form(norm, ("layer", weight, None, eps, False), ("layer_norm",), "layer norm", guards=left)
+            yield Form(norm, ("rms", only, None, eps, plus), ("rms_norm",), why, guards=left)
+        yield Form(norm, ("layer", only, None, eps, False), ("layer_norm",), "layer norm", guards=left)
 
 
 GLUS = {"silu": "SwiGLU", "none": "GeGLU", "tanh": "GeGLU (tanh)"}
@@ -279,16 +287,19 @@ def _mlps(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
         return
     if not acts and not any(word in name.lower() for name in read.names for word in ("gelu", "silu", "swish", "act")):
         return
-    watched: list[tuple[str, type, Any]] = []
+    watched: list[tuple[str, Any, Any]] = []
     for name in acts:
-        cls = own_class(children[name])
+        cls: Any = own_class(children[name])
         act_read = reading(cls, cls.forward)
         known = attributes(children[name], act_read) if act_read is not None else ()
         if isinstance(known, str) or next(children[name].children(), None) is not None or not unhooked(children[name]):
             return
         watched.append((name, cls, known))
-    places = [(None, None)] if not drops else [(d, None) for d in drops] + [(None, d) for d in drops]
-    places = [(drops[0], drops[1]), (drops[1], drops[0])] if len(drops) == 2 else places
+    places: list[tuple[str | None, str | None]] = [(None, None)]
+    if drops:
+        places = [*((d, None) for d in drops), *((None, d) for d in drops)]
+    if len(drops) == 2:
+        places = [(drops[0], drops[1]), (drops[1], drops[0])]
     rest: dict = dict(fuses=tuple(acts), guards=guards, children=tuple(watched))
     alike = tuple(linear) if "dtype" in read.names else ()
     names = list(linear)
@@ -298,10 +309,9 @@ def _mlps(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
                 down = more[0] if more else None
                 n, m = linear[up][1], linear[down][0] if down else linear[up][1]
                 for kind in ("none", "tanh") if n == m else ():
-                    args = (up, down, kind, inner, outer, alike)
-                    yield Form(mlp, args, ("gelu",), "bias and GELU in one pass", **rest)
+                    yield Form(mlp, (up, down, kind, inner, outer, alike), ("gelu",), "bias and GELU in one pass", **rest)
                 for kind, flipped in itertools.product(GLUS, (False, True)) if n == 2 * m or down is None else ():
-                    args = (up, None, down, kind, flipped, inner, outer, alike)
+                    args: tuple = (up, None, down, kind, flipped, inner, outer, alike)
                     yield Form(glu, args, ("glu",), f"{GLUS[kind]} in one pass", **rest)
         elif len(names) == 3:
             for gate, up, down in itertools.permutations(names):
@@ -347,7 +357,7 @@ def find(
     dtype, device: of its parameters, or its model's. probed=False: the first proposal is taken at its word.
     A module like one that was probed before, by class, attributes, shapes and dtypes, is not probed again.
     """
-    cls = own_class(module)
+    cls: Any = own_class(module)
     if cls.__module__.split(".")[0] in ("torch", __package__) or "forward" in module.__dict__:
         return None
     read = reading(cls, cls.forward)
@@ -382,7 +392,7 @@ def find(
     return _cache[key]
 
 
-def _kind(module: nn.Module, cls: type) -> str | None:
+def _kind(module: nn.Module, cls: Any) -> str | None:
     """Which proposals are worth making."""
     inputs = len(_parameter_names(cls.forward))
     own = [p for p in module._parameters.values() if p is not None]
@@ -412,7 +422,7 @@ def _proposed(kind: str, module: nn.Module, read: Reading, guards: tuple) -> Ite
 
 
 def _decided(
-    kind: str, module: nn.Module, cls: type, proposals: list[Form], dtype: torch.dtype, device: torch.device
+    kind: str, module: nn.Module, cls: Any, proposals: list[Form], dtype: torch.dtype, device: torch.device
 ) -> Found | None:
     scales: tuple[float, ...] = (1.0, 8.0) if kind in ("mlp", "residual") else (1.0, 10.0, 100.0)
     if proposals[0].build is norm:
@@ -447,7 +457,7 @@ def _shapes(kind: str, like: nn.Module) -> list[tuple[tuple[tuple[int, ...], ...
     """Shapes of inputs to try one after the other: of each, three ranks."""
     linear = [sizes for child in like.children() if (sizes := linear_sizes(child)) is not None]
     if kind == "residual":
-        widths = [linear[0]]
+        widths: list[tuple[int, ...]] = [linear[0]]
     elif kind == "mlp":
         widths = [(n,) for n in dict.fromkeys(n for n, _ in linear)]
     else:

@@ -47,7 +47,7 @@ finders: list[Finder] = []  # of families
 
 
 def substituted(
-    module: nn.Module, cls: type, device: torch.device, lacking: Callable[[str], str | None]
+    module: nn.Module, cls: Any, device: torch.device, lacking: Callable[[str], str | None]
 ) -> Substituted | str | None:
     """The substitutes for what the forward of `cls` names, a reason why there is none, or None where nothing is to be.
 
@@ -134,7 +134,7 @@ def _rotary_form(function: Any, device: torch.device) -> tuple[tuple, str] | str
                 if any(isinstance(p, str) for p in part):
                     break
                 agreed.append(width)
-                worst = max(worst, *part)
+                worst = max(worst, *(p for p in part if not isinstance(p, str)))
             if agreed:
                 return (
                     interleaved,
@@ -149,11 +149,13 @@ def _rotary_agrees(function, interleaved, width, dim, dtype, device) -> tuple[fl
     xs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if dim == 2:
         xs[:2] = [x.transpose(1, 2).contiguous() for x in xs[:2]]
-    options = {} if dim == 1 else {"unsqueeze_dim": dim}
+    options: dict[str, Any] = {} if dim == 1 else {"unsqueeze_dim": dim}
     try:
         eager = results(lambda *x: function(*x, **options), xs, {})
         truth = results(lambda *x: function(*x, **options), [x.double() for x in xs], {})
-        ours = results(lambda *x: apply_rotary_pos_emb(*x, unsqueeze_dim=dim, interleaved=interleaved), xs, {})
+        ours = results(
+            lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=dim, interleaved=interleaved), xs, {}
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     wrong, *errors = compared(ours, eager, truth)

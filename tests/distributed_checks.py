@@ -289,8 +289,8 @@ def llama_step(model, idx):
 
 
 def compare_llama(loss, found, model, idx):
-    """Of a distributed patched Llama against one unpatched process. Its norms and its loss are float32 in every dtype: there is no
-    truth in float64."""
+    """Of a distributed patched Llama against one unpatched process. Its norms and its loss are float32 in every dtype: there is
+    no truth in float64."""
     own = {"loss": llama_step(model, idx)} | {name: p.grad for name, p in model.named_parameters()}
     found = {"loss": loss} | {name.removeprefix("module."): g for name, g in found.items()}
     assert found.keys() == own.keys()

@@ -67,9 +67,9 @@ def _keep_attention(module: Any) -> str | None:
     if module.head_dim > MAX_HEAD_DIM:
         return f"head dim {module.head_dim} is above {MAX_HEAD_DIM}"
     implementation = private.attention_implementation(module)
-    own = _INTERFACES.get(implementation or "", f"attention implementation {implementation!r}")
-    if isinstance(own, str):
-        return own
+    interface = _INTERFACES.get(implementation or "", f"attention implementation {implementation!r}")
+    if isinstance(interface, str):
+        return interface
     if implementation == "eager" and module.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
     return None

@@ -363,7 +363,8 @@ def causal_lm_loss(
 def _has_loss(module: nn.Module) -> bool:
     if not isinstance(module, PreTrainedModel):
         return False
-    read = reading(own_class(module), own_class(module).forward)
+    own: Any = own_class(module)
+    read = reading(own, own.forward)
     return read is not None and "loss_function" in read.names
 
 
