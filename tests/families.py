@@ -7,18 +7,21 @@ biases or none, key heads for groups of query heads.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import nanogpt
 import torch
 from torch import Tensor, nn
 
+TABLE = "GPT_KERNELS_FAMILIES"
 V, T = 97, 17
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -307,11 +310,16 @@ def forward(family: Family, model: nn.Module, batch: dict[str, Tensor], **option
     return out.loss, out.logits
 
 
-def run(family: Family, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """{name: tensor}: logits, loss and every parameter's gradient."""
-    loss, logits = forward(family, model, batch, **options)
+def run(
+    family: Family, model: nn.Module, batch: dict[str, Tensor], seen: dict[str, set[str]] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """{name: tensor}: logits, loss and every parameter's gradient. seen: {"forward", "backward": our ops that run there}."""
+    seen = {} if seen is None else seen
+    with ran(seen.setdefault("forward", set())):
+        loss, logits = forward(family, model, batch, **options)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    with ran(seen.setdefault("backward", set())):
+        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     found = {f"grad {name}": g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
     return {"loss": loss.detach(), "logits": logits.detach()} | found
 
@@ -338,8 +346,23 @@ def differences(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) -> lis
     return wrong
 
 
+# ---- docs/families.md ----
+
+
+@contextlib.contextmanager
+def ran(into: set[str]) -> Iterator[None]:
+    """Our ops that run inside, as torch's dispatcher tells its profiler; in a graph that is compiled, too. None without a table."""
+    if not os.environ.get(TABLE):
+        yield
+        return
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        yield
+    names = (event.name for event in profile.function_events)
+    into |= {re.sub(r"_(fwd|bwd).*", "", name.removeprefix("gpt_kernels::")) for name in names if "gpt_kernels::" in name}
+
+
 def record(name: str, column: str, value: Any = True) -> None:
-    """For docs/families.md: a line in the file that GPT_KERNELS_FAMILIES names."""
-    if path := os.environ.get("GPT_KERNELS_FAMILIES"):
+    """A line in the file that GPT_KERNELS_FAMILIES names. value: what was shown; of a set of ops, for which."""
+    if path := os.environ.get(TABLE):
         with open(path, "a") as file:
-            file.write(json.dumps([name, column, value]) + "\n")
+            file.write(json.dumps([name, column, sorted(value) if isinstance(value, set) else value]) + "\n")

@@ -106,16 +106,22 @@ def test_table_of_families_is_what_the_tests_wrote():
     found = json.loads(docs.FAMILIES_FOUND.read_text())
     assert found["families"].keys() == families.FAMILIES.keys()
     assert docs.block(docs.FAMILIES.read_text(), "families") == docs.families(found), "python -m tools.docs"
+    assert docs.block(docs.README.read_text(), "families") == docs.families_in_short(found), "python -m tools.docs"
     for name, shown in found["families"].items():
-        assert shown["ops"] and shown["forward"] and shown["backward"], name
+        assert shown["forward"] and shown["backward"], name
         assert not families.FAMILIES[name].generates or shown["generate greedy"], name
 
 
 def test_a_line_of_a_family():
-    lines = ['["A", "ops", ["gelu"]]', '["A", "forward", true]', '["A", "generate beam", true]', '["B", "backward", true]']
+    lines = ['["A", "forward", ["gelu", "rotary"]]', '["A", "forward", ["dropout"]]', '["A", "generate greedy", ["gelu"]]',
+             '["A", "LoRA, then patch", ["gelu"]]', '["A", "patch, then LoRA", ["gelu"]]', '["A", "checkpointing", true]',
+             '["B", "backward", ["gelu"]]', '["B", "LoRA, then patch", ["gelu"]]']  # fmt: skip
     found = docs.families_found(lines)
-    assert found["families"] == {"A": {"forward": True, "generate beam": True, "ops": ["gelu"]}, "B": {"backward": True}}
-    assert docs.families(found).splitlines()[-2:] == ["| A | gelu | - | beam | - | - |", "| B | - | - | - | - | - |"]
+    assert found["families"]["A"]["forward"] == ["dropout", "gelu", "rotary"]
+    shown = [line for line in docs.families(found).splitlines() if line.startswith(("| family", "| A", "| B"))]
+    assert shown[:3] == ["| family | dropout | gelu | rotary |", "| A | f | fgl | f |", "| B | - | b | - |"]
+    assert shown[4:] == ["| A | - | greedy | checkpointing | - |", "| B | - | - | - | - |"]
+    assert "Of 2 families" in docs.families_in_short(found) and "LoRA, forward and backward 1." in docs.families_in_short(found)
 
 
 def test_other_bits_are_told():

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import statistics
 import sys
 import time
 import warnings
@@ -202,19 +201,24 @@ def test_nothing_is_computed_nor_changed():
     assert found.sides["ours"].activations <= found.sides["eager"].activations
 
 
-@pytest.mark.parametrize("side", ["eager", "ours"])
-def test_this_cpus_time_is_predicted_within_a_factor(side, real_clock):
-    """Of 2 on a quiet machine (docs/explain.md); of 4 in a test beside others."""
+def test_this_cpus_time_is_predicted_within_a_factor(real_clock):
+    """Of 2 on a quiet machine (docs/explain.md); of 4 in a test beside others, on one thread and in the best of some steps."""
     model, ids = gpt2(n_embd=256, vocab_size=4096, n_positions=256), torch.randint(4096, (2, 256))
-    found = told(model, 2, 256)
-    if side == "ours":
-        gpt_kernels.patch(model)
-    taken = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        taken.append(time.perf_counter() - begin)
-    assert 1 / 4 < statistics.median(taken[1:]) / found.sides[side].total.seconds < 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = told(model, 2, 256)
+        for side in ("eager", "ours"):
+            if side == "ours":
+                gpt_kernels.patch(model)
+            taken = []
+            for _ in range(4):
+                begin = time.perf_counter()
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                taken.append(time.perf_counter() - begin)
+            assert 1 / 4 < min(taken) / found.sides[side].total.seconds < 4, side
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- devices, models, words ----

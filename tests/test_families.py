@@ -13,7 +13,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, batch_of, cast, differences, forward, padding, record, run, truth_of
+from families import FAMILIES, batch_of, cast, differences, forward, padding, ran, record, run, truth_of
 from torch import nn
 
 import gpt_kernels
@@ -37,7 +37,7 @@ def fast(names, chosen=SLICE):
 
 
 def served(plan):
-    return sorted({op for row in plan.swapped for op in row.op.split("+")})
+    return {op for row in plan.swapped for op in row.op.split("+")}
 
 
 # ---- results and gradients ----
@@ -47,21 +47,21 @@ def assert_parity(name, side=None, dtype=torch.float32, **config):
     family = FAMILIES[name]
     model, batch = made(name, **config).to(dtype), cast(batch_of(family, side), dtype)
     truth, eager = truth_of(family, model, batch), run(family, model, batch)
+    seen = {}
     with patched(model) as plan:
         assert plan.swapped
-        ours = run(family, model, batch)
+        ours = run(family, model, batch, seen)
     assert differences(ours, eager, truth, dtype) == []
     again = run(family, model, batch)
     assert all(torch.equal(again[key], eager[key]) for key in eager)
-    return plan
+    return seen
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_loss_and_every_gradient(name):
-    plan = assert_parity(name, None if FAMILIES[name].kind in ("image", "own") else "left")
-    record(name, "ops", served(plan))
-    record(name, "forward")
-    record(name, "backward")
+    seen = assert_parity(name, None if FAMILIES[name].kind in ("image", "own") else "left")
+    for phase, ops in seen.items():
+        record(name, phase, ops)
 
 
 @slow
@@ -102,8 +102,10 @@ def assert_generates(name, model=None, **options):
 
     expected = tokens()
     assert len(expected[:, -8:].unique()) > 8
-    with patched(model):
+    seen = set()
+    with patched(model), ran(seen):
         assert torch.equal(tokens(), expected)
+    return seen
 
 
 HOW = {
@@ -121,8 +123,7 @@ def test_generation(name, how):
     if how == "static cache" and not made(name)._can_compile_fullgraph:
         # what transformers says of a class whose static cache it does not vouch for
         pytest.skip("transformers has no static cache for it")
-    assert_generates(name, **HOW[how])
-    record(name, f"generate {how}")
+    record(name, f"generate {how}", assert_generates(name, **HOW[how]))
 
 
 @slow
@@ -136,8 +137,7 @@ def test_generation_behind_windows(name):
     model = made(name)
     cache = DynamicCache(config=model.config)
     assert any(cache.is_sliding)
-    assert_generates(name, model, max_new_tokens=14)
-    record(name, "generate sliding window cache")
+    record(name, "generate sliding window cache", assert_generates(name, model, max_new_tokens=14))
 
 
 # ---- hidden states, attentions, checkpointing ----
@@ -209,9 +209,15 @@ def test_dropout_follows_the_seed(name):
         with patched(model) as plan:
             if "dropout" not in served(plan):
                 pytest.skip("it drops nothing")
-            a, b, c = (torch.manual_seed(seed) and forward(family, model, batch)[1] for seed in (1, 1, 2))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c) and not torch.equal(a, plain[0])
+            a, b = (torch.manual_seed(seed) and forward(family, model, batch)[1] for seed in (1, 2))
+            torch.manual_seed(1)
+            seen = {}
+            with torch.enable_grad():
+                again = run(family, model, batch, seen)
+    assert torch.equal(a, again["logits"])
+    assert not torch.equal(a, b) and not torch.equal(a, plain[0])
+    for phase, ops in seen.items():
+        record(name, phase, ops)
 
 
 # ---- copies, files, identity ----
@@ -317,12 +323,15 @@ def test_compiled(name):
     expected = run(family, model, batch)
     torch._dynamo.reset()
     torch.utils.deterministic.fill_uninitialized_memory = False
+    seen = {}
     with patched(model):
-        found = run(family, torch.compile(model, backend="aot_eager"), batch)
+        compiled = torch.compile(model, backend="aot_eager")
+        run(family, compiled, batch)
+        found = run(family, compiled, batch, seen)
     for key, tensor in expected.items():
         other = found[key.replace("grad ", "grad _orig_mod.")]
         torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
-    record(name, "compile")
+    record(name, "compile", set.union(*seen.values()))
 
 
 class Rows(torch.utils.data.Dataset):
@@ -388,7 +397,8 @@ def test_lora(name, order):
     model = wrapped(model)
     if order.startswith("LoRA"):
         patch(model)
-    ours = run(family, model, batch)
+    seen = {}
+    ours = run(family, model, batch, seen)
     assert differences(ours, eager, truth, torch.float32) == []
     assert any("lora" in key for key in ours)
     unpatch(model)
@@ -399,7 +409,7 @@ def test_lora(name, order):
     before = forward(family, merged, batch)[1]
     with patched(merged):
         torch.testing.assert_close(forward(family, merged, batch)[1], before, rtol=1e-3, atol=1e-4)
-    record(name, "LoRA")
+    record(name, order, set.union(*seen.values()))
 
 
 # ---- the table itself ----

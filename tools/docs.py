@@ -359,7 +359,9 @@ def families_found(lines: list[str]) -> dict:
     """What the tests wrote, a line each, as docs/families.json has it: {family: {column: value}} beside the versions."""
     found: dict[str, dict] = {}
     for name, column, value in map(json.loads, lines):
-        found.setdefault(name, {})[column] = value
+        shown = found.setdefault(name, {})
+        # ops that several tests saw
+        shown[column] = sorted({*shown.get(column, ()), *value}) if isinstance(value, list) else value
     here = {name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)}
     versions = {name: importlib.metadata.version(name) for name in sorted(here, reverse=True)}
     return {
@@ -368,23 +370,46 @@ def families_found(lines: list[str]) -> dict:
     }
 
 
+# letter of the table, what it says, columns of what the tests wrote, each of which has to show the op
+SHOWN = (
+    ("f", "forward", ("forward",)),
+    ("b", "backward", ("backward",)),
+    ("g", "generation", ("generate greedy",)),
+    ("c", "torch.compile, forward and backward", ("compile",)),
+    ("l", "LoRA, forward and backward", ("LoRA, then patch", "patch, then LoRA")),
+)
+
+
 def families(found: dict) -> str:
-    """A line per family: what a test has shown of it, and a dash where none has."""
+    """A line per family of the ops that ran, and one of what else a test has shown of it; a dash where none has."""
 
     def several(shown: dict, *columns: str, start: str = "") -> str:
         return ", ".join(column.removeprefix(start) for column in columns if shown.get(column)) or "-"
 
-    lines = [["family", "served by", "forward, backward in", "generates", "also", "attn_implementation"]]
+    def letters(shown: dict, op: str) -> str:
+        return "".join(letter for letter, _, columns in SHOWN if all(op in shown.get(c, ()) for c in columns)) or "-"
+
+    ops = sorted({op for shown in found["families"].values() for _, _, columns in SHOWN for c in columns for op in shown.get(c, ())})
+    by_op = [["family", *ops]]
+    lines = [["family", "forward, backward in", "generates", "also", "attn_implementation"]]
     for name, shown in found["families"].items():
+        by_op.append([name, *(letters(shown, op) for op in ops)])
         dtypes = ["float32"] * bool(shown.get("forward") and shown.get("backward"))
         dtypes += [dtype for dtype in ("bfloat16", "float16") if shown.get(dtype)]
         how = sorted(column for column in shown if column.startswith("generate "))
-        also = several(shown, "hidden states, attentions", "checkpointing", "compile", "Trainer", "LoRA")
-        ops = ", ".join(shown.get("ops", ())) or "-"
+        also = several(shown, "hidden states, attentions", "checkpointing", "Trainer")
         hook = "yes" if shown.get("attn_implementation") else "-"
-        lines.append([name, ops, ", ".join(dtypes) or "-", several(shown, *how, start="generate "), also, hook])
+        lines.append([name, ", ".join(dtypes) or "-", several(shown, *how, start="generate "), also, hook])
     of = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"Shown with {of}.\n\n{rows_table(lines)}"
+    legend = ", ".join(f"{letter} {what}" for letter, what, _ in SHOWN)
+    return f"Ops of ours that ran in {legend}, with {of}.\n\n{rows_table(by_op)}\n\n{rows_table(lines)}"
+
+
+def families_in_short(found: dict) -> str:
+    """For README: of how many families each thing was shown with at least one op of ours in it."""
+    every = found["families"].values()
+    cells = [f"{what} {sum(all(shown.get(c) for c in columns) for shown in every)}" for _, what, columns in SHOWN]
+    return f"Of {len(every)} families tested patched beside unpatched, our ops run in: {', '.join(cells)}."
 
 
 # ---- all of it ----
@@ -413,7 +438,9 @@ def main() -> None:
     for (file, name), text in blocks(names).items():
         replace(file, name, text)
     replace(SUPPORT, "support", support())
-    replace(FAMILIES, "families", families(json.loads(FAMILIES_FOUND.read_text())))
+    found = json.loads(FAMILIES_FOUND.read_text())
+    replace(FAMILIES, "families", families(found))
+    replace(README, "families", families_in_short(found))
     if args["determinism"]:
         replace(DETERMINISM, "determinism", determinism())
 

@@ -47,7 +47,7 @@ static Tensor rotary_fwd_cpu(const Tensor& x, const Tensor& cos, const Tensor& s
 
 static void rotary_fwd_out_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t rotary_dim, bool interleaved,
                                bool transposed, const Tensor& y) {
-  const char* op = "rotary_fwd_out";
+  const char* op = "rotary_fwd";
   RotaryArgs s = rotary_args(op, x, cos, sin, rotary_dim, interleaved);
   rotary_out_args(op, s, y, x);
   rotate(s, y, x, cos, sin, interleaved, transposed);

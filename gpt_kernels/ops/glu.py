@@ -121,19 +121,17 @@ def _general(gate, up, act, up_first, approximate):
 def _glu(gate, up, act, up_first, approximate="none"):
     if (
         type(gate) is not Tensor
-        # without an up its width is to be asked for; the rest of a call does not pay for that
-        or type(up) is not Tensor
-        or up_first
+        or (up is not None and type(up) is not Tensor)
         or has_torch_function_variadic(gate, up)
         or transforms_active()
         or forward_ad._current_level >= 0
         or not gate.is_contiguous()
-        or not up.is_contiguous()
+        or (not gate.dim() or gate.shape[-1] % 2 if up is None else up_first or not up.is_contiguous())
     ):
         return _general(gate, up, act, up_first, approximate)
-    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _GLU.apply(gate, up, act, False)
-    return fwd(gate, up, act, False)
+    if is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        return _GLU.apply(gate, up, act, up_first)
+    return fwd(gate, up, act, up_first)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, up_first: bool = False) -> Tensor:

@@ -153,7 +153,7 @@ def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved
 def rotary_fwd_out(
     x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, transposed: bool, y: Tensor
 ) -> None:
-    op = "rotary_fwd_out"
+    op = "rotary_fwd"
     _check(op, x, cos, sin, rotary_dim)
     check_device(op, "y", y, x)
     check_dtype(op, "y", y, x.dtype)
