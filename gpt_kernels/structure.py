@@ -84,7 +84,7 @@ def methods_of(form: Form, base: Any) -> tuple[Callable[..., Any], Callable[...,
                 return False
         for name, act_class, known_forward, known in acts:
             act = self._modules.get(name)
-            if act is None or own_class(act) is not act_class or act_class.forward is not known_forward or not unhooked(act):
+            if act is None or act_class.forward is not known_forward or own_class(act) is not act_class or not unhooked(act):
                 return False
             if known and not unchanged(act, known):
                 return False
