@@ -351,7 +351,7 @@ def differences(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) -> lis
 
 @contextlib.contextmanager
 def ran(into: set[str]) -> Iterator[None]:
-    """Our ops that run inside, as torch's dispatcher tells its profiler; in a graph that is compiled, too. None without a table."""
+    """Our ops that run inside, as torch's profiler sees them, in a compiled graph too. None without a table."""
     if not os.environ.get(TABLE):
         yield
         return

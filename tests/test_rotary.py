@@ -206,7 +206,7 @@ C3 = torch.zeros(1, 5, 4)
         (lambda: FWD(X.transpose(1, 3), C3, C3, 2, False, False), RuntimeError, "x must be contiguous in its last dimension"),
         (lambda: FWD(X, C3, C3[..., :2], 4, False, False), RuntimeError, "sin must have as many columns as cos, 4, got 2"),
         (lambda: FWD(X.half(), C3.half(), C3, 8, False, False), RuntimeError, "sin must be float16, got float32"),
-        (lambda: OUT(X, C3, C3, 8, False, False, X[:1]), RuntimeError, r"rotary_fwd_out: y must have the shape of x"),
+        (lambda: OUT(X, C3, C3, 8, False, False, X[:1]), RuntimeError, r"rotary_fwd: y must have the shape of x"),
         (lambda: OUT(X, C3, C3, 8, False, False, X.half()), RuntimeError, "y must be float32, got float16"),
     ],
 )  # fmt: skip

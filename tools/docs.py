@@ -389,7 +389,8 @@ def families(found: dict) -> str:
     def letters(shown: dict, op: str) -> str:
         return "".join(letter for letter, _, columns in SHOWN if all(op in shown.get(c, ()) for c in columns)) or "-"
 
-    ops = sorted({op for shown in found["families"].values() for _, _, columns in SHOWN for c in columns for op in shown.get(c, ())})
+    columns = [column for _, _, of in SHOWN for column in of]
+    ops = sorted({op for shown in found["families"].values() for column in columns for op in shown.get(column, ())})
     by_op = [["family", *ops]]
     lines = [["family", "forward, backward in", "generates", "also", "attn_implementation"]]
     for name, shown in found["families"].items():
