@@ -42,7 +42,7 @@ from .calls import (
     has_torch_function_variadic,
     in_any_autocast,
 )
-from .common import TRANSFORMED, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
+from .common import TRANSFORMED, count_of, derivative_of, rederived, softmax_lse, stat_dtype, transforms_active
 from .philox import draw_rng_state, dropout_factor, dropout_threshold, philox_uint16
 
 # the public functions
@@ -294,7 +294,7 @@ def _expanded(t: Tensor, lead: torch.Size, H: int) -> Tensor:
     h = t.shape[-3] if t.dim() > 2 else 1
     if h != H:
         t = t.expand(*t.shape[:-3], H, *t.shape[-2:]) if h == 1 else t.repeat_interleave(H // h, -3)
-    return t.expand(*lead, H, *t.shape[-2:]).reshape(lead.numel(), H, *t.shape[-2:])
+    return t.expand(*lead, H, *t.shape[-2:]).reshape(count_of(lead), H, *t.shape[-2:])
 
 
 def _as_core(q, k, v, mask, enable_gqa):
@@ -321,11 +321,11 @@ def _as_core(q, k, v, mask, enable_gqa):
         if q.dtype == torch.float64 and mask.dtype == torch.float32:
             mask = mask.double()
         mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
-        one, inner = mask.shape[:-3].numel() == 1, mask.shape[-3:]
+        one, inner = count_of(mask.shape[:-3]) == 1, mask.shape[-3:]
         if len(lead) > 1 and not one:
             mask = mask.expand(*lead, *inner)
         if mask.dim() > 4:
-            mask = mask.reshape(1 if one else lead.numel(), *inner)
+            mask = mask.reshape(1 if one else count_of(lead), *inner)
     queries = _expanded(q, lead, H)
     if queries.numel() > q.numel():
         queries = queries.contiguous()  # the result is laid out like it

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function as handle_torch_function
 from torch.overrides import has_torch_function_variadic as has_torch_function_variadic
 
+from .common import count_of
+
 is_grad_enabled = torch.is_grad_enabled
 in_any_autocast = torch._C._is_any_autocast_enabled
 
@@ -84,7 +86,7 @@ def last_as_one(op: str, x: Tensor, normalized_shape, *params: Tensor | None) ->
     for t in params:
         if t is not None and tuple(t.shape) != shape:
             raise RuntimeError(f"{op}: weight and bias must have normalized_shape {shape}, got {tuple(t.shape)}")
-    N = torch.Size(shape).numel()
+    N = count_of(shape)
     return x.reshape(*x.shape[:-n], N), *(t if t is None else t.reshape(N) for t in params)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
@@ -13,10 +16,15 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def count_of(shape: Iterable[int]) -> int:
+    """Size.numel(), which makes a compiler's symbols for sizes numbers, and each batch size a compilation."""
+    return math.prod(shape)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """(..., N) as (M, N), also when there are no elements; rows without columns are none, as in every launcher."""
     N = x.shape[-1]
-    return x.reshape(x.shape[:-1].numel() if N else 0, N)
+    return x.reshape(count_of(x.shape[:-1]) if N else 0, N)
 
 
 def unit_of(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from .. import sharding
 from ..dispatch import define
 from .calls import autocast_dtype, handle_torch_function, has_torch_function_variadic, in_any_autocast, one_input
-from .common import REVERSE, TRANSFORMED, derivative_of, rederived, stat_dtype
+from .common import REVERSE, TRANSFORMED, count_of, derivative_of, rederived, stat_dtype
 
 __all__ = ["cross_entropy"]  # the public functions
 
@@ -34,7 +34,7 @@ REDUCTIONS = ("none", "mean", "sum")  # the number of each is its place, as in t
 def _rows(op, logits, target, ignore_index, softcap):
     """The capped logits (M, V), the targets (M,), and which rows count (M,)."""
     _check_target(op, target, ignore_index, logits.shape[-1])
-    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no classes, too
+    rows = logits.reshape(count_of(logits.shape[:-1]), logits.shape[-1])  # of no classes, too
     x, t = rows.to(stat_dtype(logits.dtype)), target.reshape(-1)
     keep = t != ignore_index
     # zero times an infinite logit of an ignored row would be NaN in the derivative of this
