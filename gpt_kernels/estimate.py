@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checkpoint, serving
+from . import checkpoint
 from .dispatch import NAMESPACE, use_backend
 from .info import cpu_name
 from .models.config import PRESETS, GPTConfig
@@ -263,19 +263,13 @@ def _faked(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) ->
 @contextlib.contextmanager
 def _served() -> Iterator[None]:
     """What our kernels serve is asked of fake tensors as of real ones."""
-    new = FakeTensor not in serving.stand_ins
-    serving.stand_ins.add(FakeTensor)
-    try:
-        with contextlib.ExitStack() as around:
-            around.enter_context(use_backend("reference"))  # whatever is built here
-            if "transformers" in sys.modules:
-                from .integrations.transformers_private import not_packed
+    with contextlib.ExitStack() as around:
+        around.enter_context(use_backend("reference"))  # whatever is built here
+        if "transformers" in sys.modules:
+            from .integrations.transformers_private import not_packed
 
-                around.enter_context(not_packed())
-            yield
-    finally:
-        if new:
-            serving.stand_ins.discard(FakeTensor)
+            around.enter_context(not_packed())
+        yield
 
 
 def _arguments(model: nn.Module, batch: int, seq: int, mode: FakeTensorMode) -> tuple[tuple, dict[str, Any]]:

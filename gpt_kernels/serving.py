@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-stand_ins: set[type] = set()  # classes that are taken for tensors where nothing is computed (estimate.py)
+stand_ins = frozenset((FakeTensor,))  # classes that stand for tensors where nothing is computed: torch.export's, estimate.py's
 base_of: dict[type, type] = {}  # class that patch made -> the module's own class
 
 

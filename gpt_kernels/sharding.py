@@ -9,6 +9,8 @@ know that the gradient of what is whole beside a cut x is a sum over the process
 | layer_norm, rms_norm | all dimensions but the last                 | weight and bias whole, their gradients partial sums     |
 | gelu                 | all                                         | bias cut with the last dimension, else whole            |
 | softmax              | all but the last, and but `causal`'s rows   | mask cut where it has x's dimension                     |
+| swiglu, geglu        | all, but the last of a gate that holds both             | up cut as the gate                                      |
+| rotary embeddings    | batch, positions, heads                                 | cos and sin cut where they have the dimension           |
 | dropout              | all                                         | residual cut as x                                       |
 | cross_entropy        | rows                                        | target cut as the logits; a mean counts all rows        |
 | attention            | batch; heads; queries' rows                 | keys' heads as queries'; keys whole beside cut rows     |
@@ -163,6 +165,24 @@ def _broadcast(t: Any, rank: int) -> Dims:
         return own if own >= 0 and t.shape[own] > 1 else None
 
     return dims
+
+
+def glu(call: Callable[..., Tensor], gate: Any, up: Any) -> Any:
+    """call(gate, up); without an up, halves of the last dimension."""
+    last = gate.dim() - 1
+    parts = Parts("glu", gate, lambda d, n: up is not None or d != last)
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    return parts.whole(call(parts.local(gate), parts.local(up)), shape)
+
+
+def rotary(call: Callable[..., Tensor], x: Any, cos: Any, sin: Any) -> Any:
+    """call(x, cos, sin), (B, S, H, D) and (B or 1, S, R)"""
+    parts = Parts("rotary", x, lambda d, n: d < 3)
+
+    def of_table(d):
+        return None if d == 2 or cos.shape[d] == 1 else d
+
+    return parts.whole(call(parts.local(x), parts.local(cos, of_table), parts.local(sin, of_table)))
 
 
 def dropout(call: Callable[..., Tensor], x: Any, residual: Any, rng_state: Tensor) -> Any:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import sharding
 from ..dispatch import define
 from .calls import check_tensors, handle_torch_function, has_torch_function_variadic, is_grad_enabled
 from .common import TRANSFORMED, derivative_of, rederived, stat_dtype, transforms_active
@@ -111,6 +112,8 @@ def _general(gate, up, act, up_first, approximate):
             raise RuntimeError(f"{op}: gate without an up must have an even last dimension, got shape {tuple(gate.shape)}")
     elif up_first:
         raise RuntimeError(f"{op}: up_first is of a gate that holds both, got an up beside it")
+    if sharding.spread(gate, up):
+        return sharding.glu(lambda g, u: _glu(g, u, act, up_first, approximate), gate, up)
     gate, up = (t if t is None or in_rows(t) else t.contiguous() for t in (gate, up))
     derivative = derivative_of(gate, up)
     if derivative == TRANSFORMED:

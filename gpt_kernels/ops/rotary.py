@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import sharding
 from ..dispatch import define
 from .calls import handle_torch_function, has_torch_function_variadic
 from .common import TRANSFORMED, derivative_of, rederived, stat_dtype
@@ -113,6 +114,13 @@ def _gradients(ctx, dys):
 
 def _rotary(q, k, cos, sin, rotary_dim, interleaved, inplace):
     """(q, k) turned, each (B, S, H, D); k may be None. cos and sin have three dimensions."""
+    if sharding.spread(q, k, cos, sin):
+
+        def turned_part(x, cos, sin):
+            return _rotary(x, None, cos, sin, rotary_dim, interleaved, False)[0]
+
+        turned = [None if x is None else sharding.rotary(turned_part, x, cos, sin) for x in (q, k)]
+        return [x if x is None else x.copy_(y) for x, y in zip((q, k), turned, strict=True)] if inplace else turned
     options = rotary_dim, interleaved
     derivative = derivative_of(q, k, cos, sin)
     # of cos and sin there is no gradient in a kernel: plain PyTorch has it
