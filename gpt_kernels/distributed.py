@@ -63,12 +63,14 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
             return distribute_module(module, device_mesh, partition, inputs, lambda module, out, mesh: out.to_local())
 
     def fitting(module, args):
-        for name, owner in model.named_modules():
-            if isinstance(owner, FSDPModule):
-                raise RuntimeError(
-                    f"tensor_parallel: fully_shard stands on {name or 'the model'}, and c_attn's gradient would be wrong: its "
-                    "rows are q's, k's and v's, each cut by itself, which it does not know; all_reduce the gradients instead"
-                )
+        # of a module around the model nothing is to be seen but that the parameters are others
+        own = all(hasattr(p, "_cut_in_three") for block in model.transformer.h for p in block.attn.c_attn.parameters())
+        if not own and FSDPModule.__subclasses__():
+            raise RuntimeError(
+                "tensor_parallel: c_attn's parameters were replaced since, by fully_shard it seems, under which their gradient "
+                "would be wrong: their rows are q's, k's and v's, each cut by itself, which it does not know; all_reduce the "
+                "gradients instead"
+            )
         if args[0].shape[1] % n:
             raise RuntimeError(
                 f"GPT: under tensor_parallel a sequence length must be a multiple of {n}, got {args[0].shape[1]}"
@@ -88,6 +90,9 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, plan)
+    for block in model.transformer.h:
+        for p in block.attn.c_attn.parameters():
+            p._cut_in_three = True
     # all of the sequence where the last position is asked for
     gathered = PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=Replicate())
     parallelize_module(model.transformer.ln_f, mesh, gathered)

@@ -9,8 +9,8 @@ know that the gradient of what is whole beside a cut x is a sum over the process
 | layer_norm, rms_norm | all dimensions but the last                 | weight and bias whole, their gradients partial sums     |
 | gelu                 | all                                         | bias cut with the last dimension, else whole            |
 | softmax              | all but the last, and but `causal`'s rows   | mask cut where it has x's dimension                     |
-| swiglu, geglu        | all, but the last of a gate that holds both             | up cut as the gate                                      |
-| rotary embeddings    | batch, positions, heads                                 | cos and sin cut where they have the dimension           |
+| swiglu, geglu        | all; but the last of a packed gate          | up cut as the gate                                      |
+| rotary embeddings    | batch, positions, heads                     | cos and sin cut where they have the dimension           |
 | dropout              | all                                         | residual cut as x                                       |
 | cross_entropy        | rows                                        | target cut as the logits; a mean counts all rows        |
 | attention            | batch; heads; queries' rows                 | keys' heads as queries'; keys whole beside cut rows     |

@@ -248,21 +248,33 @@ def tensor_parallel(folder):
     return compare({"loss": loss.detach()} | gradients(ours), model, idx, targets)
 
 
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
 def fully_sharded_tensor_parallel_is_refused(folder):
     """`fully_shard` over `tensor_parallel`: an error instead of a wrong gradient"""
-    mesh = init_device_mesh("cpu", (1, world()), mesh_dim_names=("dp", "tp"))
-    for alone in (False, True):
-        ours = gpt_kernels.distributed.tensor_parallel(tiny(), mesh["tp"])
-        if alone:
-            from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", (1, world()), mesh_dim_names=("dp", "tp"))
+    for how in ("each block", "one block", "around the model"):
+        ours = gpt_kernels.distributed.tensor_parallel(tiny(), mesh["tp"])
+        around = Around(ours)
+        if how == "each block":
+            shard(ours, mesh["dp"])
+        elif how == "one block":
             fully_shard(ours.transformer.h[0], mesh=mesh["dp"])
         else:
-            shard(ours, mesh["dp"])
+            fully_shard(around, mesh=mesh["dp"])
         try:
-            ours(*batch())
+            (around if how == "around the model" else ours)(*batch())
         except RuntimeError as error:
-            assert "fully_shard stands on" in str(error), error
+            assert "by fully_shard it seems" in str(error), error
         else:
             raise AssertionError("it ran")
     return 1
