@@ -287,6 +287,8 @@ def _put(op: str, into: bool) -> None:
             else:
                 for library in _python.pop((slot, key)):
                     library._destroy()
+        # which kernel serves a key, as a compiler's dispatcher in Python remembers it: of what stood there before, or of ours
+        getattr(torch.ops.aten, slot).default._dispatch_cache.clear()
 
 
 def _impl(slot: str, key: str) -> torch.library.Library:

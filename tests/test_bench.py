@@ -101,7 +101,7 @@ def test_what_cannot_be_is_said(capsys, workers, monkeypatch, tmp_path):
 
 def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
     flags = "rms_norm sweep --quick --huge --reuse --device cpu --threads 3 --dtypes float16 --against liger,apex"
-    flags += " --backends reference"
+    flags += " --backends reference --accelerate"
     assert cli.main(["bench", *flags.split(), "--no-compile", "--cases", "2", "--out", "here"]) == 0
     assert [(command, job["run"]) for command, job in workers[0]] == [(run.__name__, "rms_norm"), (run.__name__, "sweep")]
     given = Settings(**workers[0][0][1]["settings"])
@@ -115,6 +115,7 @@ def test_every_flag_reaches_the_workers(capsys, workers, tmp_path):
         "dtypes": ["float16"],
         "against": ["liger", "apex"],
         "backends": ["reference"],
+        "accelerate": True,
         "compile": False,
         "cases": 2,
         "out": "here",
@@ -323,7 +324,7 @@ def test_memory_of_a_model_for_real(tmp_path):
     assert done.returncode == 0, error
     (row,) = load(tmp_path / "out" / "bench.json")["rows"]
     memory = {name: v["memory"] for name, v in row["variants"].items()}
-    assert not row["absent"] and memory.keys() == {"eager", "ours", "GPT"}
+    assert not row["absent"] and memory.keys() == {"eager", "ours", "GPT", "products"}
     assert measure.peak_memory(lambda: None) is None or 20 << 20 < memory["ours"] < memory["eager"]
 
 

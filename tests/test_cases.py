@@ -71,6 +71,9 @@ def test_every_public_function_is_exported():
 
 # module -> why it names ops all the same
 NAMES_OPS = {
+    "gpt_kernels/accelerate.py": "ATen's slots of each op",
+    "gpt_kernels/explain.py": "what an op of ours is to people",
+    "gpt_kernels/hooks/layers.py": "a layer of the hub's names for each op",
     "gpt_kernels/bench/peers.py": "what each peer has, and what it has not",
     "gpt_kernels/ops/calls.py": "torch's autocast, by the ops' namesakes in torch",
     "gpt_kernels/sharding.py": "a sharding rule for each op",
