@@ -78,7 +78,6 @@ NAMES_OPS = {
     "gpt_kernels/ops/calls.py": "torch's autocast, by the ops' namesakes in torch",
     "gpt_kernels/sharding.py": "a sharding rule for each op",
     "gpt_kernels/integrations/torch_nn.py": "what torch's own module classes become",
-    "gpt_kernels/integrations/transformers_gpt2.py": "what transformers' classes become",
     "gpt_kernels/structure.py": "what modules look like",
     "tools/gpu_minute.py": "the rows that fit in a minute",
     "tests/namesakes.py": "torch's own functions, argument by argument",
