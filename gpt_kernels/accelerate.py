@@ -20,9 +20,9 @@ write as much as torch's, and where it matters, cross_entropy_loss never makes i
 Of the two results of _scaled_dot_product_attention_math, which scaled_dot_product_attention calls for the first, the second,
 the probabilities, is not made: it is a tensor on the meta device, which raises where it is used.
 
-Under torch.compile, inductor decomposes layer norm, RMS norm, softmax, gelu and dropout before it looks for a kernel, and fuses
-them with their neighbours: there these slots are not asked. Attention stays an operator of its own, ours, and so does cross
-entropy. In GPU slots are the norms, softmax and gelu of the compiled CUDA kernels, and the three above autograd.
+Under torch.compile, inductor decomposes layer norm, RMS norm, softmax and gelu before it looks for a kernel, and fuses them
+with their neighbours: there these slots are not asked. Attention, dropout and cross entropy stay operators of their own, ours.
+In GPU slots are the norms, softmax and gelu of the compiled CUDA kernels, and the three above autograd.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ def _put(op: str, into: bool) -> None:
             elif into:
                 _python[slot, key] = [_impl(slot, alias) for alias in (f"Autograd{key}", key)]
             else:
-                for library in _python.pop((slot, key)):
-                    library._destroy()
+                for put in _python.pop((slot, key)):
+                    put._destroy()
         # which kernel serves a key, as a compiler's dispatcher in Python remembers it: of what stood there before, or of ours
         getattr(torch.ops.aten, slot).default._dispatch_cache.clear()
 

@@ -100,6 +100,8 @@ def _report() -> None:
     import contextlib
     import sys
 
+    import torch
+
     from ..accelerate import SLOTS, calls, decelerate, record, recorded
     from ..saved import saved, table
     from ..table import duration, print_table
@@ -108,13 +110,16 @@ def _report() -> None:
     served = [(slot, *calls(slot)) for slots in SLOTS.values() for slot in slots]
     record(False)
     decelerate()
-    rows = saved(kinds)
     with contextlib.redirect_stdout(sys.stderr):
         print_table(
             ["ATen's slot", "ours", "torch's own"],
             [(slot, str(a), str(b)) for slot, a, b in served if a or b],
             title="calls served, by whom", right=(1, 2),
         )  # fmt: skip
+        if torch.cuda.is_initialized():  # the kinds do not say on which device they were
+            print("the program used a GPU: what was saved is not measured again")
+            return
+        rows = saved(kinds)
         print_table(*table(rows), title="kinds of calls that were ours, timed again after the run", right=(2, 3, 4, 5))
         total = sum(row.seconds for row in rows)
         print(f"{sum(kinds.values())} calls were ours; saved about {'-' * (total < 0)}{duration(abs(total))}")
