@@ -199,8 +199,8 @@ def _made_class(replacement: Any, base: type) -> type:
 
     names["__reduce_ex__"] = __reduce_ex__
     if isinstance(replacement, structure.Form):
-        fused, serves = structure.methods_of(replacement, base)
-        names["forward"] = _served(serves, fused, base)
+        for name, (fused, serves) in structure.methods_of(replacement, base).items():
+            names[name] = _served(serves, fused, base, name)
         bases: tuple[type, ...] = (base,)
     else:
         rule, bases = _rule_of(replacement), (replacement, base)
@@ -215,19 +215,19 @@ def _made_class(replacement: Any, base: type) -> type:
 _replacement_of: dict[type, Any] = {}  # class made here -> what it was made of
 
 
-def _served(serves: Callable[..., bool], fused: Callable, base: Any) -> Callable:
-    known = base.forward
+def _served(serves: Callable[..., bool], fused: Callable, base: Any, name: str = "forward") -> Callable:
+    known = getattr(base, name)
 
     # wraps: whoever asks for the signature sees the class's own
     @functools.wraps(known)
-    def forward(self, *args, **kwargs):
-        # a forward that somebody put into the class since is theirs to run; and who kept this one, bound, from before unpatch
+    def method(self, *args, **kwargs):
+        # one that somebody put into the class since is theirs to run; and who kept this one, bound, from before unpatch
         # (accelerate's hooks do) has the class's own
-        if base.forward is known and type(self) is not base and serves(self, *args, **kwargs):
+        if getattr(base, name) is known and type(self) is not base and serves(self, *args, **kwargs):
             return fused(self, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)
+        return getattr(base, name)(self, *args, **kwargs)
 
-    return forward
+    return method
 
 
 def _new(replacement: Any, base: type) -> nn.Module:

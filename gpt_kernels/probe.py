@@ -325,6 +325,7 @@ def _verdict(module: nn.Module, own: Callable, candidate: Candidate, drawn: dict
             for p, q in zip(exact.parameters(), cast.parameters(), strict=True):
                 p.copy_(q)
         agreed: list[int] = []
+        refused: set[int] = set()  # ranks: one of their shapes did not agree
         worst = (0.0, 0.0)
         for shapes in dict.fromkeys(shapes for shapes, _ in drawn):
             if ranks and tried != dtype and len(shapes[0]) not in ranks:
@@ -332,12 +333,14 @@ def _verdict(module: nn.Module, own: Callable, candidate: Candidate, drawn: dict
             found = _agree(exact, cast, own, candidate, [x for s, x in drawn.items() if s[0] == shapes], tried)
             if isinstance(found, str):
                 wrong = wrong or found
-                if tried == dtype and not agreed:
-                    return Verdict(wrong=f"{found} ({str(tried)[6:]})")
+                refused.add(len(shapes[0]))
                 continue
             agreed.append(len(shapes[0]))
             worst = max(worst[0], found[0]), max(worst[1], found[1])
+        agreed = [rank for rank in dict.fromkeys(agreed) if rank not in refused]
         if tried == dtype:
+            if not agreed:
+                return Verdict(wrong=f"{wrong} ({str(tried)[6:]})")
             ranks, errors = agreed, worst
         if agreed == ranks:
             dtypes.append(tried)

@@ -161,6 +161,36 @@ def globals_read(function: types.FunctionType) -> dict[str, Any]:
     return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
 
 
+def dotted(function: types.FunctionType) -> set[tuple[str, ...]]:
+    """The globals that a function's code names, each with the attributes that are read of it at once: ("torch", "nn", "Linear")."""
+    found: set[tuple[str, ...]] = set()
+    for code in codes_of(function.__code__):
+        chain: tuple[str, ...] = ()
+        for i in dis.get_instructions(code):
+            if i.opname == "LOAD_GLOBAL":
+                found.add(chain)
+                chain = (i.argval,)
+            elif chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain += (i.argval,)
+            elif i.opname not in ("EXTENDED_ARG", "CACHE", "PUSH_NULL"):
+                found.add(chain)
+                chain = ()
+    return found - {()}
+
+
+def methods(cls: type) -> dict[str, types.FunctionType]:
+    """The methods in Python that a module's class has from its own library: forward among them, if it is there, and what was
+    written beside it (training_step, _attn)."""
+    library, found = cls.__module__.split(".")[0], {}
+    for base in cls.__mro__:
+        # transformers' base classes generate, save and load
+        near = base.__module__ == cls.__module__ if library == "transformers" else base.__module__.split(".")[0] == library
+        for name, value in vars(base).items() if near and issubclass(base, nn.Module) else ():
+            if isinstance(value, types.FunctionType) and not name.startswith("__"):
+                found.setdefault(name, value)
+    return {name: method for name, method in found.items() if getattr(cls, name) is method}
+
+
 def rebuilt(function: types.FunctionType, replaced: Mapping[str, Any]) -> types.FunctionType | None:
     """`function` with other objects under these global names, decorators and all; None where a decorator hides it.
 

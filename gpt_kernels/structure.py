@@ -6,6 +6,7 @@ A probe (probe.py) decides between the proposals.
     two linear layers, an activation       MLP: the bias of the first in one pass with the GELU; GLU of a fused gate_up
     three linear layers, an activation     SwiGLU, GeGLU of gate, up and down
     a linear layer, dropout, layer norm    dropout and the residual in one pass
+    two to four linear layers, a softmax   attention written out (structure_attention.py)
     a global function for which there is ours      the class's own code over ours (substitute.py)
 
 A replacement calls the module's children as they are, so that LoRA, quantised, sharded, parametrised and hooked ones keep
@@ -26,25 +27,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import structure_attention
+from .functional import last_softmax, softmax_serves
 from .ops.common import stat_dtype
 from .ops.dropout import dropout
 from .ops.gelu import gelu
 from .ops.glu import geglu, swiglu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
-from .ops.softmax import softmax
 from .probe import PROBED, Candidate, Verdict, linear_sizes, probe, random_state_kept, twin
 from .reading import Reading, attribute, attributes, reading, unchanged, unwrapped
 from .serving import DTYPES, dense, droppable, own_class, parameter, stand_ins, unhooked
 from .substitute import substituted
 
-Builder = Callable[..., tuple[Callable[..., Any], Callable[..., bool]]]
+Builder = Callable[..., Any]
+Method = tuple[Callable[..., Any], Callable[..., bool]]  # and whether it serves a call
 
 
 @dataclass(frozen=True)
 class Form:
     """A way of ours to run a module. build(base, *args) -> (forward, takes): forward(self, *inputs), and takes(self, *inputs),
-    whether it may for these. Where `inputs` is 0 the forward takes whatever the class's own does."""
+    whether it may for these. Where `inputs` is 0 it makes {method: (function, serves)}, which take whatever the class's own do."""
 
     build: Builder
     args: tuple
@@ -59,11 +62,11 @@ class Form:
 
 
 @functools.cache
-def methods_of(form: Form, base: Any) -> tuple[Callable[..., Any], Callable[..., bool]]:
-    """(forward, serves) for a class over `base`."""
-    forward, takes = form.build(base, *form.args)
+def methods_of(form: Form, base: Any) -> dict[str, Method]:
+    """{method: (function, serves)} for a class over `base`."""
     if not form.inputs:
-        return forward, takes
+        return form.build(base, *form.args)
+    forward, takes = form.build(base, *form.args)
     read = reading(base, base.forward)
     own_methods = read.functions if read is not None else ()
     names = tuple(_parameter_names(base.forward)[: form.inputs])
@@ -93,7 +96,7 @@ def methods_of(form: Form, base: Any) -> tuple[Callable[..., Any], Callable[...,
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *inputs_of(args, kwargs))
 
-    return called, serves
+    return {"forward": (called, serves)}
 
 
 def _parameter_names(forward: Any) -> tuple[str, ...]:
@@ -152,7 +155,7 @@ def activation(base: Any, approximate: str):
 
 
 def soft(base: Any):
-    return lambda self, x: softmax(x), lambda self, x: _elementwise(x)
+    return lambda self, x: last_softmax(x), lambda self, x: softmax_serves(x)
 
 
 # ---- MLPs ----
@@ -363,10 +366,21 @@ def find(
     read = reading(cls, cls.forward)
     if read is None or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return None
-    if (over := substituted(module, cls, device, lacking)) is not None:
-        form = None if isinstance(over, str) else Form(over.build, over.args, over.ops, over.why, inputs=0)
-        return Found(form, over if isinstance(over, str) else over.why)
-    kind = _kind(module, cls)
+    over = substituted(module, cls, device, lacking)
+    if isinstance(over, str):
+        return Found(None, over)
+    if over is None:
+        return _find(module, cls, read, dtype, device, lacking, probed)
+    written = Found(Form(over.build, over.args, over.ops, over.why, inputs=0), over.why)
+    # a module that is one op or a few is better done in one pass
+    whole = _find(module, cls, read, dtype, device, lacking, probed) if over.torchs else None
+    return whole if whole is not None and whole.form is not None else written
+
+
+def _find(module: nn.Module, cls: Any, read: Reading, dtype: torch.dtype, device: torch.device, lacking: Lacking,
+          probed: bool) -> Found | None:  # fmt: skip
+    """By its structure."""
+    kind = _kind(module, cls, read)
     if kind is None:
         return None
     guards = attributes(module, read)
@@ -380,7 +394,7 @@ def find(
             return Found(None, next(iter(absent.values())))
     if not proposals:
         return None
-    if read.by_shape:
+    if read.by_shape and kind != "attention":
         return Found(None, "its forward may take another way for another shape of input")
     if not probed:
         return Found(replace(proposals[0], ranks=(1, 2, 3, 4, 5), dtypes=tuple(DTYPES)), f"{proposals[0].why}; not probed")
@@ -392,8 +406,10 @@ def find(
     return _cache[key]
 
 
-def _kind(module: nn.Module, cls: Any) -> str | None:
+def _kind(module: nn.Module, cls: Any, read: Reading) -> str | None:
     """Which proposals are worth making."""
+    function = unwrapped(cls.forward)
+    assert function is not None
     inputs = len(_parameter_names(cls.forward))
     own = [p for p in module._parameters.values() if p is not None]
     if next(module.children(), None) is None:
@@ -403,13 +419,19 @@ def _kind(module: nn.Module, cls: Any) -> str | None:
             return "norm" if own else "bare"
         return None
     linear = sum(linear_sizes(child) is not None for child in module.children())
+    softmaxes = not {"softmax", "Softmax"}.isdisjoint(read.names) and "scaled_dot_product_attention" not in read.names
+    if not own and softmaxes and 2 <= linear <= 4 and inputs - len(function.__defaults__ or ()) == 1:
+        return "attention"
     if own or next(module.buffers(recurse=False), None) is not None or not 1 <= linear <= 3 or len(list(module.children())) > 6:
         return None
     return {1: "mlp", 2: "residual"}.get(inputs)
 
 
 def _proposed(kind: str, module: nn.Module, read: Reading, guards: tuple) -> Iterator[Form]:
-    if kind == "mlp":
+    if kind == "attention":
+        for args in structure_attention.proposed(module, read, guards):
+            yield Form(structure_attention.attention, args, ("attention",), "attention in one pass", guards=guards)
+    elif kind == "mlp":
         yield from _mlps(module, read, guards)
     elif kind == "residual":
         yield from _residuals(module, guards)
@@ -424,20 +446,23 @@ def _proposed(kind: str, module: nn.Module, read: Reading, guards: tuple) -> Ite
 def _decided(
     kind: str, module: nn.Module, cls: Any, proposals: list[Form], dtype: torch.dtype, device: torch.device
 ) -> Found | None:
-    scales: tuple[float, ...] = (1.0, 8.0) if kind in ("mlp", "residual") else (1.0, 10.0, 100.0)
+    layered = kind in ("mlp", "residual", "attention")
+    scales: tuple[float, ...] = (1.0, 8.0) if layered else (1.0, 10.0, 100.0)
+    if kind == "attention":
+        scales = (0.3, 1.0)  # larger scores saturate, and every kernel keeps a rounding of them that the written form has not
     if proposals[0].build is norm:
         small = [_read(module, f.args[3]) for f in proposals]
         scales = (1.0, 30.0, max(1e-6, min(small)) ** 0.5, 1e-3)
     forms = [replace(form, ranks=(2, 3, 4), dtypes=PROBED) for form in proposals]
     verdict = Verdict(wrong="")
     with random_state_kept(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for small_twin in (True, False) if kind in ("mlp", "residual") else (False,):
+        for small_twin in (True, False) if layered else (False,):
             try:
                 torch.manual_seed(11)  # the same verdict in every process
                 like = twin(module, cls, device, small_twin)
             except Exception as error:
                 return Found(None, f"it cannot be copied to be probed: {type(error).__name__}: {error}"[:160])
-            candidates = [Candidate(*methods_of(form, cls)) for form in forms]
+            candidates = [Candidate(*methods_of(form, cls)["forward"]) for form in forms]
             for shapes in _shapes(kind, like):
                 index, verdict = probe(like, cls.forward, candidates, shapes, scales, dtype, device)
                 if index is not None:
@@ -460,6 +485,8 @@ def _shapes(kind: str, like: nn.Module) -> list[tuple[tuple[tuple[int, ...], ...
         widths: list[tuple[int, ...]] = [linear[0]]
     elif kind == "mlp":
         widths = [(n,) for n in dict.fromkeys(n for n, _ in linear)]
+    elif kind == "attention":
+        return [(((2, 7, n),), ((3, 1, n),), ((1, 4, n),)) for n in dict.fromkeys(n for n, _ in linear)]
     else:
         widths = [(next((p.shape[0] for p in like.parameters()), 8),)]
     ranks = ((2, 3), (5,), (2, 2, 3))

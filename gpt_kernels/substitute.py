@@ -1,11 +1,12 @@
-"""A module's own code over functions of ours: what stands in its forward as a global name (a rotary embedding, a table of
-attention functions) is replaced there, and nowhere else.
+"""A module's own code over functions of ours: what stands in its methods as a global name (a rotary embedding, a table of
+attention functions, F.scaled_dot_product_attention) is replaced there, and nowhere else.
 
-The forward is rebuilt from the class's own code with other globals (reading.rebuilt). It serves only while those of the module
+A method is rebuilt from the class's own code with other globals (reading.rebuilt). It serves only while those of the module
 are still what they were: a function that somebody puts in their place later is theirs to run.
 
-What a name may be replaced by is said by finders: finder(name, value, module) -> Substitute, a reason not to, or None. Families
-add theirs (integrations/).
+What a name in a forward may be replaced by is said by finders: finder(value, module, device) -> Substitute, a reason not to, or
+None. Families add theirs (integrations/). torch's own functions (functional.py) are replaced in all methods of a class, so that the
+loss of a Lightning module's training_step is ours, too.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import functional
 from .ops.rotary import apply_rotary_pos_emb
 from .probe import compared, random_state_kept, results
-from .reading import globals_read, rebuilt, unwrapped
+from .reading import globals_read, methods, rebuilt, unwrapped
 from .serving import dense
 
 
@@ -40,50 +42,67 @@ class Substituted:
     args: tuple
     ops: tuple[str, ...]
     why: str
+    torchs: bool  # are all of them functions of torch's?
 
 
 Finder = Callable[[Any, nn.Module, torch.device], "Substitute | str | None"]
 finders: list[Finder] = []  # of families
+Replaced = tuple[str, str, Callable[..., Any], tuple]  # method, global, make, args
 
 
 def substituted(
     module: nn.Module, cls: Any, device: torch.device, lacking: Callable[[str], str | None]
 ) -> Substituted | str | None:
-    """The substitutes for what the forward of `cls` names, a reason why there is none, or None where nothing is to be.
+    """The substitutes for what the methods of `cls` name, a reason why there is none, or None where nothing is to be.
 
     lacking(op): why there is no kernel of it for the device."""
-    inner = unwrapped(cls.forward)
-    if inner is None:
-        return None
-    found: list[tuple[str, Substitute]] = []
+    found: list[Replaced] = []
+    ops: dict[str, str] = {}  # with what the plan says
     reasons: list[str] = []
-    for name, value in globals_read(inner).items():
+    inner = unwrapped(cls.forward)
+    for name, value in globals_read(inner).items() if inner is not None else ():
         for finder in (rotary, *finders):
             answer = finder(value, module, device)
             if answer is not None and not isinstance(answer, str):
                 if (why := lacking(answer.op)) is None:
-                    found.append((name, answer))
+                    found.append(("forward", name, answer.make, answer.args))
+                    ops[answer.op] = answer.why
                 answer = why
             if answer is not None and answer not in reasons:
                 reasons.append(answer)
+    torchs = not found
+    for method, function in methods(cls).items():
+        inner = unwrapped(function)
+        named = functional.named(inner) if inner is not None else {}
+        served = {path: op for path, op in named.items() if lacking(op) is None}
+        if not served or rebuilt(function, {}) is None:
+            continue
+        for name in dict.fromkeys(path[0] for path in served):
+            found.append((method, name, functional.over, tuple(sorted(path[1:] for path in served if path[0] == name))))
+        for op in sorted(set(served.values())):
+            ops.setdefault(op, "torch's functions over ours")
     if not found:
         return "; ".join(reasons) or None
-    if rebuilt(cls.forward, {}) is None:
+    if any(method == "forward" for method, *_ in found) and rebuilt(cls.forward, {}) is None:
         return "its forward is under a decorator that hides it"
-    ops = tuple(dict.fromkeys(one.op for _, one in found))
-    why = "; ".join(dict.fromkeys((*(one.why for _, one in found), *reasons)))
-    return Substituted(build, tuple((name, one.make, one.args) for name, one in found), ops, why)
+    return Substituted(build, tuple(found), tuple(ops), "; ".join(dict.fromkeys((*ops.values(), *reasons))), torchs)
 
 
-def build(base: Any, *replaced: tuple[str, Callable[..., Any], tuple]) -> tuple[Callable[..., Any], Callable[..., bool]]:
-    """(forward, serves) over base's own forward. Raises TypeError where it cannot be rebuilt."""
-    inner = unwrapped(base.forward)
+def build(base: Any, *replaced: Replaced) -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
+    """{method: (function, serves)} over base's own. Raises TypeError where one cannot be rebuilt."""
+    return {name: _built(base, name, [one[1:] for one in replaced if one[0] == name]) for name, *_ in replaced}
+
+
+def _built(base: Any, method: str, replaced: list[tuple[str, Callable[..., Any], tuple]]) -> Any:
+    own = getattr(base, method)
+    inner = unwrapped(own)
     assert inner is not None
     read = globals_read(inner)
-    forward = rebuilt(base.forward, {name: make(read[name], *args) for name, make, args in replaced})
-    if forward is None:
-        raise TypeError(f"the forward of {base.__qualname__} is under a decorator that hides it")
+    function = rebuilt(own, {name: make(read[name], *args) for name, make, args in replaced})
+    if function is None:
+        raise TypeError(f"{base.__qualname__}.{method} is under a decorator that hides it")
     scope, known = inner.__globals__, tuple(read.items())
+    torchs = tuple((read[name], args) for name, make, args in replaced if make is functional.over)
 
     def serves(self: Any, *args: Any, **kwargs: Any) -> bool:
         # the compiler would guard each of them
@@ -92,9 +111,12 @@ def build(base: Any, *replaced: tuple[str, Callable[..., Any], tuple]) -> tuple[
         for name, value in known:
             if scope.get(name) is not value:
                 return False
+        for value, paths in torchs:
+            if not functional.unchanged(value, paths):
+                return False
         return True
 
-    return forward, serves
+    return function, serves
 
 
 # ---- rotary embeddings ----

@@ -383,9 +383,9 @@ def _far(a: Tensor | None, b: Tensor | None, result: torch.dtype) -> bool:
     return not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance * (1 + largest), equal_nan=True)
 
 
-def difference(call: Call) -> tuple[str, str] | None:
-    """(torch's answer, ours) in words, where they differ."""
-    theirs, ours = (answer(f, call) for f in (NAMESAKES[call.function], getattr(gpt_kernels, call.function)))
+def difference(call: Call, of: Any = gpt_kernels) -> tuple[str, str] | None:
+    """(torch's answer, ours) in words, where they differ. of: where ours are."""
+    theirs, ours = (answer(f, call) for f in (NAMESAKES[call.function], getattr(of, call.function)))
     if theirs.error or ours.error:
         return None if theirs.error is ours.error else (str(theirs), str(ours))
     y = theirs.values.dtype if theirs.values is not None else torch.float32

@@ -63,7 +63,7 @@ def test_a_patched_class_of_its_shapes_trains_the_same(folder):
     )
     close(patched, losses)
     assert torch.equal(patched_text, text)
-    assert {row.op for row in plans[0].swapped} == {"gelu", "dropout", "layer_norm"}
+    assert {row.op for row in plans[0].swapped} == {"attention", "cross_entropy", "gelu", "dropout", "layer_norm"}
     resumed, _, _ = nanogpt.train(nanogpt, folder, "resume", iterations=1)
     close(resumed, losses[8:])
 

@@ -171,13 +171,7 @@ class InTraining(MLP):
         return super().forward(x) * (1.5 if self.training else 1.0)
 
 
-class OwnDropout(MLP):
-    def forward(self, x):
-        return F.dropout(super().forward(x), 0.1, self.training)
-
-
-WRONG = (Outside, Twice, Unbiased, Elsewhere, Clipped, Detached, Counting, Running, OnValues, OnShape, Swish, Both, InTraining,
-         OwnDropout)  # fmt: skip
+WRONG = (Outside, Twice, Unbiased, Elsewhere, Clipped, Detached, Counting, Running, OnValues, OnShape, Swish, Both, InTraining)  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)

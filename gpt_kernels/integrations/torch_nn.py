@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional import cross_entropy_of, softmax
 from ..ops.dropout import dropout
 from ..ops.gelu import gelu
 from ..ops.layer_norm import layer_norm
@@ -84,6 +85,18 @@ def _serves_gelu(module: Any, input: Tensor) -> bool:
 class GELU:
     def forward(self: Any, input: Tensor) -> Tensor:
         return gelu(input, None, self.approximate)
+
+
+@register(nn.Softmax, ("softmax",), "one-pass softmax")
+class Softmax:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return softmax(input, self.dim, _stacklevel=5)
+
+
+@register(nn.CrossEntropyLoss, ("cross_entropy",), "cross entropy without probabilities kept")
+class CrossEntropyLoss:
+    def forward(self: Any, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy_of(self, input, target)
 
 
 def _keep_dropout(module: Any) -> str | None:

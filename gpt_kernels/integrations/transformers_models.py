@@ -16,7 +16,6 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import weakref
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..masks import hides_all
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..patch import dense, droppable, left_by_autocast, register, unhooked
@@ -34,21 +34,6 @@ from ..substitute import Substitute, finders
 from . import transformers_private as private
 
 # ---- masks ----
-
-
-_looked_at: dict[int, tuple[weakref.ref, int, bool]] = {}
-
-
-def hides_all(mask: Tensor) -> bool:
-    """Does an additive mask hide every key from some query? All layers get the same mask: it is looked at once."""
-    known = _looked_at.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version:
-        return known[2]
-    answer = bool((mask.detach().amax(-1) < torch.finfo(mask.dtype).min / 2).any())
-    if len(_looked_at) > 64:
-        _looked_at.clear()
-    _looked_at[id(mask)] = weakref.ref(mask), mask._version, answer
-    return answer
 
 
 def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
@@ -118,7 +103,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
         served = type(position_bias) is Tensor and mask_serves(position_bias, query, key.shape[2], "sdpa")
         served = served and position_bias.dtype == query.dtype and private.position_bias_mask is not None
         if served and attention_mask is not None and attention_mask.dtype == torch.bool:
-            served = not torch.compiler.is_compiling() and _sees_some(attention_mask)
+            served = not torch.compiler.is_compiling() and not hides_all(attention_mask)
         if served:
             bias = private.position_bias_mask(position_bias, attention_mask, causal and query.shape[2] > 1, query, key)
     if not served:
@@ -129,18 +114,6 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
     right = 0 if bias is None and query.shape[2] > 1 and causal else -1
     o, _ = attention(query, key, value, bias, scale=scaling, dropout_p=dropout, window_right=right)
     return _laid_out(o), None
-
-
-def _sees_some(mask: Tensor) -> bool:
-    """Does every query see a key? Of a boolean mask, looked at once."""
-    known = _looked_at.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version:
-        return known[2]
-    answer = bool(mask.any(-1).all())
-    if len(_looked_at) > 64:
-        _looked_at.clear()
-    _looked_at[id(mask)] = weakref.ref(mask), mask._version, answer
-    return answer
 
 
 class _Table:

@@ -213,7 +213,12 @@ def _local(q, k, v, *args):
     derivative = derivative_of(q, k, v, *args[:2])
     if derivative == TRANSFORMED:
         return _attend(q, k, v, *args)
-    return _Attention.apply(q, k, v, *args) if derivative else fwd(q, k, v, *args)
+    if not derivative:
+        return fwd(q, k, v, *args)
+    if torch.compiler.is_dynamo_compiling():
+        # which takes no autograd.Function to which one tensor is given twice
+        k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is q or v is k else v
+    return _Attention.apply(q, k, v, *args)
 
 
 def _of_parts(mesh, q, k, v, bias, alibi_slopes, rng_state, causal_offset, options, window):

@@ -1,0 +1,175 @@
+"""Self-attention that somebody wrote out: linear layers for queries, keys and values, scores, a mask, softmax, and a product.
+
+    one linear layer n -> 3 n, another n -> n          minGPT's and most textbooks'
+    three linear layers, one n -> n behind them        the same apart; keys for groups of query heads
+    three linear layers n -> d alone                   one head
+
+Proposed are the layouts of heads, the scales and the places of dropouts that are in use, causal or not; the probe decides. What calls
+torch's attention function itself is not proposed: its function is replaced (functional.py).
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops.attention import MAX_HEAD_DIM, scaled_dot_product_attention
+from .probe import linear_sizes
+from .reading import Reading, attribute
+from .serving import dense, droppable, own_class, unhooked
+
+Args = tuple[Any, ...]
+LAYOUTS = ("parts", "heads", "heads last")
+
+
+def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
+    """Arguments of `attention`."""
+    children = dict(module.named_children())
+    linear = {name: sizes for name, child in children.items() if (sizes := linear_sizes(child)) is not None}
+    drops: list[str | None] = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+    if len(linear) + len(drops) != len(children) or len(drops) > 2 or not branches_are_known(read.codes):
+        return
+    places = [*itertools.permutations([*drops, None, None], 2)] if drops else [(None, None)]
+    # both are used, once each
+    places = [p for p in dict.fromkeys(places) if {d for d in p if d} == set(drops)]
+    counts = [path for path, value in guards if type(value) is int and 1 <= value <= 512]
+    counts.sort(key=lambda path: "head" not in path)
+    lengths = tuple(name for name, b in module._buffers.items() if b is not None and b.dim() >= 2)
+    names = list(linear)
+    ways: list[tuple[tuple[str, ...], str | None, str | int]] = []
+    if len(names) == 2:
+        for qkv, out in itertools.permutations(names):
+            if linear[qkv][1] == 3 * linear[out][0]:
+                ways += [((qkv,), out, count) for count in counts]
+    elif len(names) == 4:
+        # by their names, or in their order
+        for out in sorted(names, key=lambda name: not any(word in name.lower() for word in ("out", "proj", "o"))):
+            q, k, v = _in_order([name for name in names if name != out])
+            if linear[out][0] == linear[q][1] and linear[k] == linear[v]:
+                ways += [((q, k, v), out, count) for count in counts]
+    elif len(names) == 3 and len(set(linear.values())) == 1:
+        ways += [(tuple(order), None, 1) for order in dict.fromkeys([tuple(_in_order(names)), *itertools.permutations(names)])]
+    for parts, out, heads in ways:
+        scores = linear[parts[0]][1] // (3 if len(parts) == 1 else 1)
+        number = attribute(module, heads) if type(heads) is str else heads
+        if scores % number or scores // number > MAX_HEAD_DIM:
+            continue
+        for (inner, outer), scale, causal, layout in itertools.product(
+            places, ("head", "width"), (True, False), LAYOUTS if len(parts) == 1 else LAYOUTS[:1]
+        ):
+            yield parts, out, heads, layout, scale, causal, inner, outer, lengths
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """Queries, keys, values, as far as their names say it."""
+
+    def place(name: str) -> int:
+        low = name.lower()
+        words = (("query", "wq", "q_"), ("key", "wk", "k_"), ("value", "wv", "v_"))
+        for i, known in enumerate(words):
+            if low == known[0][0] or any(word in low for word in known) or low.endswith(known[0][0]):
+                return i
+        return 3
+
+    return sorted(names, key=place)
+
+
+# ---- branches ----
+
+
+@functools.cache
+def branches_are_known(codes: tuple[CodeType, ...]) -> bool:
+    """Does the code branch by attributes of the module, by what is None, and to raise, only? And loop over what is written out?
+
+    A probe sees a few lengths: it cannot vouch for a way that is taken for others."""
+    for code in codes:
+        found = list(dis.get_instructions(code))
+        if {"range", "len", "zip", "enumerate", "while"} & set(code.co_names):
+            return False
+        for at, i in enumerate(found):
+            if "JUMP" not in i.opname or i.opname.endswith("_NONE") or i.opname.endswith("_NOT_NONE"):
+                continue
+            if i.opname in ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"):
+                continue
+            before = next((f for f in found[at - 1 :: -1] if f.opname not in ("EXTENDED_ARG", "CACHE", "TO_BOOL", "UNARY_NOT")), None)
+            after = next((f for f in found[at + 1 :] if f.opname not in ("EXTENDED_ARG", "CACHE")), None)
+            raises = after is not None and ("ASSERTION" in after.opname or str(after.argval) in ("AssertionError", "ValueError"))
+            if not raises and (before is None or before.opname not in ("LOAD_ATTR", "IS_OP")):
+                return False
+    return True
+
+
+# ---- the way ----
+
+
+def attention(
+    base: Any, parts: tuple[str, ...], out: str | None, heads: str | int, layout: str, scale: str, causal: bool,
+    inner: str | None, outer: str | None, lengths: tuple[str, ...],
+) -> tuple[Callable[..., Any], Callable[..., bool]]:  # fmt: skip
+    """parts: the linear layers of q, k, v, or of all three. heads: their number, or the attribute that has it. layout: the three
+    as parts of the features, inside each head, or as the last dimension. scale: over the head's width, or the input's. inner, outer:
+    dropouts of the probabilities and at the end. lengths: buffers that hold a mask, beyond which there is none."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        children = self._modules
+        B, T, C = x.shape
+        H = attribute(self, heads) if type(heads) is str else heads
+        if len(parts) == 3:
+            q, k, v = (children[part](x) for part in parts)
+            D = q.shape[-1] // H
+            q, k, v = (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
+        else:
+            qkv = children[parts[0]](x)
+            if layout == "parts":
+                q, k, v = qkv.view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            elif layout == "heads":
+                q, k, v = qkv.view(B, T, H, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
+            else:
+                q, k, v = (t.transpose(1, 2) for t in qkv.view(B, T, H, -1, 3).unbind(-1))
+                q, k, v = (t.contiguous() for t in (q, k, v))
+        factor = (q.shape[-1] if scale == "head" else C) ** -0.5
+        drop = None if inner is None else children[inner]
+        groups = q.shape[1] != k.shape[1]
+        if drop is None or not drop.training or _droppable(drop):
+            p = drop.p if drop is not None and drop.training else 0.0
+            y = scaled_dot_product_attention(q, k, v, None, p, causal, scale=factor, enable_gqa=groups)
+        else:
+            y = _written(q, k, v, factor, causal, drop)
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        if out is not None:
+            y = children[out](y)
+        return y if outer is None else children[outer](y)
+
+    def takes(self: Any, x: Tensor) -> bool:
+        if x.ndim != 3 or not dense(x) or not x.numel() or (inner is not None and not unhooked(self._modules[inner])):
+            return False
+        T = x.shape[1]
+        for name in lengths:
+            mask = self._buffers.get(name)
+            if mask is None or mask.shape[-1] < T or mask.shape[-2] < T:
+                return False
+        return True
+
+    return forward, takes
+
+
+def _droppable(drop: Any) -> bool:
+    return own_class(drop) is nn.Dropout and droppable(drop.p)
+
+
+def _written(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, drop: nn.Module) -> Tensor:
+    """With a dropout of another class than torch's, which is called on the probabilities."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = q @ k.mT * scale
+    if causal:
+        T = s.shape[-1]
+        s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1), float("-inf"))
+    return drop(s.softmax(-1)) @ v

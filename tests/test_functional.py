@@ -1,0 +1,161 @@
+"""torch.nn.functional's functions over our kernels, and where patch puts them: in every method that names one."""
+
+import copy
+import pickle
+import types
+
+import namesakes
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import gelu
+
+import gpt_kernels
+from gpt_kernels import functional, patch, unpatch
+
+
+def test_every_call_means_what_torchs_means():
+    """Of the namesakes' sweep, which has forms, ranks, dtypes, autocast, layouts and errors: no difference at all."""
+    calls = namesakes.calls()
+    assert len(calls) > 500
+    ours = types.SimpleNamespace(**vars(functional) | {"softmax": functional.torch_softmax})  # which the sweep is of
+    differ = {call: d for call in calls if (d := namesakes.difference(call, ours)) is not None}
+    assert not differ, "\n".join(f"{call.function} {call.code}: torch {a}, ours {b}" for call, (a, b) in differ.items())
+
+
+def test_a_row_hidden_by_numbers_keeps_its_gradient():
+    """A mask of the lowest number instead of -inf: its rows are the mean of all values."""
+    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
+    for hidden in (False, True):
+        if hidden:
+            mask[2] = torch.finfo(torch.float32).min
+        theirs, ours = (
+            torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v))
+            for f in (F.scaled_dot_product_attention, functional.scaled_dot_product_attention)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- in a user's class ----
+
+
+class Everything(nn.Module):
+    """Each of the functions, named in another way, in forward and beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.p = 0.25
+
+    def attend(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    def forward(self, x, *, scale=1.0):
+        x = F.layer_norm(x, (8,), self.weight, self.bias) * scale
+        x = gelu(self.attend(x[:, None])[:, 0]) + nn.functional.rms_norm(x, [8], eps=1e-6)
+        return F.dropout(torch.softmax(x, -1), self.p, self.training)
+
+    def training_step(self, batch, index=0):
+        x, target = batch
+        loss = nn.CrossEntropyLoss(ignore_index=-1)
+        return F.cross_entropy(self(x).flatten(0, 1), target) + loss(self(x).flatten(0, 1), target)
+
+
+OPS = {"attention", "layer_norm", "gelu", "rms_norm", "softmax", "dropout", "cross_entropy"}
+
+
+def everything():
+    torch.manual_seed(0)
+    return Everything().eval(), (torch.randn(2, 5, 8), torch.tensor([1, 2, -1, 3, 4, 5, 6, 7, 0, 1]))
+
+
+def ran(call):
+    """The ops of ours that a call runs."""
+    with torch.profiler.profile() as profile:
+        result = call()
+    names = {event.name for event in profile.events()}
+    return result, {op for op in OPS if any(f"gpt_kernels::{op}_fwd" in name for name in names)}
+
+
+def test_a_class_that_names_torchs_functions():
+    module, batch = everything()
+    x, target = batch
+    batch = (x, target.clamp(min=0))
+    expected, none = ran(lambda: module.training_step(batch))
+    assert not none
+    plan = patch(module)
+    assert set(plan.rows[0].op.split("+")) == OPS and "torch's functions over ours" in plan.rows[0].why
+    found, ops = ran(lambda: module.training_step(batch))
+    torch.testing.assert_close(found, expected)
+    assert ops == OPS - {"dropout"}
+    module.train()
+    assert "dropout" in ran(lambda: module(x))[1]
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    for one in (module, *copies):
+        one.eval()
+        torch.testing.assert_close(one.training_step(batch), expected)
+        assert unpatch(one) == 1 and type(one) is Everything and not ran(lambda one=one: one.training_step(batch))[1]
+
+
+def test_gradients_and_a_compiler():
+    module, (x, target) = everything()
+    target = target.clamp(min=0)
+
+    def gradients(call):
+        x_ = x.clone().requires_grad_()
+        return torch.autograd.grad(call((x_, target)), (x_, *module.parameters()))
+
+    expected = gradients(module.training_step)
+    with gpt_kernels.patched(module):
+        for call in (module.training_step, torch.compile(module.training_step, backend="aot_eager", fullgraph=True)):
+            for a, b in zip(gradients(call), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ("the function", "the module's name"))
+def test_what_somebody_puts_in_their_place_later_is_theirs(where, monkeypatch):
+    module, (x, _) = everything()
+    patch(module)
+    called = []
+
+    def theirs(*args, **kwargs):
+        called.append(1)
+        return torch.layer_norm(*args, **kwargs)
+
+    if where == "the function":
+        monkeypatch.setattr(F, "layer_norm", theirs)
+    else:
+        monkeypatch.setitem(globals(), "F", types.SimpleNamespace(layer_norm=theirs, dropout=F.dropout))
+    module(x)
+    assert called
+
+
+def test_ops_without_a_kernel_are_torchs(monkeypatch):
+    monkeypatch.setitem(patch.__globals__, "_no_kernel", lambda op, key: "none" if op == "gelu_fwd" else None)
+    module, _ = everything()
+    assert set(patch(module).rows[0].op.split("+")) == OPS - {"gelu"}
+
+
+class Criterion(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.weights, self.loss = nn.Softmax(-1), nn.CrossEntropyLoss(**options)
+
+    def forward(self, x, target):
+        return self.loss(self.weights(x), target)
+
+
+@pytest.mark.parametrize("options", ({}, {"ignore_index": 2, "reduction": "sum"}, {"weight": torch.rand(8)}, {"label_smoothing": 0.1}))
+def test_losses_and_softmax_as_modules(options):
+    module, x, target = Criterion(**options), torch.randn(5, 8, requires_grad=True), torch.tensor([0, 1, 2, 2, 7])
+    expected = module(x, target)
+    gradient = torch.autograd.grad(expected, x)[0]
+    plan = patch(module)
+    assert [row.op for row in plan.rows] == [None, "softmax", "cross_entropy"]
+    found, ops = ran(lambda: module(x, target))
+    assert ops == {"softmax", "cross_entropy"} - ({"cross_entropy"} if "weight" in options else set())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x)[0], gradient)
