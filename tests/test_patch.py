@@ -294,8 +294,8 @@ def own_forward(model):
     return model
 
 
-def hooked(model):
-    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+def hooked(model, child):
+    model.transformer.h[0].mlp.get_submodule(child).register_forward_hook(lambda *_: None)
     return model
 
 
@@ -309,7 +309,7 @@ def hooked(model):
         (lambda: tiny(n_embd=257, n_head=1), "transformer.h.0.attn", "257 is above 256"),
         (lambda: custom_loss(tiny()), "", "loss function"),
         (lambda: own_forward(tiny()), "transformer.ln_f", "replaced on the object"),
-        (lambda: hooked(tiny()), "transformer.h.0.mlp", "hooks"),
+        (lambda: hooked(tiny(), "act"), "transformer.h.0.mlp", "hooks"),
         (lambda: tiny().to(torch.float8_e5m2), "transformer.ln_f", "float8"),
         (lambda: tiny().to("meta"), "transformer.ln_f", "no kernel"),
         (lambda: nn.Sequential(nn.LayerNorm((3, 4))), "0", "2 dimensions"),

@@ -87,13 +87,17 @@ class GELU:
         return gelu(input, None, self.approximate)
 
 
-@register(nn.Softmax, ("softmax",), "one-pass softmax")
+def _serves_always(module: Any, *args: Any, **kwargs: Any) -> bool:
+    return True  # the function asks
+
+
+@register(nn.Softmax, ("softmax",), "one-pass softmax", serves=_serves_always)
 class Softmax:
     def forward(self: Any, input: Tensor) -> Tensor:
         return softmax(input, self.dim, _stacklevel=5)
 
 
-@register(nn.CrossEntropyLoss, ("cross_entropy",), "cross entropy without probabilities kept")
+@register(nn.CrossEntropyLoss, ("cross_entropy",), "cross entropy without probabilities kept", serves=_serves_always)
 class CrossEntropyLoss:
     def forward(self: Any, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy_of(self, input, target)

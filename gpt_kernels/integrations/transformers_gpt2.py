@@ -9,7 +9,8 @@ call (see patch.py):
   than the queries; masks of another rank or dtype; and additive masks that hide every key from some query (left padding
   under "eager", which then takes the mean of all values; under torch.compile, every additive mask, as its values cannot be
   looked at). Where "eager" returns the weights unasked, None stands in their place.
-- MLP: c_fc or act with hooks, hooks on all modules, c_fc of another class (LoRA, quantised), activations other than GELUs.
+- MLP: act with hooks, hooks on all modules, activations other than GELUs. A c_fc with hooks or of another class (LoRA,
+  quantised) is called as it is.
 """
 
 from __future__ import annotations
@@ -181,13 +182,9 @@ class Attention:
 
 
 def _keep_mlp(module: Any) -> str | None:
-    if type(module.c_fc) is not Conv1D:
-        return f"c_fc is a {type(module.c_fc).__name__}"
     if private.gelu_of(module.act) is None:
         return f"activation {type(module.act).__name__} has no kernel"
-    if not (unhooked(module.c_fc) and unhooked(module.act)):
-        return "c_fc or act has hooks"
-    return None
+    return None if unhooked(module.act) else "act has hooks"
 
 
 def _child(module: Any, name: str) -> Any:
@@ -197,26 +194,31 @@ def _child(module: Any, name: str) -> Any:
 
 
 def _serves_mlp(module: Any, hidden_states) -> bool:
-    c_fc, act = _child(module, "c_fc"), _child(module, "act")
-    if type(c_fc) is not Conv1D or private.gelu_of(act) is None or not (unhooked(c_fc) and unhooked(act)):
+    act = _child(module, "act")
+    return private.gelu_of(act) is not None and unhooked(act) and _gelu_serves(hidden_states)
+
+
+def _gelu_serves(x: Any) -> bool:
+    left = dense(x) and x.is_contiguous() and x.ndim > 0 and x.numel() > 0
+    return left and (x.dtype.itemsize != 2 or left_by_autocast(x))
+
+
+def _bias_apart(c_fc: Any, hidden_states: Any) -> bool:
+    """Is it a plain Conv1D, whose bias may be added with the GELU?"""
+    if type(c_fc) is not Conv1D or not unhooked(c_fc):
         return False
-    bias = parameter(c_fc, "bias")
-    return (
-        bias is not None
-        and dense(hidden_states, parameter(c_fc, "weight"), bias)
-        and hidden_states.is_contiguous()
-        and hidden_states.ndim > 0
-        and hidden_states.numel() > 0
-        and (hidden_states.dtype.itemsize != 2 or left_by_autocast(hidden_states))
-        and bias.is_contiguous()
-        and bias.shape == (c_fc.nf,)
-    )
+    weight, bias = parameter(c_fc, "weight"), parameter(c_fc, "bias")
+    return bias is not None and dense(hidden_states, weight, bias) and bias.is_contiguous() and bias.shape == (c_fc.nf,)
 
 
 @register(modeling_gpt2.GPT2MLP, ("gelu",), "bias and GELU in one pass", unless=_keep_mlp, fuses=("act",), serves=_serves_mlp)
 class MLP:
     def forward(self, hidden_states):
-        c_fc = _child(self, "c_fc")
-        hidden_states = hidden_states @ parameter(c_fc, "weight")
-        hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), private.gelu_of(_child(self, "act")))
+        c_fc, act = _child(self, "c_fc"), _child(self, "act")
+        if _bias_apart(c_fc, hidden_states):
+            hidden_states = hidden_states @ parameter(c_fc, "weight")
+            hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), private.gelu_of(act))
+        else:  # hooked, of another class: LoRA, quantised
+            hidden_states = c_fc(hidden_states)
+            hidden_states = gelu(hidden_states, None, private.gelu_of(act)) if _gelu_serves(hidden_states) else act(hidden_states)
         return self.dropout(self.c_proj(hidden_states))

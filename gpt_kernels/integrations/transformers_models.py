@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dis
 import functools
 import inspect
@@ -36,8 +37,8 @@ from . import transformers_private as private
 # ---- masks ----
 
 
-def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
-    """Does our kernel mean by the mask what the implementation does? q: (B, H, Tq, D)."""
+def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str, window: int = 0) -> bool:
+    """Does our kernel mean by the mask what the implementation does? q: (B, H, Tq, D). window: as hides_all has it."""
     if not plain(mask) and type(mask) is not nn.Parameter or mask.ndim != 4 or mask.layout is not torch.strided:
         return False
     if any(m not in (1, n) for m, n in zip(mask.shape, (*q.shape[:3], Tk), strict=True)):
@@ -47,7 +48,7 @@ def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str) -> bool:
         return implementation == "sdpa"
     if mask.dtype != q.dtype and not (implementation == "eager" and mask.dtype == torch.float32 and q.dtype.itemsize == 2):
         return False
-    return not torch.compiler.is_compiling() and not hides_all(mask)
+    return not torch.compiler.is_compiling() and not hides_all(mask, window)
 
 
 # ---- attention ----
@@ -283,6 +284,63 @@ def _named(function: FunctionType) -> tuple[str, ...]:
 
 
 finders.append(_find)
+
+
+# ---- attention that a module writes out ----
+
+
+class WrittenOut(private.WritesAttentionOut):
+    """Methods to register for such a class, with serves=weights_asked_for. Ours has no weights: where somebody wants them, the
+    class's own runs. attention_options(query, key): of ops/attention.py, the scale among them, or None where it is not served."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _weights_wanted.set(True)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _weights_wanted.reset(token)
+
+    def attend(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, None] | None:
+        options = self.attention_options(query, key)
+        if options is None or not _written_serves(
+            self, query, key, value, mask, options["scale"], options.get("window_left", -1) + 1
+        ):
+            return None
+        drop = self.attn_dropout
+        return attention(query, key, value, mask, dropout_p=drop.p if drop.training else 0.0, **options)[0], None
+
+
+_weights_wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_wanted", default=False)
+
+
+def weights_asked_for(module: Any, *args: Any, **kwargs: Any) -> bool:
+    if torch.compiler.is_dynamo_compiling():  # then all of it is the class's own
+        return False
+    place = _place_of_weights(own_class(module))
+    return bool(kwargs.get("output_attentions", args[place] if place is not None and place < len(args) else False))
+
+
+@functools.cache
+def _place_of_weights(cls: Any) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return names.index("output_attentions") if "output_attentions" in names else None
+
+
+def _written_serves(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, window: int) -> bool:
+    drop = module.attn_dropout
+    return (
+        private.no_eager() is None
+        and not torch.compiler.is_compiling()
+        and not _weights_wanted.get()
+        and not private.wants_attentions()
+        and _unseen(module)
+        and own_class(drop) is nn.Dropout
+        and unhooked(drop)
+        and droppable(drop.p)
+        and _scaled(scale)
+        and _shapes_serve(module, q, k, v, 1)
+        and (mask is None or mask_serves(mask, q, k.shape[2], "eager", window))
+    )
 
 
 # ---- loss ----

@@ -93,6 +93,16 @@ def wants_attentions() -> bool:
     return wanted is not None and "attentions" in wanted
 
 
+class WritesAttentionOut:
+    """Of a class whose forward calls self._attn(query, key, value, mask), which returns o and the weights."""
+
+    def _attn(self: Any, query, key, value, attention_mask=None, *args: Any, **kwargs: Any):
+        served = None if args or kwargs else self.attend(query, key, value, attention_mask)
+        if served is not None:
+            return served
+        return super()._attn(query, key, value, attention_mask, *args, **kwargs)  # type: ignore[misc]
+
+
 # ---- activations ----
 
 _GELUActivation, _GELUTanh, _NewGELU = (
