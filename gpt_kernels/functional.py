@@ -26,7 +26,7 @@ from .ops.layer_norm import layer_norm as our_layer_norm
 from .ops.rms_norm import rms_norm as our_rms_norm
 from .ops.softmax import softmax as our_softmax
 from .reading import dotted
-from .serving import dense, droppable, plain
+from .serving import attended, dense, droppable, plain
 
 # ---- the functions, in torch's signatures ----
 
@@ -35,7 +35,7 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
     served = (
-        dense(query, key, value)
+        attended(query, key, value)
         and droppable(dropout_p)
         and (scale is None or type(scale) in (float, int) and scale > 0)
         and _shapes_serve(query, key, value, enable_gqa)

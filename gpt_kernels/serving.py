@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .ops.calls import autocast_dtype
+
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 stand_ins = frozenset((FakeTensor,))  # classes that stand for tensors where nothing is computed: torch.export's, estimate.py's
@@ -85,3 +87,16 @@ def left_by_autocast(x: Tensor) -> bool:
         return True
     device = x.device.type
     return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
+
+
+def attended(q: Any, k: Any, v: Any) -> bool:
+    """Are they what attention may be given: dense, of one dtype, as they are or as autocast casts those of torch's attention?"""
+    if dense(q, k, v) and (not torch._C._is_any_autocast_enabled() or left_by_autocast(q)):
+        return True
+    # positions in float32 make queries and keys float32, which autocast casts back
+    return (
+        torch._C._is_any_autocast_enabled()
+        and all(dense(t) and t.dtype is not _float64 for t in (q, k, v))
+        and q.device == k.device == v.device
+        and autocast_dtype("attention", q) is not None
+    )

@@ -30,7 +30,7 @@ from ..ops.cross_entropy import cross_entropy
 from ..patch import dense, droppable, left_by_autocast, register, unhooked
 from ..probe import compared, random_state_kept, results
 from ..reading import codes_of, reading, unwrapped
-from ..serving import own_class, plain
+from ..serving import attended, own_class, plain
 from ..substitute import Substitute, finders
 from . import transformers_private as private
 
@@ -54,9 +54,10 @@ def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str, window: int 
 # ---- attention ----
 
 
-def _shapes_serve(module: Any, q: Any, k: Any, v: Any, groups: int) -> bool:
+def _shapes_serve(q: Any, k: Any, v: Any, groups: int, cast: bool = False) -> bool:
+    """cast: may autocast cast them?"""
     # caches may hold another dtype, batch or nothing
-    if not dense(q, k, v) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.numel() or not k.numel():
+    if not (attended(q, k, v) if cast else dense(q, k, v) and left_by_autocast(q)) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.numel() or not k.numel():
         return False
     (B, H, _, D), (Bk, Hk, _, Dk) = q.shape, k.shape
     return (
@@ -66,7 +67,6 @@ def _shapes_serve(module: Any, q: Any, k: Any, v: Any, groups: int) -> bool:
         and Bk == B
         and type(groups) is int
         and H == Hk * groups
-        and left_by_autocast(q)
     )
 
 
@@ -96,7 +96,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
         and _scaled(scaling)
         and droppable(dropout)
         and (type(causal) is bool or attention_mask is not None)
-        and _shapes_serve(module, query, key, value, groups)
+        and _shapes_serve(query, key, value, groups, cast=True)
         and (attention_mask is None or mask_serves(attention_mask, query, key.shape[2], "sdpa"))
     )
     if served and position_bias is not None:
@@ -182,7 +182,7 @@ def eager_over(own: Any, named: tuple[str, ...]) -> Any:
             return "softcap" not in named
         if more.get("output_attentions") or scaling is None or not _scaled(scaling) or not droppable(more.get("dropout", 0.0)):
             return False
-        if not _shapes_serve(module, q, k, v, _groups(module) if groups_read else 1):
+        if not _shapes_serve(q, k, v, _groups(module) if groups_read else 1):
             return False
         if position_bias is not None and not (
             "position_bias" in named
@@ -338,7 +338,7 @@ def _written_serves(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, 
         and unhooked(drop)
         and droppable(drop.p)
         and _scaled(scale)
-        and _shapes_serve(module, q, k, v, 1)
+        and _shapes_serve(q, k, v, 1)
         and (mask is None or mask_serves(mask, q, k.shape[2], "eager", window))
     )
 
