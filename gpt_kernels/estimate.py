@@ -41,6 +41,7 @@ from .models.gpt import GPT
 from .names import DTYPES
 from .patch import patch, unpatch
 from .table import aligned, duration
+from .workflows.models import of_config
 
 # ---- devices ----
 
@@ -289,11 +290,8 @@ def _positions(config: Any) -> int | None:
 
 
 def _of_hf(config: Any) -> nn.Module:
-    import transformers
-
-    named = next((getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()), None)
     with torch.device("meta"):
-        return named(config) if named is not None else transformers.AutoModelForCausalLM.from_config(config)
+        return of_config(config)
 
 
 def _models(model: Any) -> tuple[str, dict[str, Any], dict[str, str], Any]:

@@ -1,8 +1,8 @@
 """torch.nn.functional's functions over our kernels where both mean the same; every other call is torch's own.
 
 patch puts them in the place of torch's inside the methods of a class (substitute.py), by whatever name they are called there:
-F.gelu, torch.nn.functional.gelu, torch.softmax, or a function imported by itself. There is nothing to probe: it is torch's function
-that is named, and tests/test_functional.py holds ours to it.
+F.gelu, torch.nn.functional.gelu, torch.softmax, or a function imported by itself. There is nothing to probe: it is torch's
+function that is named, and tests/test_functional.py holds ours to it.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def globals_read(function: types.FunctionType) -> dict[str, Any]:
 
 
 def dotted(function: types.FunctionType) -> set[tuple[str, ...]]:
-    """The globals that a function's code names, each with the attributes that are read of it at once: ("torch", "nn", "Linear")."""
+    """The globals that a function's code names, each with the attributes read of it at once: ("torch", "nn", "GELU")."""
     found: set[tuple[str, ...]] = set()
     for code in codes_of(function.__code__):
         chain: tuple[str, ...] = ()
@@ -181,7 +181,8 @@ def dotted(function: types.FunctionType) -> set[tuple[str, ...]]:
 def methods(cls: type) -> dict[str, types.FunctionType]:
     """The methods in Python that a module's class has from its own library: forward among them, if it is there, and what was
     written beside it (training_step, _attn)."""
-    library, found = cls.__module__.split(".")[0], {}
+    library = cls.__module__.split(".")[0]
+    found: dict[str, types.FunctionType] = {}
     for base in cls.__mro__:
         # transformers' base classes generate, save and load
         near = base.__module__ == cls.__module__ if library == "transformers" else base.__module__.split(".")[0] == library

@@ -90,7 +90,7 @@ def left_by_autocast(x: Tensor) -> bool:
 
 
 def attended(q: Any, k: Any, v: Any) -> bool:
-    """Are they what attention may be given: dense, of one dtype, as they are or as autocast casts those of torch's attention?"""
+    """May attention be given them: dense, of one dtype, as they are or as autocast casts those of torch's attention?"""
     if dense(q, k, v) and (not torch._C._is_any_autocast_enabled() or left_by_autocast(q)):
         return True
     # positions in float32 make queries and keys float32, which autocast casts back

@@ -47,7 +47,7 @@ Method = tuple[Callable[..., Any], Callable[..., bool]]  # and whether it serves
 @dataclass(frozen=True)
 class Form:
     """A way of ours to run a module. build(base, *args) -> (forward, takes): forward(self, *inputs), and takes(self, *inputs),
-    whether it may for these. Where `inputs` is 0 it makes {method: (function, serves)}, which take whatever the class's own do."""
+    whether it may for these. Where `inputs` is 0 it makes {method: (function, serves)}, which take what the class's own do."""
 
     build: Builder
     args: tuple

@@ -4,8 +4,8 @@
     three linear layers, one n -> n behind them        the same apart; keys for groups of query heads
     three linear layers n -> d alone                   one head
 
-Proposed are the layouts of heads, the scales and the places of dropouts that are in use, causal or not; the probe decides. What calls
-torch's attention function itself is not proposed: its function is replaced (functional.py).
+Proposed are the layouts of heads, the scales and the places of dropouts that are in use, causal or not; the probe decides. What
+calls torch's attention function itself is not proposed: its function is replaced (functional.py).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
     """Arguments of `attention`."""
     children = dict(module.named_children())
     linear = {name: sizes for name, child in children.items() if (sizes := linear_sizes(child)) is not None}
-    drops: list[str | None] = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+    drops = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
     if len(linear) + len(drops) != len(children) or len(drops) > 2 or not branches_are_known(read.codes):
         return
-    places = [*itertools.permutations([*drops, None, None], 2)] if drops else [(None, None)]
-    # both are used, once each
-    places = [p for p in dict.fromkeys(places) if {d for d in p if d} == set(drops)]
+    # each is used once
+    either: list[str | None] = [*drops, None, None]
+    places = [p for p in dict.fromkeys(itertools.permutations(either, 2)) if {d for d in p if d} == set(drops)]
     counts = [path for path, value in guards if type(value) is int and 1 <= value <= 512]
     counts.sort(key=lambda path: "head" not in path)
     lengths = tuple(name for name, b in module._buffers.items() if b is not None and b.dim() >= 2)
@@ -58,7 +58,7 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
         ways += [(tuple(order), None, 1) for order in dict.fromkeys([tuple(_in_order(names)), *itertools.permutations(names)])]
     for parts, out, heads in ways:
         scores = linear[parts[0]][1] // (3 if len(parts) == 1 else 1)
-        number = attribute(module, heads) if type(heads) is str else heads
+        number: int = attribute(module, heads) if isinstance(heads, str) else heads
         if scores % number or scores // number > MAX_HEAD_DIM:
             continue
         for (inner, outer), scale, causal, layout in itertools.product(
@@ -84,24 +84,26 @@ def _in_order(names: list[str]) -> list[str]:
 # ---- branches ----
 
 
+_WAYS_ON = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")  # no branch
+_BETWEEN = ("EXTENDED_ARG", "CACHE", "TO_BOOL", "UNARY_NOT", "NOT_TAKEN")
+
+
 @functools.cache
 def branches_are_known(codes: tuple[CodeType, ...]) -> bool:
     """Does the code branch by attributes of the module, by what is None, and to raise, only? And loop over what is written out?
 
     A probe sees a few lengths: it cannot vouch for a way that is taken for others."""
     for code in codes:
-        found = list(dis.get_instructions(code))
-        if {"range", "len", "zip", "enumerate", "while"} & set(code.co_names):
+        if {"range", "len", "zip", "enumerate"} & set(code.co_names):
             return False
+        found = list(dis.get_instructions(code))
         for at, i in enumerate(found):
-            if "JUMP" not in i.opname or i.opname.endswith("_NONE") or i.opname.endswith("_NOT_NONE"):
+            if "JUMP" not in i.opname or i.opname in _WAYS_ON or i.opname.endswith(("_NONE", "_NOT_NONE")):
                 continue
-            if i.opname in ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"):
-                continue
-            before = next((f for f in found[at - 1 :: -1] if f.opname not in ("EXTENDED_ARG", "CACHE", "TO_BOOL", "UNARY_NOT")), None)
-            after = next((f for f in found[at + 1 :] if f.opname not in ("EXTENDED_ARG", "CACHE")), None)
-            raises = after is not None and ("ASSERTION" in after.opname or str(after.argval) in ("AssertionError", "ValueError"))
-            if not raises and (before is None or before.opname not in ("LOAD_ATTR", "IS_OP")):
+            before = next((f.opname for f in found[at - 1 :: -1] if f.opname not in _BETWEEN), None)
+            after = next((f for f in found[at + 1 :] if f.opname not in _BETWEEN), None)
+            raises = after is not None and ("ASSERTION" in after.opname or after.argval in ("AssertionError", "ValueError"))
+            if not raises and before not in ("LOAD_ATTR", "IS_OP"):
                 return False
     return True
 
@@ -113,9 +115,9 @@ def attention(
     base: Any, parts: tuple[str, ...], out: str | None, heads: str | int, layout: str, scale: str, causal: bool,
     inner: str | None, outer: str | None, lengths: tuple[str, ...],
 ) -> tuple[Callable[..., Any], Callable[..., bool]]:  # fmt: skip
-    """parts: the linear layers of q, k, v, or of all three. heads: their number, or the attribute that has it. layout: the three
-    as parts of the features, inside each head, or as the last dimension. scale: over the head's width, or the input's. inner, outer:
-    dropouts of the probabilities and at the end. lengths: buffers that hold a mask, beyond which there is none."""
+    """parts: the linear layers of q, k, v, or of all three. heads: their number, or the attribute with it. layout: the three
+    as parts of the features, inside each head, or as the last dimension. scale: over the head's width, or the input's.
+    inner, outer: dropouts of the probabilities and at the end. lengths: buffers with a mask, beyond which there is none."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = self._modules

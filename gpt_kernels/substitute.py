@@ -5,8 +5,8 @@ A method is rebuilt from the class's own code with other globals (reading.rebuil
 are still what they were: a function that somebody puts in their place later is theirs to run.
 
 What a name in a forward may be replaced by is said by finders: finder(value, module, device) -> Substitute, a reason not to, or
-None. Families add theirs (integrations/). torch's own functions (functional.py) are replaced in all methods of a class, so that the
-loss of a Lightning module's training_step is ours, too.
+None. Families add theirs (integrations/). torch's own functions (functional.py) are replaced in all methods of a class, so that
+the loss of a Lightning module's training_step is ours, too.
 """
 
 from __future__ import annotations

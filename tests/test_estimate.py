@@ -330,6 +330,22 @@ def test_command(capsys):
     assert json.loads(capsys.readouterr().out)["device"]["name"] == DEVICES["h100"].name
 
 
+def test_command_on_a_folder_of_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    config.save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "config.json"):
+        assert cli.main(["estimate", str(place), "--seq", "16", "--device", "a100", "--dtype", "bfloat16"]) == 0
+        assert "LlamaForCausalLM, batch 1 x 16 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -214,6 +214,21 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["explain.html", "explain.json"] and "gpt2" in PRESETS
 
 
+def test_command_on_a_folder_of_transformers(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert cli.main(["explain", str(tmp_path), "--layers", "1", "--seq", "8", "--no-compile"]) == 0
+    assert "model.layers.*.self_attn" in capsys.readouterr().out
+    assert cli.main(["explain", str(tmp_path), "--seq", "99"]) == 2 and "has 64 positions" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    assert cli.main(["explain", str(tmp_path)]) == 2 and "no config that transformers reads" in capsys.readouterr().err
+
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -14,6 +14,16 @@ from torch.nn.functional import gelu
 import gpt_kernels
 from gpt_kernels import functional, patch, unpatch
 
+OPS = {"attention", "layer_norm", "gelu", "rms_norm", "softmax", "dropout", "cross_entropy"}
+
+
+def ran(call):
+    """The ops of ours that a call runs."""
+    with torch.profiler.profile() as profile:
+        result = call()
+    names = {event.name for event in profile.events()}
+    return result, {op for op in OPS if any(f"gpt_kernels::{op}_fwd" in name for name in names)}
+
 
 def test_every_call_means_what_torchs_means():
     """Of the namesakes' sweep, which has forms, ranks, dtypes, autocast, layouts and errors: no difference at all."""
@@ -37,6 +47,25 @@ def test_a_row_hidden_by_numbers_keeps_its_gradient():
         )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", ((torch.float32, torch.float32, torch.bfloat16), (torch.float32,) * 3, (torch.bfloat16,) * 3)
+)
+def test_attention_under_autocast_of_mixed_dtypes(dtypes):
+    """Positions in float32 make queries and keys float32: autocast casts them back."""
+    q, k, v = (torch.randn(2, 3, 9, 8).to(dtype).requires_grad_() for dtype in dtypes)
+
+    def run(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(q, k, v, is_causal=True)
+        return y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))
+
+    expected, (found, ops) = run(F.scaled_dot_product_attention), ran(lambda: run(functional.scaled_dot_product_attention))
+    assert ops == {"attention"}
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 # ---- in a user's class ----
@@ -64,20 +93,9 @@ class Everything(nn.Module):
         return F.cross_entropy(self(x).flatten(0, 1), target) + loss(self(x).flatten(0, 1), target)
 
 
-OPS = {"attention", "layer_norm", "gelu", "rms_norm", "softmax", "dropout", "cross_entropy"}
-
-
 def everything():
     torch.manual_seed(0)
     return Everything().eval(), (torch.randn(2, 5, 8), torch.tensor([1, 2, -1, 3, 4, 5, 6, 7, 0, 1]))
-
-
-def ran(call):
-    """The ops of ours that a call runs."""
-    with torch.profiler.profile() as profile:
-        result = call()
-    names = {event.name for event in profile.events()}
-    return result, {op for op in OPS if any(f"gpt_kernels::{op}_fwd" in name for name in names)}
 
 
 def test_a_class_that_names_torchs_functions():
@@ -148,7 +166,9 @@ class Criterion(nn.Module):
         return self.loss(self.weights(x), target)
 
 
-@pytest.mark.parametrize("options", ({}, {"ignore_index": 2, "reduction": "sum"}, {"weight": torch.rand(8)}, {"label_smoothing": 0.1}))
+@pytest.mark.parametrize(
+    "options", ({}, {"ignore_index": 2, "reduction": "sum"}, {"weight": torch.rand(8)}, {"label_smoothing": 0.1})
+)
 def test_losses_and_softmax_as_modules(options):
     module, x, target = Criterion(**options), torch.randn(5, 8, requires_grad=True), torch.tensor([0, 1, 2, 2, 7])
     expected = module(x, target)

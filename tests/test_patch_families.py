@@ -3,6 +3,7 @@ and keep(), the counterpart of register()."""
 
 import ast
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import subprocess
@@ -26,7 +27,9 @@ FAMILIES = [file.name for file in pkgutil.iter_modules(integrations.__path__)]
 
 @pytest.fixture(autouse=True)
 def rules(monkeypatch):
-    """What a test registers or keeps is forgotten after it."""
+    """What a test registers or keeps is forgotten after it; but not what a family says, which is loaded once."""
+    for name in FAMILIES:
+        importlib.import_module(f"gpt_kernels.integrations.{name}")
     monkeypatch.setattr(patch_module, "_rules", list(patch_module._rules))
 
 
@@ -154,6 +157,62 @@ def test_every_file_is_found_by_the_classes_that_it_replaces(name):
     targets = [rule.target for rule in patch_module._rules if rule.home == home and rule.replacement]
     classes = [target for target in targets if isinstance(target, type)]
     assert targets and all(name in patch_module._family_names(target) for target in classes)
+
+
+# ---- attention that a class writes out: GPT-J, GPT-Neo ----
+
+
+def written(name):
+    from families import FAMILIES as OF_MODELS
+
+    torch.manual_seed(0)
+    return OF_MODELS[name].make()
+
+
+@pytest.mark.parametrize("name", ("GPT-J", "GPT-Neo"))
+def test_weights_of_written_attention(name):
+    """Asked for by argument, by config, by a hook: they are there; and not asked for, there is one pass."""
+    model, x = written(name), torch.randint(3, 97, (2, 9))
+    expected = model(x, output_attentions=True).attentions
+    with patched(model):
+        for asked in ({"output_attentions": True}, {}):
+            model.config.output_attentions = not asked
+            found = model(x, **asked).attentions
+            assert len(found) == len(expected) == 2
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        model.config.output_attentions = False
+        inner = model.transformer.h[0].attn
+        inner = getattr(inner, "attention", inner)
+        with torch.profiler.profile() as profile:
+            places = {"position_ids": torch.arange(4)[None]} if name == "GPT-J" else {}
+            assert inner(torch.randn(1, 4, 32), **places)[1] is None
+        assert any("attention_fwd" in event.name for event in profile.events())
+        seen = []
+        handle = inner.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+        model(x)
+        handle.remove()
+        torch.testing.assert_close(seen[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", ((), (slice(0, 2),), (slice(2, 9),), (slice(6, 9),), (slice(0, 1), slice(7, 9))))
+def test_windows_and_masks(hidden):
+    """GPT-Neo's window of 6 beside padding: where they leave a query no key, the class's own mean of all values."""
+    model, x, mask = written("GPT-Neo").train(), torch.randint(3, 97, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    for m in model.modules():
+        m.p = 0.0 if isinstance(m, nn.Dropout) else getattr(m, "p", None)
+    for part in hidden:
+        mask[0, part] = 0
+
+    def run():
+        logits = model(x, attention_mask=mask).logits
+        return logits.detach(), *torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+
+    expected = run()
+    with patched(model) as plan:
+        assert "attention" in {row.op for row in plan.swapped}
+        for a, b in zip(run(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
 # ---- keep ----
@@ -393,3 +452,19 @@ def test_public_names():
     assert gpt_kernels.keep is patch_module.keep
     assert torch_nn.LayerNorm.__module__ == "gpt_kernels.integrations.torch_nn"
     assert transformers_private.absent("LOSS_MAPPING") is None
+
+
+def test_a_replacement_names_the_arguments_of_its_class():
+    """One that the class renames would be swallowed by **kwargs, unseen."""
+    seen = 0
+    for rule in patch_module._rules:
+        own = getattr(rule.target, "forward", None) if isinstance(rule.target, type) else None
+        ours = getattr(rule.replacement, "forward", None)
+        if own is None or ours is None:
+            continue
+        names, theirs = (list(inspect.signature(f).parameters) for f in (ours, own))
+        if names != ["self", "args", "kwargs"]:
+            seen += 1
+            # its cache, which it calls by either name
+            assert names == ["past_key_values" if name == "cache" else name for name in theirs], rule
+    assert seen >= 7

@@ -171,7 +171,7 @@ class InTraining(MLP):
         return super().forward(x) * (1.5 if self.training else 1.0)
 
 
-WRONG = (Outside, Twice, Unbiased, Elsewhere, Clipped, Detached, Counting, Running, OnValues, OnShape, Swish, Both, InTraining)  # fmt: skip
+WRONG = (Outside, Twice, Unbiased, Elsewhere, Clipped, Detached, Counting, Running, OnValues, OnShape, Swish, Both, InTraining)
 
 
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)

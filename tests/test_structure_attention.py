@@ -193,8 +193,15 @@ class ByLength(Packed):
         return super().weigh(q, k, v, scale if q.shape[-2] < 16 else 2 * scale)
 
 
+class AloneDoubled(Packed):
+    """No branch: a single token is weighed otherwise."""
+
+    def weigh(self, q, k, v, scale):
+        return super().weigh(q, k, v, scale) * (1 + (q.shape[-2] == 1))
+
+
 # the last branches by shapes, for which a probe cannot vouch
-WRONG = (Window, Lowest, Scaled, Normed, Reversed, Renormed, ByLength, Apart)
+WRONG = (Window, Lowest, Scaled, Normed, Reversed, Renormed, AloneDoubled, ByLength, Apart)
 
 
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)

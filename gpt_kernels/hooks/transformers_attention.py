@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..masks import hides_all
 from ..ops.attention import MAX_HEAD_DIM, attention
-from ..serving import dense, droppable
+from ..serving import attended, dense, droppable
 from .sinks import attention_with_sinks
 
 NAME = "gpt_kernels"
@@ -115,28 +116,38 @@ def attention_forward(
     """query: (B, H, Tq, D); key, value: (B, Hk, Tk, D); attention_mask: (B|1, H|1, Tq, Tk) boolean or additive; position_bias:
     added to the scores, gradient included; s_aux: (H,). Returns o (B, Tq, H, Dv), contiguous, and None for the weights."""
     _refuse_unknown(module, s_aux, kwargs)
+    o = attend(module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, softcap, s_aux)
+    if not isinstance(o, str):
+        return o, None
+    if softcap is not None or s_aux is not None:
+        what = " and ".join(["softcap"] * (softcap is not None) + ["sinks (s_aux)"] * (s_aux is not None))
+        raise RuntimeError(f"gpt_kernels attention with {what}: no kernel for {o}; use attn_implementation='eager'")
+    sdpa = _sdpa()
+    for name, given in (("position_bias", position_bias), ("cache", cache)):
+        if given is None:
+            continue
+        if name not in inspect.signature(sdpa).parameters:
+            raise RuntimeError(
+                f'gpt_kernels attention: no kernel for {o}, and "sdpa" of this transformers reads no {name}; '
+                "use attn_implementation='eager'"
+            )
+        kwargs[name] = given
+    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+
+
+def attend(module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, softcap=None,
+           s_aux=None, exact=False) -> Tensor | str:  # fmt: skip
+    """o as attention_forward's, or of what there is no kernel for, in words. exact: a row that sees no key is to be what "sdpa"
+    makes of it under a position bias, the mean of all values, also where a compiler hides whether there is one."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     alone = softcap is not None or s_aux is not None
     why = _not_served(query, key, value, attention_mask, dropout, scale, causal, position_bias, cache, softcap, s_aux)
-    if why is None and not alone and attention_mask is not None and attention_mask.dtype != torch.bool:
-        why = _hides_all(attention_mask)
+    if why is None and not alone:
+        why = _hides_all(attention_mask, position_bias is not None, exact)
     if why is not None:
-        if alone:
-            what = " and ".join(["softcap"] * (softcap is not None) + ["sinks (s_aux)"] * (s_aux is not None))
-            raise RuntimeError(f"gpt_kernels attention with {what}: no kernel for {why}; use attn_implementation='eager'")
-        sdpa = _sdpa()
-        for name, given in (("position_bias", position_bias), ("cache", cache)):
-            if given is None:
-                continue
-            if name not in inspect.signature(sdpa).parameters:
-                raise RuntimeError(
-                    f'gpt_kernels attention: no kernel for {why}, and "sdpa" of this transformers reads no {name}; '
-                    "use attn_implementation='eager'"
-                )
-            kwargs[name] = given
-        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+        return why
     offset, left, right, bias = 0, -1, 0 if causal else -1, attention_mask
     if bias is not None and (band := _marked(bias)) is not None:
         (offset, left), right, bias = band, 0, None
@@ -150,7 +161,7 @@ def attention_forward(
         o = attention_with_sinks(query, key, value, s_aux.reshape(-1), bias, **options)
     else:
         o, _ = attention(query, key, value, bias, **options)
-    return o.transpose(1, 2).contiguous(), None
+    return o.transpose(1, 2).contiguous()  # (B, T, H, D)
 
 
 @functools.cache
@@ -188,10 +199,9 @@ def _not_served(q, k, v, mask, p, scale, causal, position_bias, cache, softcap, 
         return f"a {type(cache).__name__}"
     if not (dense(q) and dense(k) and dense(v)):
         return "tensors of these types, dtypes or devices"
-    autocast = torch.is_autocast_enabled(q.device.type)
-    if not autocast and not q.dtype == k.dtype == v.dtype:
+    if not attended(q, k, v):
         return f"query, key and value in {q.dtype}, {k.dtype} and {v.dtype}"
-    if autocast and sinks is not None:
+    if torch.is_autocast_enabled(q.device.type) and sinks is not None:
         return "sinks under autocast"
     if not q.ndim == k.ndim == v.ndim == 4 or not (q.numel() and k.numel() and v.numel()):
         return f"query, key and value of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
@@ -223,13 +233,14 @@ def _not_served(q, k, v, mask, p, scale, causal, position_bias, cache, softcap, 
     return None
 
 
-def _hides_all(mask: Tensor) -> str | None:
-    """Of an additive mask: some row's keys are all hidden, and not by -inf, and the result the mean of the values."""
+def _hides_all(mask: Tensor | None, positions: bool, exact: bool) -> str | None:
+    """May some row's keys be all hidden, not by -inf, and the result the mean of the values?"""
+    if mask is None or mask.dtype == torch.bool and not positions:
+        return None
     if torch.compiler.is_compiling():
-        return "an additive mask whose values cannot be looked at"
-    lowest = torch.finfo(mask.dtype).min / 2
-    hidden = ((mask < lowest).all(-1) & (mask > float("-inf")).any(-1)).any()
-    return "an additive mask that hides every key of a row" if bool(hidden) else None
+        known = mask.dtype == torch.bool and not exact
+        return None if known else "a mask whose values cannot be looked at"
+    return "a mask that hides every key of a row" if hides_all(mask) else None
 
 
 def _with_positions(mask: Tensor | None, position_bias: Tensor, Tk: int) -> Tensor:

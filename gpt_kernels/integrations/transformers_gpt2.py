@@ -220,5 +220,7 @@ class MLP:
             hidden_states = gelu(hidden_states, parameter(c_fc, "bias"), private.gelu_of(act))
         else:  # hooked, of another class: LoRA, quantised
             hidden_states = c_fc(hidden_states)
-            hidden_states = gelu(hidden_states, None, private.gelu_of(act)) if _gelu_serves(hidden_states) else act(hidden_states)
+            hidden_states = (
+                gelu(hidden_states, None, private.gelu_of(act)) if _gelu_serves(hidden_states) else act(hidden_states)
+            )
         return self.dropout(self.c_proj(hidden_states))

@@ -17,6 +17,7 @@ import contextvars
 import dis
 import functools
 import inspect
+import itertools
 from types import FunctionType
 from typing import Any
 
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..hooks.transformers_attention import attend
 from ..masks import hides_all
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.cross_entropy import cross_entropy
 from ..patch import dense, droppable, left_by_autocast, register, unhooked
 from ..probe import compared, random_state_kept, results
 from ..reading import codes_of, reading, unwrapped
-from ..serving import attended, own_class, plain
+from ..serving import own_class, plain
 from ..substitute import Substitute, finders
 from . import transformers_private as private
 
@@ -54,10 +56,9 @@ def mask_serves(mask: Any, q: Tensor, Tk: int, implementation: str, window: int 
 # ---- attention ----
 
 
-def _shapes_serve(q: Any, k: Any, v: Any, groups: int, cast: bool = False) -> bool:
-    """cast: may autocast cast them?"""
+def _shapes_serve(q: Any, k: Any, v: Any, groups: int) -> bool:
     # caches may hold another dtype, batch or nothing
-    if not (attended(q, k, v) if cast else dense(q, k, v) and left_by_autocast(q)) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.numel() or not k.numel():
+    if not dense(q, k, v) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.numel() or not k.numel():
         return False
     (B, H, _, D), (Bk, Hk, _, Dk) = q.shape, k.shape
     return (
@@ -67,6 +68,7 @@ def _shapes_serve(q: Any, k: Any, v: Any, groups: int, cast: bool = False) -> bo
         and Bk == B
         and type(groups) is int
         and H == Hk * groups
+        and left_by_autocast(q)
     )
 
 
@@ -86,35 +88,17 @@ def _laid_out(o: Tensor) -> Tensor:
 def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, cache=None,
          **kwargs):  # fmt: skip
     """As transformers' sdpa_attention_forward. Returns (o (B, T, H, D), None)."""
-    groups = _groups(module)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    bias = attention_mask
-    served = (
-        cache is None
-        and kwargs.get("softcap") is None
-        and not kwargs.get("output_attentions", False)
-        and _scaled(scaling)
-        and droppable(dropout)
-        and (type(causal) is bool or attention_mask is not None)
-        and _shapes_serve(query, key, value, groups, cast=True)
-        and (attention_mask is None or mask_serves(attention_mask, query, key.shape[2], "sdpa"))
+    o: Tensor | str = "what it has not"
+    # which it does not read
+    if kwargs.get("softcap") is None and not kwargs.get("output_attentions", False):
+        o = attend(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, exact=True
+        )  # fmt: skip
+    if not isinstance(o, str):
+        return o, None
+    return private.sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, **kwargs
     )
-    if served and position_bias is not None:
-        # its sum with the mask hides what the mask does, if it is no mask itself
-        served = type(position_bias) is Tensor and mask_serves(position_bias, query, key.shape[2], "sdpa")
-        served = served and position_bias.dtype == query.dtype and private.position_bias_mask is not None
-        if served and attention_mask is not None and attention_mask.dtype == torch.bool:
-            served = not torch.compiler.is_compiling() and not hides_all(attention_mask)
-        if served:
-            bias = private.position_bias_mask(position_bias, attention_mask, causal and query.shape[2] > 1, query, key)
-    if not served:
-        return private.sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, **kwargs
-        )
-    # top-left: a static cache's tail is hidden
-    right = 0 if bias is None and query.shape[2] > 1 and causal else -1
-    o, _ = attention(query, key, value, bias, scale=scaling, dropout_p=dropout, window_right=right)
-    return _laid_out(o), None
 
 
 class _Table:
@@ -238,9 +222,10 @@ def _eager_form(function: Any, device: torch.device) -> tuple[tuple[str, ...], s
     biased = (False, True) if "position_bias" in named else (False,)
     with random_state_kept(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for masked, cap, bias in ((m, c, b) for m in (False, True) for c in caps for b in biased):
-                shapes = [(2, 4, 5, 8), (2, 4 // groups, 6, 8), (2, 4 // groups, 6, 8)]
-                shapes += [(2, 1, 5, 6)] * masked + [(1, 4, 5, 6)] * bias
+            # several queries, and one behind a cache
+            for masked, cap, bias, Tq in itertools.product((False, True), caps, biased, (5, 1)):
+                shapes = [(2, 4, Tq, 8), (2, 4 // groups, 6, 8), (2, 4 // groups, 6, 8)]
+                shapes += [(2, 1, Tq, 6)] * masked + [(1, 4, Tq, 6)] * bias
                 xs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
                 options = {"scaling": 0.3, **({"softcap": cap} if cap else {})}
 
@@ -291,7 +276,7 @@ finders.append(_find)
 
 class WrittenOut(private.WritesAttentionOut):
     """Methods to register for such a class, with serves=weights_asked_for. Ours has no weights: where somebody wants them, the
-    class's own runs. attention_options(query, key): of ops/attention.py, the scale among them, or None where it is not served."""
+    class's own runs. attention_options(query, key): of ops/attention.py, the scale among them; None: it is not served."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         token = _weights_wanted.set(True)

@@ -40,7 +40,6 @@ def absent(*names: str) -> str | None:
 
 ALL_ATTENTION_FUNCTIONS = _find("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
 sdpa_attention_forward = _find("integrations.sdpa_attention", "sdpa_attention_forward")
-position_bias_mask = _find("integrations.sdpa_attention", "create_position_bias_mask")
 _AttentionInterface = _find("modeling_utils", "AttentionInterface")
 _active_collector = _find("utils.output_capturing", "_active_collector")
 

@@ -1,12 +1,14 @@
-"""A GPT-2 to train, and the loss of any causal language model."""
+"""A GPT-2 to train, a model of a config, and the loss of any causal language model."""
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, need
 from ..models.gpt import GPT
 
 
@@ -22,6 +24,30 @@ def gpt2(
         resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def config_in(folder: str) -> Any | None:
+    """The transformers config in a model's folder, or of its config.json; None where there is none. Raises UserError for one
+    that transformers cannot read."""
+    path = pathlib.Path(folder)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        return None
+    need("bench", "transformers")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path, local_files_only=True)
+    except Exception as error:  # of any kind: what is in the file is another library's
+        raise UserError(f"{path}: no config that transformers reads: {str(error).splitlines()[0]}") from None
+
+
+def of_config(config: Any) -> Any:
+    """A transformers model of the config's own class, or a causal one, with fresh weights."""
+    import transformers
+
+    named = next((getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()), None)
+    return named(config) if named is not None else transformers.AutoModelForCausalLM.from_config(config)
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
