@@ -67,10 +67,11 @@ def _mask_serves(mask: Any, q: Tensor, k: Tensor) -> bool:
     scores = (*q.shape[:-1], k.shape[-2])
     if not 2 <= mask.ndim <= len(scores) or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
         return False
-    if mask.dtype == torch.bool:
-        return True
-    # a row that is hidden by numbers is the mean of all values, whose gradient our kernels lose (ops/attention.py)
-    return mask.dtype == q.dtype and not torch.compiler.is_compiling() and not hides_all(mask)
+    if mask.dtype != torch.bool and mask.requires_grad:
+        # then torch writes its attention out, and a row that is hidden by numbers is the mean of all values, whose gradient
+        # our kernels lose (ops/attention.py), as torch's own do
+        return mask.dtype == q.dtype and not torch.compiler.is_compiling() and not hides_all(mask)
+    return mask.dtype in (torch.bool, q.dtype)
 
 
 def cross_entropy(

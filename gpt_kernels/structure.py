@@ -371,10 +371,12 @@ def find(
         return Found(None, over)
     if over is None:
         return _find(module, cls, read, dtype, device, lacking, probed)
-    written = Found(Form(over.build, over.args, over.ops, over.why, inputs=0), over.why)
     # a module that is one op or a few is better done in one pass
     whole = _find(module, cls, read, dtype, device, lacking, probed) if over.torchs else None
-    return whole if whole is not None and whole.form is not None else written
+    if whole is not None and whole.form is not None:
+        return whole
+    why = over.why if whole is None else f"{over.why}; {whole.why}"
+    return Found(Form(over.build, over.args, over.ops, over.why, inputs=0), why)
 
 
 def _find(module: nn.Module, cls: Any, read: Reading, dtype: torch.dtype, device: torch.device, lacking: Lacking,

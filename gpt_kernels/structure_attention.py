@@ -33,7 +33,7 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
     """Arguments of `attention`."""
     children = dict(module.named_children())
     linear = {name: sizes for name, child in children.items() if (sizes := linear_sizes(child)) is not None}
-    drops = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+    drops = tuple(name for name, child in children.items() if isinstance(child, nn.Dropout))
     if len(linear) + len(drops) != len(children) or len(drops) > 2 or not branches_are_known(read.codes):
         return
     # each is used once
@@ -45,15 +45,15 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
     names = list(linear)
     ways: list[tuple[tuple[str, ...], str | None, str | int]] = []
     if len(names) == 2:
-        for qkv, out in itertools.permutations(names):
-            if linear[qkv][1] == 3 * linear[out][0]:
-                ways += [((qkv,), out, count) for count in counts]
+        for qkv, last in itertools.permutations(names):
+            if linear[qkv][1] == 3 * linear[last][0]:
+                ways += [((qkv,), last, count) for count in counts]
     elif len(names) == 4:
         # by their names, or in their order
-        for out in sorted(names, key=lambda name: not any(word in name.lower() for word in ("out", "proj", "o"))):
-            q, k, v = _in_order([name for name in names if name != out])
-            if linear[out][0] == linear[q][1] and linear[k] == linear[v]:
-                ways += [((q, k, v), out, count) for count in counts]
+        for last in sorted(names, key=lambda name: not any(word in name.lower() for word in ("out", "proj", "o"))):
+            q, k, v = _in_order([name for name in names if name != last])
+            if linear[last][0] == linear[q][1] and linear[k] == linear[v]:
+                ways += [((q, k, v), last, count) for count in counts]
     elif len(names) == 3 and len(set(linear.values())) == 1:
         ways += [(tuple(order), None, 1) for order in dict.fromkeys([tuple(_in_order(names)), *itertools.permutations(names)])]
     for parts, out, heads in ways:

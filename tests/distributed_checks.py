@@ -152,6 +152,26 @@ def ops_on_dtensors(folder):
     return compared
 
 
+def dropout_of_parts(folder):
+    """parts of a tensor have masks of their own, whole ones the same; the gradient has the output's"""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, each = init_device_mesh("cpu", (world(),)), 512
+    for places in ([Shard(0)], [Replicate()]):
+        torch.manual_seed(dist.get_rank())  # as of processes that nobody has told of one another
+        x = distribute_tensor(torch.ones(world() * each), mesh, places).requires_grad_()
+        y = gpt_kernels.dropout(x, 0.5)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(full(dx), full(y.detach()))
+        of_all = [torch.empty(y.to_local().shape) for _ in range(world())]
+        dist.all_gather(of_all, y.detach().to_local().contiguous())
+        alike = [torch.equal(of_all[0], other) for other in of_all[1:]]
+        assert not any(alike) if places == [Shard(0)] else all(alike), places
+        for one in of_all:
+            assert abs((one == 0).float().mean() - 0.5) < 0.15
+    return 2
+
+
 # ---- a GPT ----
 
 

@@ -3,10 +3,13 @@
 import distributed_checks
 import pytest
 
-FAST = ("data_parallel", "tensor_parallel", "context_parallel_balanced", "fully_sharded_tensor_parallel_is_refused")
+FAST = (
+    "data_parallel", "tensor_parallel", "context_parallel_balanced", "fully_sharded_tensor_parallel_is_refused",
+    "dropout_of_parts",
+)  # fmt: skip
 ALL = (
-    "ops_on_dtensors", "data_parallel", "fully_sharded", "tensor_parallel", "fully_sharded_tensor_parallel_is_refused",
-    "context_parallel", "context_parallel_balanced", "llama_data_parallel", "llama_fully_sharded", "llama_tensor_parallel",
+    "ops_on_dtensors", "dropout_of_parts", "data_parallel", "fully_sharded", "tensor_parallel",
+    "fully_sharded_tensor_parallel_is_refused", "context_parallel", "context_parallel_balanced", "llama_data_parallel", "llama_fully_sharded", "llama_tensor_parallel",
 )  # fmt: skip
 
 
@@ -29,5 +32,5 @@ def test_all_checks(processes):
 @pytest.mark.slow
 def test_a_checkpoint_is_loaded_on_another_number_of_processes(tmp_path):
     check(["checkpoint_saved"], 2, str(tmp_path))
-    for processes in (1, 3):
+    for processes in (1, 3, 4):
         check(["checkpoint_loaded"], processes, str(tmp_path))

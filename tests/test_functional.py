@@ -34,19 +34,23 @@ def test_every_call_means_what_torchs_means():
     assert not differ, "\n".join(f"{call.function} {call.code}: torch {a}, ours {b}" for call, (a, b) in differ.items())
 
 
-def test_a_row_hidden_by_numbers_keeps_its_gradient():
-    """A mask of the lowest number instead of -inf: its rows are the mean of all values."""
-    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
-    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
-    for hidden in (False, True):
-        if hidden:
-            mask[2] = torch.finfo(torch.float32).min
-        theirs, ours = (
-            torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v))
-            for f in (F.scaled_dot_product_attention, functional.scaled_dot_product_attention)
-        )
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("learned", (False, True))
+@pytest.mark.parametrize("hidden", (False, True))
+def test_a_row_hidden_by_numbers_is_what_torch_makes_of_it(hidden, learned):
+    """A mask of the lowest number instead of -inf: such a row is the mean of all values."""
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), lowest)
+    if hidden:
+        mask[2] = lowest
+    tensors = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)] + [mask.requires_grad_(learned)]
+    wanted = [t for t in tensors if t.requires_grad]
+    theirs, (ours, ops) = (
+        torch.autograd.grad(F.scaled_dot_product_attention(*tensors).square().sum(), wanted),
+        ran(lambda: torch.autograd.grad(functional.scaled_dot_product_attention(*tensors).square().sum(), wanted)),
+    )
+    assert ops == (set() if hidden and learned else {"attention"})
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
