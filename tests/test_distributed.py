@@ -9,7 +9,8 @@ FAST = (
 )  # fmt: skip
 ALL = (
     "ops_on_dtensors", "dropout_of_parts", "data_parallel", "fully_sharded", "tensor_parallel",
-    "fully_sharded_tensor_parallel_is_refused", "context_parallel", "context_parallel_balanced", "llama_data_parallel", "llama_fully_sharded", "llama_tensor_parallel",
+    "fully_sharded_tensor_parallel_is_refused", "context_parallel", "context_parallel_balanced",
+    "llama_data_parallel", "llama_fully_sharded", "llama_tensor_parallel",
 )  # fmt: skip
 
 
