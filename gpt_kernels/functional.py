@@ -25,7 +25,7 @@ from .ops.gelu import gelu as our_gelu
 from .ops.layer_norm import layer_norm as our_layer_norm
 from .ops.rms_norm import rms_norm as our_rms_norm
 from .ops.softmax import softmax as our_softmax
-from .reading import dotted
+from .reading import dotted, rebuilt
 from .serving import attended, dense, droppable, plain
 
 # ---- the functions, in torch's signatures ----
@@ -147,11 +147,11 @@ def softmax(input, dim=None, _stacklevel=3, dtype=None):
     return last_softmax(input) if _softmax_serves(input, dim, dtype) else F.softmax(input, dim, _stacklevel + 1, dtype)
 
 
-def torch_softmax(input, dim, dtype=None, **more):
-    """torch.softmax, which has other arguments."""
-    if not more and _softmax_serves(input, dim, dtype):
+def torch_softmax(input, dim, *args, **kwargs):
+    """torch.softmax, which has other arguments: dtype, out."""
+    if not (args or kwargs) and _softmax_serves(input, dim, None):
         return last_softmax(input)
-    return torch.softmax(input, dim, dtype, **more)
+    return torch.softmax(input, dim, *args, **kwargs)
 
 
 def _softmax_serves(x: Any, dim: Any, dtype: Any) -> bool:
@@ -188,6 +188,14 @@ def dropout(input, p=0.5, training=True, inplace=False):
     return F.dropout(input, p, training, inplace)
 
 
+# torch's own code over ours; None where another library's stands there
+_whole = getattr(F, "multi_head_attention_forward", None)
+multi_head_attention_forward = (
+    rebuilt(_whole, {"scaled_dot_product_attention": scaled_dot_product_attention})
+    if isinstance(_whole, FunctionType)
+    else None
+)
+
 # torch's -> (the op, ours)
 OURS: dict[Any, tuple[str, Callable[..., Any]]] = {
     F.scaled_dot_product_attention: ("attention", scaled_dot_product_attention),
@@ -200,6 +208,8 @@ OURS: dict[Any, tuple[str, Callable[..., Any]]] = {
     F.dropout: ("dropout", dropout),
     torch.nn.CrossEntropyLoss: ("cross_entropy", CrossEntropyLoss),
 }
+if multi_head_attention_forward is not None:
+    OURS[_whole] = ("attention", multi_head_attention_forward)
 
 
 # ---- in the place of torch's ----

@@ -72,7 +72,18 @@ def world():
 
 
 def full(t):
-    return t.full_tensor() if sharding.spread(t) else t
+    if not sharding.spread(t):
+        return t
+    if torch.__version__ < "2.13" and any(type(p).__name__ == "_StridedShard" for p in t.placements):
+        return _of_three(t.to_local().contiguous())  # which full_tensor() cannot put together there
+    return t.full_tensor()
+
+
+def _of_three(local):
+    """The whole of three matrices in one, each cut."""
+    parts = [torch.empty_like(local) for _ in range(world())]
+    dist.all_gather(parts, local)
+    return torch.cat([part.unflatten(0, (3, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def placements_of(x, mesh):

@@ -131,6 +131,7 @@ def test_export(name):
 LOADED = """
 import sys, torch, gpt_kernels
 package, saved = sys.argv[1:]
+import torch._inductor.codecache  # which torch 2.10 forgets
 model = torch._inductor.aoti_load_package(package)
 for ids, logits in torch.load(saved):
     torch.testing.assert_close(model(ids), logits, rtol=1e-3, atol=1e-4)

@@ -183,3 +183,68 @@ def test_losses_and_softmax_as_modules(options):
     assert ops == {"softmax", "cross_entropy"} - ({"cross_entropy"} if "weight" in options else set())
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, x)[0], gradient)
+
+
+# ---- torch's own attention and transformer layers ----
+
+B, S, E = 2, 7, 32
+MHA = (
+    {}, {"bias": False}, {"batch_first": True}, {"kdim": 16, "vdim": 24}, {"add_bias_kv": True}, {"add_zero_attn": True},
+    {"dropout": 0.1},
+)  # fmt: skip
+PADDING = torch.zeros(B, S, dtype=torch.bool).index_fill(1, torch.tensor([5, 6]), True)
+CALLS = (
+    {}, {"key_padding_mask": PADDING}, {"attn_mask": torch.ones(S, S).triu(1).bool()}, {"need_weights": True},
+    {"attn_mask": torch.randn(4 * B, S, S)}, {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": True},
+    {"key_padding_mask": PADDING.float() * -1e9, "attn_mask": torch.randn(S, S)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MHA, ids=str)
+def test_multihead_attention(options):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(E, 4, **options).eval()
+    batch_first = options.get("batch_first", False)
+    q, k, v = (
+        torch.randn(*((B, S) if batch_first else (S, B)), n) for n in (E, options.get("kdim", E), options.get("vdim", E))
+    )
+    for call in CALLS:
+        call = {"need_weights": False} | call
+
+        def run(call=call):
+            q_ = q.clone().requires_grad_()
+            y, weights = module(q_, k, v, **call)
+            wanted = [q_, *(p for p in module.parameters())]
+            return y.detach(), *([] if weights is None else [weights]), *torch.autograd.grad(y.square().sum(), wanted)
+
+        expected = run()
+        with gpt_kernels.patched(module) as plan:
+            assert plan.rows[0].op == "attention"
+            found, ops = ran(run)
+        assert ops == (set() if call["need_weights"] else {"attention"}), call
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ("gelu", nn.GELU("tanh"), F.relu), ids=str)
+@pytest.mark.parametrize("cls", (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+def test_transformer_layers(cls, act):
+    torch.manual_seed(0)
+    layer, x = cls(E, 4, 48, 0.0, act), torch.randn(S, B, E, requires_grad=True)
+    given = (x,) if cls is nn.TransformerEncoderLayer else (x, torch.randn(5, B, E))
+
+    def run():
+        y = layer(*given)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+
+    expected = run()
+    plan = patch(layer)
+    found, ops = ran(run)
+    assert ops == {"attention", "layer_norm"} | ({"gelu"} if act is not F.relu else set())
+    assert plan.rows[0].op == (None if act is F.relu else "gelu")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    hooked = []
+    layer.linear1.register_forward_hook(lambda *_: hooked.append(1))
+    torch.testing.assert_close(layer(*given), expected[0])
+    assert hooked

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..masks import hides_all
 from ..ops.attention import MAX_HEAD_DIM, attention
-from ..serving import attended, dense, droppable
+from ..serving import attended, dense, droppable, plain
 from .sinks import attention_with_sinks
 
 NAME = "gpt_kernels"
@@ -224,7 +224,7 @@ def _not_served(q, k, v, mask, p, scale, causal, position_bias, cache, softcap, 
     for name, bias in (("mask", mask), ("position bias", position_bias)):
         if bias is None:
             continue
-        if type(bias) not in (Tensor, nn.Parameter) or bias.layout is not torch.strided or bias.ndim != 4:
+        if not plain(bias) and type(bias) is not nn.Parameter or bias.layout is not torch.strided or bias.ndim != 4:
             return f"a {name} that is no tensor of 4 dimensions"
         if any(m not in (1, n) for m, n in zip(bias.shape, (B, H, Tq, Tk), strict=True)):
             return f"a {name} of shape {tuple(bias.shape)}, where the scores have {(B, H, Tq, Tk)}"
@@ -240,7 +240,7 @@ def _hides_all(mask: Tensor | None, positions: bool, exact: bool) -> str | None:
     if torch.compiler.is_compiling():
         known = mask.dtype == torch.bool and not exact
         return None if known else "a mask whose values cannot be looked at"
-    return "a mask that hides every key of a row" if hides_all(mask) else None
+    return "a mask that hides every key of a row" if hides_all(mask, by_number=not positions) else None
 
 
 def _with_positions(mask: Tensor | None, position_bias: Tensor, Tk: int) -> Tensor:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import cross_entropy_of, softmax
+from ..functional import cross_entropy_of, over, softmax, unchanged
 from ..ops.dropout import dropout
 from ..ops.gelu import gelu
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..patch import dense, droppable, keep, parameter, register
+from ..reading import rebuilt
+from ..serving import own_class, unhooked
 
 keep(nn.Linear, "matrix product: torch's", home=__name__)
 keep(nn.Embedding, "row lookup: torch's", home=__name__)
@@ -85,6 +87,69 @@ def _serves_gelu(module: Any, input: Tensor) -> bool:
 class GELU:
     def forward(self: Any, input: Tensor) -> Tensor:
         return gelu(input, None, self.approximate)
+
+
+_own_attention: Any = nn.MultiheadAttention.forward
+_attention_of_torch = rebuilt(
+    _own_attention, {"F": over(nn.functional, ("multi_head_attention_forward",))}
+)  # its own code; what it calls is ours where both mean the same
+
+
+def _keep_multihead(module: Any) -> str | None:
+    return "another library's function stands in it" if _attention_of_torch is None else None
+
+
+def _serves_multihead(module: Any, *args: Any, **kwargs: Any) -> bool:
+    return unchanged(nn.functional, (("multi_head_attention_forward",),))
+
+
+@register(
+    nn.MultiheadAttention, ("attention",), "attention in one pass where no weights are asked for", unless=_keep_multihead,
+    serves=_serves_multihead,
+)  # fmt: skip
+class MultiheadAttention:
+    forward = _attention_of_torch
+
+
+def _gelu_form(layer: Any) -> str | None:
+    """Which GELU its activation is."""
+    act = layer.activation
+    if act is nn.functional.gelu:
+        return "none"
+    return act.approximate if own_class(act) is nn.GELU and unhooked(act) and act.approximate in ("none", "tanh") else None
+
+
+def _keep_layer(layer: Any) -> str | None:
+    return None if _gelu_form(layer) else "its parts are looked at one by one"
+
+
+class _FeedForward:
+    def _ff_block(self: Any, x: Tensor) -> Tensor:
+        form, linear = _gelu_form(self), self.linear1
+        if (
+            form is None
+            or type(linear) is not nn.Linear
+            or linear.bias is None
+            or not unhooked(linear)
+            or not dense(x, linear.weight, linear.bias)
+            or not x.numel()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return super()._ff_block(x)  # type: ignore[misc]
+        x = gelu(nn.functional.linear(x, linear.weight), linear.bias, form)
+        # an encoder's layer has two dropouts after its blocks, a decoder's three
+        last = self.dropout3 if hasattr(self, "dropout3") else self.dropout2
+        return last(self.linear2(self.dropout(x)))
+
+
+@register(nn.TransformerEncoderLayer, ("gelu",), "bias and GELU in one pass", unless=_keep_layer)
+class TransformerEncoderLayer(_FeedForward):
+    pass
+
+
+@register(nn.TransformerDecoderLayer, ("gelu",), "bias and GELU in one pass", unless=_keep_layer)
+class TransformerDecoderLayer(_FeedForward):
+    pass
 
 
 def _serves_always(module: Any, *args: Any, **kwargs: Any) -> bool:

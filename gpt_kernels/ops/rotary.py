@@ -102,14 +102,17 @@ class _RotaryInplace(torch.autograd.Function):
 
 
 def _gradients(ctx, dys):
+    # no generator, which the compiler of torch 2.10 does not go into
     cos, sin = ctx.saved_tensors
+    found = []
     for dy in dys:
         if dy is None:
-            yield None
+            found.append(None)
         elif rederived(dy):
-            yield reference_fwd(dy, cos, sin, *ctx.options, True)
+            found.append(reference_fwd(dy, cos, sin, *ctx.options, True))
         else:
-            yield fwd(_in_rows(dy), cos, sin, *ctx.options, True)
+            found.append(fwd(_in_rows(dy), cos, sin, *ctx.options, True))
+    return found
 
 
 def _rotary(q, k, cos, sin, rotary_dim, interleaved, inplace):
