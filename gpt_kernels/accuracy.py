@@ -27,6 +27,9 @@ FORWARD, WEIGHT_GRADIENT, INPUT_GRADIENT = 1.5, 2.0, 3.0
 BIAS_GRADIENT = 4.0
 # of a whole model: gradients pass through more roundings than outputs, and kernels order their sums differently
 MODEL_OUTPUT, MODEL_GRADIENT = 1.5, 3.0
+# so many times more where the truth is nothing beside eager's error, as of the bias of attention's keys: what is left of terms
+# that cancel is as large as the order of each sum has it (LOG L178)
+NOTHING = 4.0
 # somebody else's kernel that errs by more than so many times what ours may is taken for another function
 FAR = 30.0
 # 1 - cosine of a row: a few roundings of that dtype, squared, with room for short rows

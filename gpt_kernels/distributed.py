@@ -14,9 +14,9 @@ from .models.gpt import GPT
 
 
 class PackedLinear(nn.Linear):
-    """One of three matrices in one, each cut over a mesh: of the rows that a process has. x: a DTensor, whole; returns a Tensor.
+    """Of three matrices in one, each cut over a mesh: a process's own rows. x: a DTensor, whole; returns a Tensor.
 
-    On local parts by itself: torch's rules for its products know such a cut from 2.13 on."""
+    On local parts, since the rules of torch 2.10 for its products do not know such a cut."""
 
     def forward(self, x: Any) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial
@@ -33,6 +33,8 @@ def tensor_parallel(model: GPT, mesh: Any) -> GPT:
     vocabulary, and between those of the sequence. All parameters become DTensors with the values, names and shapes of before,
     c_attn's too, whose rows are q's, k's and v's one after another and are cut in each of the three. idx and targets are the
     same on all processes, and so are logits and loss.
+
+    Under torch 2.10 full_tensor() of c_attn's parameters fails in torch, which cannot put together what is cut so.
 
     fully_shard does not go on top of it: it cuts c_attn's rows once more without regard to what they are, and the gradient
     would be another (the forward raises RuntimeError). Over more processes than n, average gradients, by DDP's hook or

@@ -4,7 +4,7 @@
     floor = 2 * eps * max |truth|   (two roundings of the largest value; for float64, where eager is the truth, 1e-12 of it)
 
 for the loss, every output and the gradient of every parameter; and NaN and inf stand where the truth or eager has them. Factors
-and floor are those of accuracy.py.
+and floor are those of accuracy.py; a truth that is no larger than eager's own error is allowed four times as much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .accuracy import MODEL_GRADIENT, MODEL_OUTPUT, misplaced, model_floor
+from .accuracy import MODEL_GRADIENT, MODEL_OUTPUT, NOTHING, misplaced, model_floor
 from .dispatch import use_backend
 from .generate import evaluating
 from .models.gpt import GPT
@@ -99,6 +99,8 @@ def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.
     finite = torch.isfinite(o) & torch.isfinite(e) & torch.isfinite(t)
     floor = model_floor(t, dtype)
     (error, rms), (eager_error, eager_rms) = _errors(o - t, finite), _errors(e - t, finite)
+    if _errors(t, finite)[0] <= eager_error:
+        factor *= NOTHING
     return Comparison(name, tuple(truth.shape), error, eager_error, factor * eager_error + floor,
                       rms, eager_rms, factor * eager_rms + floor, same)  # fmt: skip
 

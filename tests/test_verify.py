@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpt_kernels import GPT, GPTConfig, patch, unpatch, verify
-from gpt_kernels.accuracy import model_floor
+from gpt_kernels.accuracy import MODEL_GRADIENT, model_floor
 from gpt_kernels.integrations import transformers_gpt2, transformers_models, transformers_private
 from gpt_kernels.patch import is_patched
 from gpt_kernels.verify import compare
@@ -51,6 +51,15 @@ def test_rule_accepts_another_rounding_and_nothing_more(dtype, size):
         wrong = eager.clone()
         wrong[where] += 8 * allowed
         assert not compare("x", wrong, eager, truth, dtype, 1.5).ok
+
+
+def test_a_truth_that_is_nothing_beside_eagers_error():
+    """Of a gradient that cancels, each way of computing it leaves another rest."""
+    truth, eager = torch.full((8,), 1e-17, dtype=torch.float64), torch.full((8,), 2e-9)
+    for size, right in ((2e-8, True), (3e-8, False)):
+        assert compare("g", torch.full((8,), size), eager, truth, torch.float32, MODEL_GRADIENT).ok is right
+    # and of one that does not, three times eager's is the end
+    assert not compare("g", 1 + 2e-6 * torch.ones(8), 1 + eager, truth * 0 + 1, torch.float32, MODEL_GRADIENT).ok
 
 
 def test_one_bad_element_of_eager_hides_no_other_error():

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SLICE = (
     "tests/test_families.py", "tests/test_functional.py", "tests/test_structure_attention.py",
     "tests/test_hooks_transformers.py", "tests/test_hooks_torch_flash.py", "tests/test_distributed.py",
+    "tests/test_engines.py",
 )  # fmt: skip
 SITE = pathlib.Path(torch.__file__).parents[1]
 OLDEST = re.search(r'hf = \["transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text())[1]
