@@ -122,7 +122,10 @@ def attributes(module: nn.Module, read: Reading) -> tuple[tuple[str, Any], ...] 
             continue
         if name not in module.__dict__ and (not hasattr(type(module), name) or name in dict(read.functions)):
             continue
-        value = getattr(module, name)
+        try:
+            value = getattr(module, name)
+        except Exception:  # a property that has its own conditions
+            return name
         what = described(value)
         if what is not NotImplemented:
             found.append((name, what))
