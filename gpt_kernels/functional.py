@@ -242,6 +242,9 @@ class _Over(ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_own"], name, value)
+
 
 def over(own: Any, *paths: tuple[str, ...]) -> Any:
     """`own`, a function or module of torch's, with ours in the places that `paths` name in it; () is itself.

@@ -18,6 +18,7 @@ from torch import nn
 
 # names whose presence beside a branch or a loop may make a result depend on its input's shape
 _SHAPES = frozenset(("shape", "size", "ndim", "dim", "numel", "len", "nelement", "stride", "is_contiguous"))
+_WRITES = frozenset(("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"))
 _SCALARS = (int, float, bool, str, type(None), torch.dtype)
 
 
@@ -30,6 +31,7 @@ class Reading:
     functions: tuple[tuple[str, Callable], ...]  # the class's own methods that it calls
     codes: tuple[types.CodeType, ...]
     by_shape: bool  # may it take another way for another shape?
+    writes: bool  # does it write globals, or attributes of anything?
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -84,9 +86,10 @@ def reading(cls: type, forward: Any) -> Reading | None:
             if called is not None and called not in seen:
                 seen.add(called)
                 pending.append(called)
-    jumps = any(i.opname.startswith(("POP_JUMP", "FOR_ITER")) for code in codes for i in dis.get_instructions(code))
-    by_shape = jumps and not _SHAPES.isdisjoint(names)
-    return Reading(frozenset(names), tuple(dict.fromkeys(floats)), tuple(methods.items()), tuple(codes), by_shape)
+    operations = {i.opname for code in codes for i in dis.get_instructions(code)}
+    by_shape = any(o.startswith(("POP_JUMP", "FOR_ITER")) for o in operations) and not _SHAPES.isdisjoint(names)
+    writes = not _WRITES.isdisjoint(operations)
+    return Reading(frozenset(names), tuple(dict.fromkeys(floats)), tuple(methods.items()), tuple(codes), by_shape, writes)
 
 
 # ---- attributes ----
@@ -158,10 +161,23 @@ def unchanged(module: Any, known: tuple[tuple[str, Any], ...]) -> bool:
 # ---- the same code over other globals ----
 
 
+def _globals_named(function: types.FunctionType, *operations: str) -> set[str]:
+    found = (i for code in codes_of(function.__code__) for i in dis.get_instructions(code))
+    return {i.argval for i in found if i.opname in operations}
+
+
 def globals_read(function: types.FunctionType) -> dict[str, Any]:
     """The globals that a function's code names, with what they are now."""
-    names = set().union(*(code.co_names for code in codes_of(function.__code__)))
-    return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    return {n: function.__globals__[n] for n in sorted(_globals_named(function, "LOAD_GLOBAL")) if n in function.__globals__}
+
+
+def _keeps_to_its_globals(function: types.FunctionType) -> bool:
+    """Does it write none, and are all that it reads there by now?"""
+    scope = function.__globals__
+    builtin = scope["__builtins__"]
+    builtin = builtin if isinstance(builtin, dict) else vars(builtin)
+    there = all(n in scope or n in builtin for n in _globals_named(function, "LOAD_GLOBAL"))
+    return there and not _globals_named(function, "STORE_GLOBAL", "DELETE_GLOBAL")
 
 
 def dotted(function: types.FunctionType) -> set[tuple[str, ...]]:
@@ -196,12 +212,15 @@ def methods(cls: type) -> dict[str, types.FunctionType]:
 
 
 def rebuilt(function: types.FunctionType, replaced: Mapping[str, Any]) -> types.FunctionType | None:
-    """`function` with other objects under these global names, decorators and all; None where a decorator hides it.
+    """`function` with other objects under these global names, decorators and all; None where a decorator hides it, or it writes
+    a global, or reads one that is not there yet.
 
     Its globals are those that it reads, as they are now: whoever changes one later does not change this function.
     """
     inner = getattr(function, "__wrapped__", None)
     if inner is None:
+        if not _keeps_to_its_globals(function):
+            return None
         # without __name__, from which the compiler would look the globals up in the module that has the name
         scope = {"__builtins__": function.__globals__["__builtins__"], **globals_read(function), **replaced}
         made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)

@@ -396,6 +396,8 @@ def _find(module: nn.Module, cls: Any, read: Reading, dtype: torch.dtype, device
             return Found(None, next(iter(absent.values())))
     if not proposals:
         return None
+    if read.writes:
+        return Found(None, "its forward writes what is not its own")
     if read.by_shape and kind != "attention":
         return Found(None, "its forward may take another way for another shape of input")
     if not probed:

@@ -84,7 +84,7 @@ def substituted(
     if not found:
         return "; ".join(reasons) or None
     if any(method == "forward" for method, *_ in found) and rebuilt(cls.forward, {}) is None:
-        return "its forward is under a decorator that hides it"
+        return "its forward is under a decorator that hides it, or writes globals, or reads some that are not there"
     return Substituted(build, tuple(found), tuple(ops), "; ".join(dict.fromkeys((*ops.values(), *reasons))), torchs)
 
 
@@ -100,14 +100,17 @@ def _built(base: Any, method: str, replaced: list[tuple[str, Callable[..., Any],
     read = globals_read(inner)
     function = rebuilt(own, {name: make(read[name], *args) for name, make, args in replaced})
     if function is None:
-        raise TypeError(f"{base.__qualname__}.{method} is under a decorator that hides it")
+        raise TypeError(f"{base.__qualname__}.{method} cannot be rebuilt (reading.rebuilt)")
     scope, known = inner.__globals__, tuple(read.items())
+    numbers = {name: value for name, value in known if isinstance(value, int | float | str | None)}
+    now = _peek(scope, tuple(numbers))
+    then = tuple(numbers.values())
     torchs = tuple((read[name], args) for name, make, args in replaced if make is functional.over)
 
     def serves(self: Any, *args: Any, **kwargs: Any) -> bool:
-        # the compiler would guard each of them
         if torch.compiler.is_dynamo_compiling():
-            return True
+            # which guards each that is asked for, and must be told of a number that is another by now
+            return now() == then
         for name, value in known:
             if scope.get(name) is not value:
                 return False
@@ -117,6 +120,12 @@ def _built(base: Any, method: str, replaced: list[tuple[str, Callable[..., Any],
         return True
 
     return function, serves
+
+
+def _peek(scope: dict[str, Any], names: tuple[str, ...]) -> Callable[[], tuple]:
+    """A function that reads these globals where they are, as any code there does."""
+    code = compile(f"lambda: ({''.join(name + ', ' for name in names)})", "<globals>", "eval")
+    return eval(code, scope)
 
 
 # ---- rotary embeddings ----

@@ -226,7 +226,7 @@ def test_multihead_attention(options):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("act", ("gelu", nn.GELU("tanh"), F.relu), ids=str)
+@pytest.mark.parametrize("act", ("gelu", nn.GELU("tanh"), F.relu), ids=("gelu", "GELU", "relu"))
 @pytest.mark.parametrize("cls", (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
 def test_transformer_layers(cls, act):
     torch.manual_seed(0)
@@ -248,3 +248,65 @@ def test_transformer_layers(cls, act):
     layer.linear1.register_forward_hook(lambda *_: hooked.append(1))
     torch.testing.assert_close(layer(*given), expected[0])
     assert hooked
+
+
+# ---- globals of a user's module ----
+
+FACTOR, calls = 2.0, 0
+
+
+class OfGlobals(nn.Module):
+    """Reads a number that may change."""
+
+    def forward(self, x):
+        return F.gelu(x) * FACTOR
+
+
+class Counting(nn.Module):
+    def forward(self, x):
+        global calls
+        calls += 1
+        return F.gelu(x)
+
+
+class Later(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) * NOT_YET  # noqa: F821
+
+
+class Assigning(nn.Module):
+    def forward(self, x):
+        torch.gpt_kernels_test = x.shape[0]
+        return torch.softmax(x, -1) + F.gelu(x)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_number_that_changes_is_seen(compiled, monkeypatch):
+    module, x = OfGlobals(), torch.randn(3, 8)
+    expected = module(x)
+    with gpt_kernels.patched(module) as plan:
+        assert plan.rows[0].op == "gelu"
+        call = torch.compile(module, backend="eager") if compiled else module
+        torch.testing.assert_close(call(x), expected)
+        monkeypatch.setitem(globals(), "FACTOR", 3.0)
+        torch.testing.assert_close(call(x), expected * 1.5)
+
+
+def test_who_writes_globals_or_reads_those_to_come_is_kept():
+    x = torch.randn(3, 8)
+    for module, why in ((Counting(), "writes"), (Later(), "no replacement")):
+        (row,) = patch(module).rows
+        assert row.op is None and why in row.why, row
+    module = Counting()
+    before = calls
+    module(x)
+    assert calls == before + 1
+
+
+def test_an_attribute_of_torch_is_set_in_torch(monkeypatch):
+    monkeypatch.setattr(torch, "gpt_kernels_test", 0, raising=False)
+    module = Assigning()
+    with gpt_kernels.patched(module) as plan:
+        assert plan.rows[0].op == "gelu+softmax"
+        module(torch.randn(3, 8))
+    assert torch.gpt_kernels_test == 3
