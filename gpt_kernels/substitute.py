@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def _built(base: Any, method: str, replaced: list[tuple[str, Callable[..., Any],
 def _peek(scope: dict[str, Any], names: tuple[str, ...]) -> Callable[[], tuple]:
     """A function that reads these globals where they are, as any code there does."""
     code = compile(f"lambda: ({''.join(name + ', ' for name in names)})", "<globals>", "eval")
-    return eval(code, scope)
+    return FunctionType(next(c for c in code.co_consts if isinstance(c, CodeType)), scope)
 
 
 # ---- rotary embeddings ----

@@ -73,6 +73,7 @@ def test_every_public_function_is_exported():
 NAMES_OPS = {
     "gpt_kernels/accelerate.py": "ATen's slots of each op",
     "gpt_kernels/explain.py": "what an op of ours is to people",
+    "gpt_kernels/functional.py": "torch's functions of these names",
     "gpt_kernels/hooks/layers.py": "a layer of the hub's names for each op",
     "gpt_kernels/bench/peers.py": "what each peer has, and what it has not",
     "gpt_kernels/ops/calls.py": "torch's autocast, by the ops' namesakes in torch",

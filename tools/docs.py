@@ -27,7 +27,7 @@ from gpt_kernels import gpu, library
 from gpt_kernels.bench import plots, run
 from gpt_kernels.bench.report import duration, figure, growth_text, markdown_cell, mib
 from gpt_kernels.bench.result import load
-from gpt_kernels.bench.settings import Settings
+from gpt_kernels.bench.settings import PRODUCTS, Settings
 from gpt_kernels.commands.demo import COLORS, LABELS, table
 from gpt_kernels.info import support
 from gpt_kernels.process import write
@@ -42,7 +42,7 @@ FAMILIES, FAMILIES_FOUND = ROOT / "docs/families.md", ROOT / "docs/families.json
 LARGE = 1 << 23  # bytes that must move: below it much is found in cache
 HOST_BOUND = 200  # us: a call of PyTorch's on the H200 that took less by events waited for the host, not for the GPU
 PLOTS = ("speed", "memory", "length-throughput", "length-memory")
-SOURCES = ("bench", "reuse", "demo", "gpu")
+SOURCES = ("bench", "reuse", "demo", "gpu", "models")
 
 
 # ---- blocks ----
@@ -64,20 +64,21 @@ def replace(file: pathlib.Path, name: str, text: str) -> None:
 
 def sources() -> dict[str, str]:
     """Which committed results the documents are made of: the names that stand in them."""
-    names = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", block(SPEED.read_text(), "numbers"))
-    return dict(
-        zip(SOURCES, [*names, *re.findall(r"`benchmarks/results/([\w.-]+\.json)`", block(GPU.read_text(), "gpu"))], strict=True)
-    )
+    where = ((SPEED, "numbers"), (GPU, "gpu"), (SPEED, "models"))
+    texts = (block(file.read_text(), name) for file, name in where)
+    found = [name for text in texts for name in re.findall(r"`benchmarks/results/([\w.-]+\.json)`", text)]
+    return dict(zip(SOURCES, found, strict=True))
 
 
 def blocks(names: dict[str, str]) -> dict[tuple[pathlib.Path, str], str]:
     """(file, name of the block) -> its text, of those that are made of results."""
-    bench, reuse = (load(ROOT / RESULTS / names[source]) for source in ("bench", "reuse"))
+    bench, reuse, whole = (load(ROOT / RESULTS / names[source]) for source in ("bench", "reuse", "models"))
     demo, device = (json.loads((ROOT / RESULTS / names[source]).read_text()) for source in ("demo", "gpu"))
     drawn = [plot for plot in PLOTS if plots.PLOTS[plot](bench) is not None]
     return {
         (README, "headline"): headline(bench, demo, device, names),
         (SPEED, "numbers"): numbers(bench, reuse, demo, names, drawn),
+        (SPEED, "models"): models(whole, names),
         (MEMORY, "memory"): memory(bench, demo, drawn),
         (GPU, "gpu"): on_gpu(device, names),
     }
@@ -238,6 +239,42 @@ being given back between calls); then with `reuse_memory()`, by
 `{reuse["command"]}`.
 
 {shares(bench["rows"], reuse["rows"])}"""
+
+
+def models(result: dict, names: dict[str, str]) -> str:
+    """Whole models beside their matrix products."""
+    runs = ("eager", "compile", "ours")
+
+    def of_products(row: dict, run: str) -> str:
+        alone, seconds = figure(row, PRODUCTS), figure(row, run)
+        return f"{alone / seconds:.0%}" if alone and seconds else "-"
+
+    def times(row: dict, run: str) -> str:
+        ours, other = figure(row, "ours"), figure(row, run)
+        return f"{other / ours:.2f}x" if ours and other else "-"
+
+    lines = [["", "dtype", "ours", "over eager", "over torch.compile", "products alone", "their share: eager / compiled / ours",
+              "peak MiB: eager / compiled / ours"]]  # fmt: skip
+    for row in result["rows"]:
+        if row["mismatch"]:
+            continue
+        seconds, alone = figure(row, "ours"), figure(row, PRODUCTS)
+        lines.append(
+            [
+                f"{row['op']} {row['shape']}, {row['direction']}",
+                row["dtype"],
+                duration(seconds) if seconds else "-",
+                *(times(row, run) for run in runs[:2]),
+                duration(alone) if alone else "-",
+                " / ".join(of_products(row, run) for run in runs),
+                " / ".join(mib(figure(row, run, "memory")) for run in runs),  # type: ignore[arg-type]
+            ]
+        )
+    e = result["environment"]
+    return f"""`{result["command"]}`, torch {e["torch"]}, {e["date"][:10]} (`{RESULTS}/{names["models"]}`): Hugging Face's
+models, patched, beside eager, `torch.compile` and the matrix products of the step alone, which no kernel between them can beat.
+
+{rows_table(lines)}"""
 
 
 def memory(bench: dict, demo: dict, drawn: list[str]) -> str:
