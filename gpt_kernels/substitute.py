@@ -208,7 +208,8 @@ def rotary_over(own: Any, interleaved: bool, part: bool) -> Callable[..., Any]:
         dim = more.pop("unsqueeze_dim", given)
         if (
             dense(q, k)
-            and dense(q, cos, sin)
+            and (dense(q, cos, sin) or q.dtype.itemsize == 2 and dense(cos, sin) and cos.dtype is torch.float32)
+            and q.device == cos.device
             and dim in (1, 2)
             and not any(value is not None for value in more.values())
             and q.ndim == k.ndim == 4
@@ -223,6 +224,8 @@ def rotary_over(own: Any, interleaved: bool, part: bool) -> Callable[..., Any]:
             and (q.shape[-1] == cos.shape[-1] or part and q.shape[-1] > cos.shape[-1])
             and cos.shape[-1] % 2 == 0
         ):
+            if q.dtype is not cos.dtype:  # torch's own product of the two is float32, too
+                q, k = q.float(), k.float()
             return apply_rotary_pos_emb(q, k, cos, sin, dim, interleaved=interleaved)
         return own(q, k, cos, sin, *args, **kwargs)
 

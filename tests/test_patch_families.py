@@ -469,3 +469,31 @@ def test_a_replacement_names_the_arguments_of_its_class():
             # its cache, which it calls by either name
             assert names == ["past_key_values" if name == "cache" else name for name in theirs], rule
     assert seen >= 7
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_rotary_of_sixteen_bits_by_tables_of_thirty_two(dtype):
+    """As autocast has it: what comes out is float32, of the model's function and of ours in its place."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as own
+
+    from gpt_kernels.substitute import rotary
+
+    made = rotary(own, nn.Identity(), torch.device("cpu"))
+    ours = made.make(own, *made.args)
+    q, k = (torch.randn(2, heads, 5, 8).to(dtype).requires_grad_() for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, 5, 8)
+
+    def run(function):
+        outs = function(q, k, cos, sin)
+        return *outs, *torch.autograd.grad([y.square().sum() for y in outs], (q, k))
+
+    expected = run(own)
+    with torch.profiler.profile() as profile:
+        found = run(ours)
+    assert any("rotary_fwd" in event.name for event in profile.events())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.01 if a.dtype is dtype else 1e-6, atol=0.01 if a.dtype is dtype else 1e-6)
+    # of two dtypes of 16 bits, and of wider positions, torch's own
+    for x, table in ((q, cos.to(torch.bfloat16 if dtype is torch.float16 else torch.float16)), (q, cos.double())):
+        assert ours(x, k, table, table)[0].dtype == own(x, k, table, table)[0].dtype
