@@ -29,6 +29,8 @@ def test_every_call_means_what_torchs_means():
     """Of the namesakes' sweep, which has forms, ranks, dtypes, autocast, layouts and errors: no difference at all."""
     calls = namesakes.calls()
     assert len(calls) > 500
+    if torch.__version__ >= "2.14":  # whose own ends the process at this one
+        calls = [call for call in calls if call.code != "f(t(3, 4, 8), t(3, 5, 8), t(3, 6, 8))"]
     ours = types.SimpleNamespace(**vars(functional) | {"softmax": functional.torch_softmax})  # which the sweep is of
     differ = {call: d for call in calls if (d := namesakes.difference(call, ours)) is not None}
     assert not differ, "\n".join(f"{call.function} {call.code}: torch {a}, ours {b}" for call, (a, b) in differ.items())
