@@ -25,7 +25,7 @@ from .ops.gelu import gelu as our_gelu
 from .ops.layer_norm import layer_norm as our_layer_norm
 from .ops.rms_norm import rms_norm as our_rms_norm
 from .ops.softmax import softmax as our_softmax
-from .reading import dotted, rebuilt
+from .reading import dotted, globals_read, rebuilt
 from .serving import attended, dense, droppable, plain
 
 # ---- the functions, in torch's signatures ----
@@ -188,13 +188,18 @@ def dropout(input, p=0.5, training=True, inplace=False):
     return F.dropout(input, p, training, inplace)
 
 
-# torch's own code over ours; None where another library's stands there
-_whole = getattr(F, "multi_head_attention_forward", None)
-multi_head_attention_forward = (
-    rebuilt(_whole, {"scaled_dot_product_attention": scaled_dot_product_attention})
-    if isinstance(_whole, FunctionType)
-    else None
-)
+# torch's own code over ours, and the globals that it reads; None where another library's stands there
+_whole: Any = getattr(F, "multi_head_attention_forward", None)
+_written = isinstance(_whole, FunctionType)
+_over_ours = rebuilt(_whole, {"scaled_dot_product_attention": scaled_dot_product_attention}) if _written else None
+_read = tuple(globals_read(_whole).items()) if _written else ()
+
+
+def multi_head_attention_forward(*args, **kwargs):
+    if torch.compiler.is_dynamo_compiling() or all(_whole.__globals__.get(name) is value for name, value in _read):
+        return _over_ours(*args, **kwargs)  # type: ignore[misc]
+    return F.multi_head_attention_forward(*args, **kwargs)
+
 
 # torch's -> (the op, ours)
 OURS: dict[Any, tuple[str, Callable[..., Any]]] = {
@@ -208,7 +213,7 @@ OURS: dict[Any, tuple[str, Callable[..., Any]]] = {
     F.dropout: ("dropout", dropout),
     torch.nn.CrossEntropyLoss: ("cross_entropy", CrossEntropyLoss),
 }
-if multi_head_attention_forward is not None:
+if _over_ours is not None:
     OURS[_whole] = ("attention", multi_head_attention_forward)
 
 

@@ -228,6 +228,18 @@ def test_multihead_attention(options):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_what_torchs_attention_calls_may_be_replaced(monkeypatch):
+    module, x = nn.MultiheadAttention(E, 4).eval(), torch.randn(S, B, E)
+    called = []
+    with gpt_kernels.patched(module):
+        for name in ("linear", "scaled_dot_product_attention", "multi_head_attention_forward"):
+            own = getattr(F, name)
+            monkeypatch.setattr(F, name, lambda *args, own=own, name=name, **more: called.append(name) or own(*args, **more))
+            module(x, x, x, need_weights=False)
+            assert name in called
+            monkeypatch.undo()
+
+
 @pytest.mark.parametrize("act", ("gelu", nn.GELU("tanh"), F.relu), ids=("gelu", "GELU", "relu"))
 @pytest.mark.parametrize("cls", (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
 def test_transformer_layers(cls, act):
