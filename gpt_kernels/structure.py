@@ -376,7 +376,7 @@ def find(
     if whole is not None and whole.form is not None:
         return whole
     why = over.why if whole is None else f"{over.why}; {whole.why}"
-    return Found(Form(over.build, over.args, over.ops, over.why, inputs=0), why)
+    return Found(Form(over.build, over.args, over.ops, why, inputs=0), why)
 
 
 def _find(module: nn.Module, cls: Any, read: Reading, dtype: torch.dtype, device: torch.device, lacking: Lacking,

@@ -14,18 +14,21 @@ import dis
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .masks import is_uniform_or_causal
 from .ops.attention import MAX_HEAD_DIM, scaled_dot_product_attention
 from .probe import linear_sizes
-from .reading import Reading, attribute
+from .reading import Reading, attribute, globals_read, unwrapped
 from .serving import dense, droppable, own_class, unhooked
 
 Args = tuple[Any, ...]
+PROBED, LONGEST = 7, 1 << 40  # tokens of the probe's longest text; tokens where nothing limits them
+ELSEWHERE = ("torch", "math", "einops", "typing", "builtins")  # libraries in which no window is
 LAYOUTS = ("parts", "heads", "heads last")
 
 
@@ -39,6 +42,12 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
     # each is used once
     either: list[str | None] = [*drops, None, None]
     places = [p for p in dict.fromkeys(itertools.permutations(either, 2)) if {d for d in p if d} == set(drops)]
+    if not _all_is_read(module, read, guards):
+        return
+    # what no probe of a few tokens sees: a window, or another number that lengths are compared with
+    longest = min((n for n in _numbers(module, read, guards, linear) if n > PROBED), default=LONGEST)
+    if not all(is_uniform_or_causal(b) for b in module._buffers.values() if b is not None and b.dim() >= 2):
+        return
     counts = [path for path, value in guards if type(value) is int and 1 <= value <= 512]
     counts.sort(key=lambda path: "head" not in path)
     lengths = tuple(name for name, b in module._buffers.items() if b is not None and b.dim() >= 2)
@@ -64,7 +73,43 @@ def proposed(module: nn.Module, read: Reading, guards: tuple) -> Iterator[Args]:
         for (inner, outer), scale, causal, layout in itertools.product(
             places, ("head", "width"), (True, False), LAYOUTS if len(parts) == 1 else LAYOUTS[:1]
         ):
-            yield parts, out, heads, layout, scale, causal, inner, outer, lengths
+            yield parts, out, heads, layout, scale, causal, inner, outer, lengths, longest
+
+
+def _functions(module: nn.Module, read: Reading) -> list[FunctionType]:
+    own: Any = own_class(module)
+    return [f for f in (unwrapped(own.forward), *(unwrapped(f) for _, f in read.functions)) if f is not None]
+
+
+def _all_is_read(module: nn.Module, read: Reading, guards: tuple) -> bool:
+    """Has the code no part that was not read: a parent's method by super(), a function of elsewhere, or one in an attribute?"""
+    if "super" in read.names or any(callable(value) and not isinstance(value, type) for _, value in guards):
+        return False
+    library = own_class(module).__module__.split(".")[0]
+    for function in _functions(module, read):
+        for value in globals_read(function).values():
+            home = getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", None)
+            root = (home or "torch").split(".")[0]
+            if root not in ELSEWHERE and not (isinstance(value, FunctionType) and root == library):
+                return False
+    return True
+
+
+def _numbers(module: nn.Module, read: Reading, guards: tuple, linear: dict[str, tuple[int, int]]) -> Iterator[int]:
+    """Whole numbers that the forward reads, wherever they are, but for the layers' own sizes as attributes."""
+    sizes = {n for pair in linear.values() for n in pair}
+    for path, value in guards:
+        sized = value in sizes and not any(
+            word in path.lower() for word in ("window", "block", "len", "context", "local", "span")
+        )
+        if type(value) is int and not sized:
+            yield value
+        elif isinstance(value, tuple):
+            yield from (n for n in value if type(n) is int)
+    for function in _functions(module, read):
+        yield from (n for n in (*(function.__defaults__ or ()), *globals_read(function).values()) if type(n) is int)
+    for code in read.codes:
+        yield from (abs(n) for n in code.co_consts if type(n) is int)
 
 
 def _in_order(names: list[str]) -> list[str]:
@@ -113,11 +158,12 @@ def branches_are_known(codes: tuple[CodeType, ...]) -> bool:
 
 def attention(
     base: Any, parts: tuple[str, ...], out: str | None, heads: str | int, layout: str, scale: str, causal: bool,
-    inner: str | None, outer: str | None, lengths: tuple[str, ...],
+    inner: str | None, outer: str | None, lengths: tuple[str, ...], longest: int,
 ) -> tuple[Callable[..., Any], Callable[..., bool]]:  # fmt: skip
     """parts: the linear layers of q, k, v, or of all three. heads: their number, or the attribute with it. layout: the three
     as parts of the features, inside each head, or as the last dimension. scale: over the head's width, or the input's.
-    inner, outer: dropouts of the probabilities and at the end. lengths: buffers with a mask, beyond which there is none."""
+    inner, outer: dropouts of the probabilities and at the end. lengths: buffers with a mask, beyond which there is none.
+    longest: texts of more tokens are the class's own: a number that it reads may be a window."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = self._modules
@@ -153,9 +199,13 @@ def attention(
         if x.ndim != 3 or not dense(x) or not x.numel() or (inner is not None and not unhooked(self._modules[inner])):
             return False
         T = x.shape[1]
+        if T > longest:
+            return False
         for name in lengths:
             mask = self._buffers.get(name)
             if mask is None or mask.shape[-1] < T or mask.shape[-2] < T:
+                return False
+            if not torch.compiler.is_compiling() and not is_uniform_or_causal(mask):
                 return False
         return True
 

@@ -200,7 +200,8 @@ def test_windows_and_masks(hidden):
     """GPT-Neo's window of 6 beside padding: where they leave a query no key, the class's own mean of all values."""
     model, x, mask = written("GPT-Neo").train(), torch.randint(3, 97, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
     for m in model.modules():
-        m.p = 0.0 if isinstance(m, nn.Dropout) else getattr(m, "p", None)
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
     for part in hidden:
         mask[0, part] = 0
 

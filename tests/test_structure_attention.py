@@ -161,8 +161,8 @@ class Window(Packed):
         return self.drop((q @ k.mT * scale).masked_fill(~near, float("-inf")).softmax(-1)) @ v
 
 
-class Lowest(Packed):
-    """Its own first row sees a bias of the number -1e4, not -inf."""
+class Placed(Packed):
+    """A bias by position."""
 
     def weigh(self, q, k, v, scale):
         T = q.shape[-2]
@@ -200,6 +200,98 @@ class ByLength(Packed):
         return scale if q.shape[-2] < 16 else 2 * scale
 
 
+SPAN = 12
+
+
+class LongWindow(Packed):
+    """Of more tokens than the probe has: its number is an attribute, a global, a default, or stands in the code."""
+
+    def __init__(self, p=0.0):
+        super().__init__(p)
+        self.span = 12
+
+    def weigh(self, q, k, v, scale):
+        T = q.shape[-2]
+        near = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - self.span)
+        return self.drop((q @ k.mT * scale).masked_fill(~near, float("-inf")).softmax(-1)) @ v
+
+
+class GlobalWindow(Packed):
+    def weigh(self, q, k, v, scale):
+        T = q.shape[-2]
+        near = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - SPAN)
+        return self.drop((q @ k.mT * scale).masked_fill(~near, float("-inf")).softmax(-1)) @ v
+
+
+class DefaultWindow(Packed):
+    def weigh(self, q, k, v, scale, span=12):
+        T = q.shape[-2]
+        near = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - span)
+        return self.drop((q @ k.mT * scale).masked_fill(~near, float("-inf")).softmax(-1)) @ v
+
+
+class WrittenWindow(Packed):
+    def weigh(self, q, k, v, scale):
+        T = q.shape[-2]
+        near = torch.ones(T, T, dtype=torch.bool).tril().triu(-11)
+        return self.drop((q @ k.mT * scale).masked_fill(~near, float("-inf")).softmax(-1)) @ v
+
+
+class ParentsWindow(LongWindow):
+    """Behind super(), where the number is not read."""
+
+    def weigh(self, q, k, v, scale):
+        return super().weigh(q, k, v, scale).softmax(-1) * 0 + super().weigh(q, k, v, scale)
+
+
+class Table:
+    near = staticmethod(lambda T: torch.ones(T, T, dtype=torch.bool).tril().triu(-11))
+
+
+class OthersWindow(Packed):
+    """Of an object that the code names."""
+
+    def weigh(self, q, k, v, scale):
+        return self.drop((q @ k.mT * scale).masked_fill(~Table.near(q.shape[-2]), float("-inf")).softmax(-1)) @ v
+
+
+WINDOWS = (LongWindow, GlobalWindow, DefaultWindow, WrittenWindow, ParentsWindow, OthersWindow)
+
+
+@pytest.mark.parametrize("cls", WINDOWS, ids=lambda cls: cls.__name__)
+def test_a_window_longer_than_the_probe(cls):
+    """Up to its length it is causal attention, beyond it the class's own."""
+    structure._cache.clear()
+    module, x = cls().eval(), torch.randn(2, 20, C)
+    expected = [module(x[:, :T]) for T in (9, 20)]
+    patch(module)
+    for T, y in zip((9, 20), expected, strict=True):
+        torch.testing.assert_close(module(x[:, :T]), y)
+
+
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_a_mask_in_a_buffer_is_looked_at(when):
+    """A band of 12, in a buffer: before patch it is not proposed, after it a call is the class's own."""
+    structure._cache.clear()
+    module, x = Packed().eval(), torch.randn(2, 20, C)
+
+    def narrow():
+        module.mask.copy_(torch.tril(torch.ones(L, L)).triu(-11))
+
+    if when == "before":
+        narrow()
+        expected = module(x)
+        assert "attention" not in (patch(module).rows[0].op or "")
+    else:
+        assert patch(module).rows[0].op == "attention"
+        narrow()
+        other = Packed().eval()
+        other.load_state_dict(module.state_dict())
+        other.mask.copy_(module.mask)
+        expected = other(x)
+    torch.testing.assert_close(module(x), expected)
+
+
 class FourDoubled(Packed):
     """No branch: four tokens, as one of the probe's texts has, are weighed otherwise."""
 
@@ -208,7 +300,7 @@ class FourDoubled(Packed):
 
 
 # the last branches by shapes, for which a probe cannot vouch
-WRONG = (Window, Lowest, Scaled, Normed, Reversed, Renormed, FourDoubled, ByLength, Apart)
+WRONG = (Window, Placed, Scaled, Normed, Reversed, Renormed, FourDoubled, ByLength, Apart)
 
 
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)
